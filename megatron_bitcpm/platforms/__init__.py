@@ -1,0 +1,100 @@
+"""What differs between a CPU, a GPU and an NPU: device, collectives, preparation of Megatron.
+
+`current_platform` finds out; `Platform.prepare` is the one visible call that makes Megatron run
+there. On a GPU it changes nothing, on an NPU it is Ascend's own ``transfer_to_npu``, on a CPU the
+reversible list of `megatron_bitcpm.platforms.cpu`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from megatron_bitcpm.config import env_platform
+from megatron_bitcpm.errors import BackendError
+from megatron_bitcpm.platforms.patch import Patch, PatchSet
+
+__all__ = ["Patch", "PatchSet", "Platform", "current_platform"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A kind of device.
+
+    Attributes:
+        name: ``cpu``, ``cuda`` or ``npu``; also torch's device type.
+        collectives: torch.distributed backend.
+        device_count: devices that this process sees (1 on a CPU).
+    """
+
+    name: str
+    collectives: str
+    device_count: int
+
+    def device(self, local_rank: int = 0) -> torch.device:
+        """Return this process's device and make it current.
+
+        Args:
+            local_rank: torchrun's LOCAL_RANK.
+        """
+        if self.name == "cpu":
+            return torch.device("cpu")
+        if local_rank >= self.device_count:
+            raise BackendError.of(
+                "LOCAL_RANK",
+                local_rank,
+                f"this machine shows {self.device_count} {self.name} device(s)",
+                "Start at most one process per device (torchrun --nproc_per_node)",
+            )
+        device = torch.device(self.name, local_rank)
+        torch.get_device_module(device).set_device(device)
+        return device
+
+    def prepare(self) -> None:
+        """Make stock megatron-core run on this platform; may be called again."""
+        if self.name == "cpu":
+            from megatron_bitcpm.platforms.cpu import cpu_patches
+
+            patches = cpu_patches()
+            if not patches.is_applied:
+                patches.apply()
+                logger.info("platform cpu: %d symbols replaced", len(patches.patches))
+        elif self.name == "npu":
+            importlib.import_module("torch_npu.contrib.transfer_to_npu")
+
+    def restore(self) -> None:
+        """Undo `prepare` where that is possible (CPU; `transfer_to_npu` cannot be undone)."""
+        if self.name == "cpu":
+            from megatron_bitcpm.platforms.cpu import cpu_patches
+
+            cpu_patches().revert()
+
+
+@functools.cache
+def current_platform() -> Platform:
+    """Find this machine's platform; ``BITCPM_PLATFORM=cpu`` forces the CPU.
+
+    Raises:
+        BackendError: the forced platform is unknown or absent.
+    """
+    wanted = env_platform()
+    if wanted not in ("", "cpu", "cuda", "npu"):
+        raise BackendError.of("BITCPM_PLATFORM", wanted, "unknown platform", "Use cpu, cuda or npu")
+    if wanted in ("", "npu") and importlib.util.find_spec("torch_npu"):
+        importlib.import_module("torch_npu")
+        if torch.npu.is_available():
+            return Platform("npu", "hccl", torch.npu.device_count())
+    if wanted in ("", "cuda") and torch.cuda.is_available():
+        return Platform("cuda", "nccl", torch.cuda.device_count())
+    if wanted in ("", "cpu"):
+        return Platform("cpu", "gloo", 1)
+    raise BackendError.of(
+        "BITCPM_PLATFORM", wanted, "no such device here", "Unset it to use what is present"
+    )

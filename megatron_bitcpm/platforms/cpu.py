@@ -1,0 +1,192 @@
+"""The CPU platform: stock megatron-core trains on gloo, unedited.
+
+Megatron names CUDA in literals (``device='cuda'``), in type strings (``torch.cuda.FloatTensor``) and
+through `torch.cuda` calls. What is replaced here is what *torch* answers, never a file of Megatron;
+the technique is that of Ascend's ``transfer_to_npu``. On a machine with an accelerator nothing of
+this is used. CUDA's and the CPU's random generators become one stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.platforms.patch import Patch, PatchSet
+
+_FACTORIES = [
+    "tensor",
+    "as_tensor",
+    "zeros",
+    "empty",
+    "ones",
+    "full",
+    "arange",
+    "linspace",
+    "eye",
+    "rand",
+    "randn",
+    "randint",
+    "randperm",
+    "zeros_like",
+    "empty_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "empty_strided",
+]
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        return device.split(":")[0] == "cuda"
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return False
+
+
+def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a tensor factory: a CUDA device becomes the CPU, pinned memory ordinary memory."""
+
+    @functools.wraps(factory)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapper
+
+
+def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.type()` with the ``cuda.`` prefix that Megatron's optimizer compares with."""
+
+    @functools.wraps(original)
+    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if isinstance(result, str) and result.startswith("torch.") and ".cuda." not in result:
+            return "torch.cuda." + result.removeprefix("torch.")
+        return result
+
+    return wrapper
+
+
+def _tensor_to(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        args = tuple("cpu" if _is_cuda(a) else a for a in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return original(self, *args, **kwargs)
+
+    return wrapper
+
+
+class _CpuEvent:
+    """Stands for `torch.cuda.Event`: CPU work is done when it is issued."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        del kwargs
+
+    def record(self, stream: Any = None) -> None:
+        """Do nothing: there is no queue."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Do nothing: there is no queue."""
+
+    def synchronize(self) -> None:
+        """Do nothing: there is no queue."""
+
+    def query(self) -> bool:
+        """Return True: all work is done."""
+        return True
+
+
+class _CpuStream:
+    """Stands for `torch.cuda.Stream`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        del kwargs
+
+    def wait_stream(self, stream: Any) -> None:
+        """Do nothing: there is no queue."""
+
+    def wait_event(self, event: Any) -> None:
+        """Do nothing: there is no queue."""
+
+    def synchronize(self) -> None:
+        """Do nothing: there is no queue."""
+
+    def record_event(self, event: Any = None) -> _CpuEvent:
+        """Return an event that is already over."""
+        return event or _CpuEvent()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _manual_seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _always(value: Any) -> Callable[[Any], Callable[..., Any]]:
+    """Return a `Patch.make` whose replacement ignores its arguments and returns `value`."""
+
+    def make(original: Any) -> Callable[..., Any]:
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return value
+
+        return replacement
+
+    return make
+
+
+def _replace(value: Any) -> Callable[[Any], Any]:
+    return lambda original: value
+
+
+def _cpu_patches() -> list[Patch]:
+    rng = "megatron.core.tensor_parallel.random"
+    patches = [
+        Patch(f"torch:{name}", _on_cpu, "device='cuda' and pin_memory=True in literals")
+        for name in _FACTORIES
+    ]
+    patches += [
+        Patch("torch:Tensor.type", _tensor_type, "compared with 'torch.cuda.FloatTensor'"),
+        Patch("torch:Tensor.to", _tensor_to, ".to('cuda')"),
+        Patch("torch:Tensor.cuda", _replace(lambda self, *a, **k: self), ".cuda() of CPU tensors"),
+        Patch("torch:nn.Module.cuda", _replace(lambda self, *a, **k: self), ".cuda() of modules"),
+        Patch("torch:cuda.current_device", _always(torch.device("cpu")), "used as device="),
+        Patch("torch:cuda.set_device", _always(None), "one device"),
+        Patch("torch:cuda.synchronize", _always(None), "CPU work is done when issued"),
+        Patch("torch:cuda.empty_cache", _always(None), "no caching allocator"),
+        Patch("torch:cuda.memory_allocated", _always(0), "no caching allocator"),
+        Patch("torch:cuda.max_memory_allocated", _always(0), "no caching allocator"),
+        Patch("torch:cuda.get_rng_state", _replace(_get_rng_state), "one random stream"),
+        Patch("torch:cuda.set_rng_state", _replace(_set_rng_state), "one random stream"),
+        Patch("torch:cuda.manual_seed", _replace(_manual_seed), "one random stream"),
+        Patch("torch:cuda.Stream", _replace(_CpuStream), "no queues"),
+        Patch("torch:cuda.Event", _replace(_CpuEvent), "no queues"),
+        Patch("torch:cuda.current_stream", _always(_CpuStream()), "no queues"),
+        Patch("torch:cuda.default_stream", _always(_CpuStream()), "no queues"),
+        Patch("torch:cuda.stream", _replace(lambda s: contextlib.nullcontext()), "no queues"),
+        Patch(f"{rng}:_get_cuda_rng_state", _replace(_get_rng_state), "one random stream"),
+        Patch(f"{rng}:_set_cuda_rng_state", _replace(_set_rng_state), "one random stream"),
+        Patch("torch._dynamo:config.disable", _replace(True), "jit_fuser is torch.compile"),
+    ]
+    return patches
+
+
+@functools.cache
+def cpu_patches() -> PatchSet:
+    """Return the process's one set of CPU replacements (nothing is applied by this call)."""
+    return PatchSet("cpu", _cpu_patches())

@@ -1,0 +1,120 @@
+"""A reversible replacement of one symbol, as data.
+
+`Patch` names a symbol, its replacement and the reason; `PatchSet` applies and reverts a list of
+them. Reverting checks that the symbol still is what we put there, so that two parties that patch
+the same place are noticed instead of silently undone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_bitcpm.errors import BitcpmError
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One symbol to replace.
+
+    Attributes:
+        target: ``module:attribute.path``, for example ``torch:cuda.synchronize``.
+        make: called with the original, returns the replacement.
+        why: the reason, one line.
+        instead_of_absent: the symbol may be missing (the replacement is then added, and removed
+            again by `PatchSet.revert`). False: a missing symbol is an error.
+    """
+
+    target: str
+    make: Callable[[Any], Any]
+    why: str
+    instead_of_absent: bool = False
+
+    def resolve(self) -> tuple[Any, str]:
+        """Return the object that holds the symbol, and the symbol's name in it."""
+        module_name, _, path = self.target.partition(":")
+        holder: Any = importlib.import_module(module_name)
+        *parents, name = path.split(".")
+        for parent in parents:
+            holder = getattr(holder, parent)
+        return holder, name
+
+
+class PatchSet:
+    """A list of patches that are applied and reverted together."""
+
+    def __init__(self, name: str, patches: list[Patch]) -> None:
+        self.name = name
+        self.patches = patches
+        self._applied: list[tuple[Patch, Any, str, Any, Any]] = []
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the patches are in force."""
+        return bool(self._applied)
+
+    def apply(self) -> None:
+        """Put every replacement in place; nothing happens when that is done already."""
+        if self._applied:
+            return
+        try:
+            for patch in self.patches:
+                holder, name = patch.resolve()
+                own = vars(holder).get(name, _ABSENT)
+                original = getattr(holder, name, _ABSENT)
+                if original is _ABSENT and not patch.instead_of_absent:
+                    raise BitcpmError.of(
+                        "platform",
+                        self.name,
+                        f"{patch.target} does not exist",
+                        "Report the version",
+                    )
+                replacement = patch.make(None if original is _ABSENT else original)
+                setattr(holder, name, replacement)
+                self._applied.append((patch, holder, name, own, replacement))
+        except BaseException:
+            self.revert()
+            raise
+
+    def revert(self) -> None:
+        """Restore every original, last patch first.
+
+        Raises:
+            BitcpmError: somebody else replaced a symbol after us.
+        """
+        foreign = []
+        while self._applied:
+            patch, holder, name, own, replacement = self._applied.pop()
+            if vars(holder).get(name, _ABSENT) is not replacement:
+                foreign.append(patch.target)
+            elif own is _ABSENT:
+                delattr(holder, name)
+            else:
+                setattr(holder, name, own)
+        if foreign:
+            raise BitcpmError.of(
+                "platform",
+                self.name,
+                f"{', '.join(foreign)} was replaced by others since",
+                "Revert theirs first",
+            )
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Apply for the duration of a block."""
+        was_applied = self.is_applied
+        self.apply()
+        try:
+            yield
+        finally:
+            if not was_applied:
+                self.revert()
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Return (target, reason) of every patch."""
+        return [(p.target, p.why) for p in self.patches]
