@@ -1,0 +1,11 @@
+"""The ternary linears and what keeps them right in parallel runs.
+
+* `linear`: the ternary linear (start here).
+* `convert`: `ternarize_`, which swaps the linears of a built model.
+* `requantize`: when weights are quantised: in every forward, or in place after each step.
+* `scale_sync`: scales of rows that are sharded over tensor-parallel ranks.
+* `weight_stats`: zero and flip rates of the codes.
+* `adam_step`: a guard for optimizers loaded without Apex and Transformer Engine.
+
+Only this folder and `platforms` touch names of Megatron that are not public.
+"""

@@ -1,0 +1,186 @@
+"""`ternarize_`: give a built Megatron model ternary linears.
+
+The swap changes the class of each linear *instance* to a ternary subclass of whatever class it has.
+No global state changes, any model spec works, and parameters stay where optimizers and checkpoints
+expect them. Every matrix inside a transformer layer must be accounted for: swapped, excluded by the
+configuration, or a router. Anything else is an error, so that no layer silently trains in full
+precision.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.utils import get_pg_size
+
+from megatron_bitcpm import ops
+from megatron_bitcpm.config import QuantConfig, RunConfig
+from megatron_bitcpm.errors import ModelError
+from megatron_bitcpm.parallel.linear import TernarySite, ternary_class
+from megatron_bitcpm.parallel.requantize import Requantizer
+from megatron_bitcpm.version import __version__
+
+
+@dataclass(frozen=True)
+class TernaryModel:
+    """What `ternarize_` returns: the report, and the handle on the quantisation state."""
+
+    quant: QuantConfig
+    sites: list[TernarySite]
+    excluded: list[str]
+    requantizer: Requantizer
+
+    def attach_optimizer(self, optimizer: Any) -> None:
+        """See `Requantizer.attach_optimizer`."""
+        self.requantizer.attach_optimizer(optimizer)
+
+    def latents(self) -> AbstractContextManager[None]:
+        """See `Requantizer.latents`."""
+        return self.requantizer.latents()
+
+    def report(self) -> str:
+        """Return a text of several lines: what was swapped, what was not, and who computes."""
+        kinds = Counter(
+            (site.name.rsplit(".", 1)[-1], tuple(site.weight.shape), site.row_parallel)
+            for site in self.sites
+        )
+        weights = sum(site.weight.numel() for site in self.sites)
+        quant = self.quant
+        lines = [
+            f"{len(self.sites)} ternary linears, {weights:,} weights on this rank; "
+            f"{quant.grid}, group_size {quant.group_size}, scale_sync {quant.scale_sync}, "
+            f"requantize {self.requantizer.mode}"
+        ]
+        for (kind, shape, row_parallel), count in kinds.items():
+            way = "row" if row_parallel else "column"
+            lines.append(f"  {count:4d} x {kind:<12} {way:<6} {list(shape)}")
+        lines += [f"  full precision by configuration: {name}" for name in self.excluded]
+        lines += [f"  operators: {line}" for line in ops.backend_report()]
+        return "\n".join(lines)
+
+    def stamp(self) -> dict[str, Any]:
+        """Return what a checkpoint must record to reproduce these codes exactly."""
+        return {
+            **self.quant.model_dump(mode="json", exclude={"enabled", "backend", "requantize"}),
+            "numerics": "fp32",
+            "tensor_model_parallel_size": max((s.tp_size for s in self.sites), default=1),
+            "megatron_bitcpm": __version__,
+        }
+
+
+def ternarize_(
+    model: torch.nn.Module | list[torch.nn.Module],
+    config: QuantConfig | RunConfig,
+    expected: int | None = None,
+) -> TernaryModel:
+    """Swap the linears of a built Megatron model to ternary ones, in place.
+
+    Embeddings, the output layer, norms, routers and biases are left alone.
+
+    Args:
+        model: a model, or the list of its (virtual) pipeline chunks; wrapped or not.
+        config: the quantiser's configuration.
+        expected: ternary linears that must result on this rank; None does not check.
+
+    Returns:
+        The handle: call `attach_optimizer` once the optimizer exists.
+
+    Raises:
+        ModelError: a layer that cannot be ternary, a group size that does not divide, no linear at
+            all, or another count than expected. The model is unchanged then.
+    """
+    quant = config.quant if isinstance(config, RunConfig) else config
+    if not quant.enabled:
+        raise ModelError.of(
+            "quant.enabled", False, "there is nothing to swap", "Do not call ternarize_"
+        )
+    ops.use_backend(quant.backend)
+    requantizer = Requantizer(quant.requantize)
+    excluded: list[str] = []
+    sites: list[TernarySite] = []
+    for chunk in model if isinstance(model, list) else [model]:
+        for name, module, layer, num_layers in _matrices(chunk):
+            if _is_excluded(name, layer, num_layers, quant):
+                excluded.append(name)
+            else:
+                sites.append(_make_site(name, module, quant, requantizer))
+    if not sites:
+        raise ModelError.of(
+            "model", type(model).__name__, "has no linear to make ternary",
+            "Check quant.exclude and the full-precision layers",
+        )  # fmt: skip
+    if expected is not None and len(sites) != expected:
+        raise ModelError.of(
+            "model", type(model).__name__,
+            f"{len(sites)} ternary linears, expected {expected}", "Check the layer spec",
+        )  # fmt: skip
+    for site in sites:
+        site.module.__class__ = ternary_class(type(site.module))
+        site.module.ternary = site
+        requantizer.add_site(site)
+    return TernaryModel(quant, sites, excluded, requantizer)
+
+
+def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, int, int]]:
+    """Yield (global name, linear, layer number from 0, number of layers) of every matrix.
+
+    Raises:
+        ModelError: a matrix of a transformer layer is neither a Megatron linear nor a router's.
+    """
+    layers = [m for m in chunk.modules() if isinstance(m, TransformerLayer)]
+    for layer in layers:
+        number = layer.layer_number - 1
+        for local_name, module in layer.named_modules():
+            matrices = [n for n, p in module.named_parameters(recurse=False) if p.ndim >= 2]
+            if not matrices or isinstance(module, Router):
+                continue
+            name = f"decoder.layers.{number}.{local_name}"
+            if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                raise ModelError.of(
+                    "model", name, f"{type(module).__name__} cannot be made ternary",
+                    "Build the model from the local layer spec (get_gpt_layer_local_spec)",
+                )  # fmt: skip
+            if isinstance(getattr(module, "ternary", None), TernarySite):
+                raise ModelError.of("model", name, "is ternary already", "Call ternarize_ once")
+            yield name, module, number, layer.config.num_layers
+
+
+def _is_excluded(name: str, layer: int, num_layers: int, quant: QuantConfig) -> bool:
+    at_the_edge = (
+        layer < quant.full_precision_first_layers
+        or layer >= num_layers - quant.full_precision_last_layers
+    )
+    return at_the_edge or any(fnmatch.fnmatchcase(name, pattern) for pattern in quant.exclude)
+
+
+def _make_site(
+    name: str, module: torch.nn.Module, quant: QuantConfig, requantizer: Requantizer
+) -> TernarySite:
+    site = TernarySite(
+        name=name,
+        module=module,
+        quant=quant,
+        tp_group=module.tp_group,
+        tp_size=get_pg_size(module.tp_group),
+        row_parallel=isinstance(module, RowParallelLinear),
+        requantizer=requantizer,
+    )
+    in_features, group_size = site.weight.shape[1], quant.group_size
+    if group_size != -1 and (group_size < 1 or in_features % group_size):
+        near = [d for d in range(1, in_features + 1) if in_features % d == 0]
+        near = sorted(sorted(near, key=lambda d: abs(d - group_size))[:2])
+        raise ModelError.of(
+            "quant.group_size", group_size,
+            f"local in_features {in_features} of {name} is not a multiple",
+            f"Use {', '.join(map(str, near))} or -1",
+        )  # fmt: skip
+    return site

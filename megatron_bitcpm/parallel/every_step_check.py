@@ -1,0 +1,97 @@
+"""Whether quantising in place is safe with a given optimizer; asked once, when it is attached.
+
+In place needs a separate main copy of every ternary weight from which Megatron rewrites the *whole*
+model parameter. That is checked on the objects themselves rather than by a list of class names: by
+storage, and by a probe that fills the weights with NaN and asks for the rewrite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.parallel.adam_step import leaf_optimizers
+from megatron_bitcpm.parallel.linear import TernarySite
+
+# Options under which the model parameter is, or is rewritten by, something else.
+_REFUSED_OPTIONS = {
+    "use_precision_aware_optimizer": "the model parameter may be half of the main parameter",
+    "optimizer_cpu_offload": "the main parameters are kept on the host",
+    "fp8_recipe": "the model parameter is not stored in bf16",
+    "reuse_fp32_param": "the model parameter is half of the main parameter",
+    "optimizer_cuda_graph": "Python does not run when a graph is replayed",
+}
+
+
+def reason_against_every_step(optimizer: Any, sites: list[TernarySite]) -> str | None:
+    """Return why the ternary weights cannot be quantised in place, or None if they can.
+
+    Args:
+        optimizer: what `get_megatron_optimizer` returned, before its first step.
+        sites: the ternary linears; their weights are left as they were.
+    """
+    leaves = leaf_optimizers(optimizer)
+    for leaf in leaves:
+        for option, why in _REFUSED_OPTIONS.items():
+            if getattr(leaf.config, option, None):
+                return f"{option} is set: {why}"
+    for chunk in model_chunks(optimizer):
+        for option in ("use_megatron_fsdp", "use_custom_fsdp"):
+            if getattr(chunk.ddp_config, option, False):
+                return f"{option} is set: every forward gathers the weights again"
+    frozen = [site.name for site in sites if not site.weight.requires_grad]
+    if frozen:
+        return f"{frozen[0]} is frozen: it has no main parameter"
+    main_storages = {
+        tensor.untyped_storage().data_ptr()
+        for leaf in leaves
+        if leaf.optimizer is not None
+        for group in leaf.optimizer.param_groups
+        for tensor in group["params"]
+    }
+    for site in sites:
+        if site.weight.untyped_storage().data_ptr() in main_storages:
+            return f"{site.name} has no separate main parameter ({site.weight.dtype})"
+    return _probe(optimizer, sites)
+
+
+@torch.no_grad()
+def _probe(optimizer: Any, sites: list[TernarySite]) -> str | None:
+    # The copies wait on the host: at this point device memory is what a user has least of.
+    before = [site.weight.detach().to("cpu", copy=True) for site in sites]
+    for site in sites:
+        site.weight.data.fill_(float("nan"))
+    rewrite_model_params(optimizer)
+    lost = []
+    for site, latent_OI in zip(sites, before, strict=True):
+        if not torch.equal(site.weight.detach().to("cpu"), latent_OI):
+            lost.append(site.name)
+            site.weight.data.copy_(latent_OI)
+    if lost:
+        return f"this optimizer did not rewrite {len(lost)} of {len(sites)} ternary weights"
+    return None
+
+
+def model_chunks(optimizer: Any) -> list[Any]:
+    """Return the DDP-wrapped model chunks that distributed optimizers gather parameters of."""
+    chunks: list[Any] = []
+    for leaf in leaf_optimizers(optimizer):
+        for chunk in getattr(leaf, "model_chunks", []):
+            if all(chunk is not known for known in chunks):
+                chunks.append(chunk)
+    return chunks
+
+
+def rewrite_model_params(optimizer: Any) -> None:
+    """Let Megatron copy the main parameters into the model parameters, gathers included."""
+    for leaf in leaf_optimizers(optimizer):
+        if not leaf.is_stub_optimizer:
+            leaf._copy_main_params_to_model_params()
+    for chunk in model_chunks(optimizer):
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        chunk.start_param_sync(force_sync=True)
+        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+            # A forced sync marks the next overlapped gather as done already.
+            group.param_gather_dispatched = False
