@@ -1,0 +1,157 @@
+"""Checkpoint folders of a run: complete or absent.
+
+A checkpoint is written to ``.tmp-iter_0000100`` and renamed to ``iter_0000100`` when every file is
+on disk; the newest is named in ``latest_checkpointed_iteration.txt`` (Megatron's tracker file).
+Beside Megatron's own files it holds ``bitcpm_config.yaml`` (the resolved configuration) and
+``bitcpm_state.json`` (iteration, data position and quantiser stamp, readable without Megatron).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_bitcpm.config import RunConfig, parse_config
+from megatron_bitcpm.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG_FILE = "bitcpm_config.yaml"
+STATE_FILE = "bitcpm_state.json"
+FORMAT_VERSION = 1
+"""Version of our part of a checkpoint; raised when older readers would misread it."""
+
+
+def iteration_name(iteration: int) -> str:
+    """Return the folder name of an iteration, as Megatron writes it."""
+    return f"iter_{iteration:07d}"
+
+
+def write_file_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename."""
+    scratch = path.with_name(f".tmp-{path.name}")
+    with scratch.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    scratch.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush every file below a folder, and the folders, to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def begin_checkpoint(run_dir: Path, iteration: int) -> Path:
+    """Make the empty scratch folder of a checkpoint (rank 0 only)."""
+    scratch = run_dir / f".tmp-{iteration_name(iteration)}"
+    if scratch.exists():
+        shutil.rmtree(scratch)
+    scratch.mkdir(parents=True)
+    return scratch
+
+
+def publish_checkpoint(
+    scratch: Path, run_dir: Path, iteration: int, config: RunConfig, state: dict[str, Any]
+) -> Path:
+    """Turn a finished scratch folder into the checkpoint (rank 0 only).
+
+    Args:
+        scratch: folder from `begin_checkpoint`, Megatron's files complete.
+        run_dir: the run's folder.
+        iteration: optimizer steps done.
+        config: the resolved configuration.
+        state: contents of ``bitcpm_state.json``.
+    """
+    (scratch / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+    text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2)
+    (scratch / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+    sync_folder(scratch)
+    target = run_dir / iteration_name(iteration)
+    if target.exists():
+        shutil.rmtree(target)
+    scratch.rename(target)
+    sync_folder_entry(run_dir)
+    write_file_atomically(run_dir / TRACKER, str(iteration))
+    return target
+
+
+def sync_folder_entry(folder: Path) -> None:
+    """Flush a folder's list of names to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint folder that a user's path means.
+
+    Args:
+        path: a checkpoint, or a run's folder (its newest checkpoint).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(path)
+    if (path / STATE_FILE).is_file():
+        return path
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        raise CheckpointError.of(
+            "checkpoint", path, "is neither a checkpoint nor a run with one",
+            "Name the folder that holds latest_checkpointed_iteration.txt or an iter_* folder",
+        )  # fmt: skip
+    name = tracker.read_text(encoding="utf-8").strip()
+    target = path / (iteration_name(int(name)) if name.isdecimal() else name)
+    if not (target / STATE_FILE).is_file():
+        raise CheckpointError.of(
+            "checkpoint", target, f"named by {TRACKER} but incomplete or absent",
+            "Restore it, or write the number of another iter_* folder into that file",
+        )  # fmt: skip
+    return target
+
+
+def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise CheckpointError.of(
+            "checkpoint", folder / name, reason, "The checkpoint is damaged; use another one"
+        ) from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return ``bitcpm_state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: unreadable, or written by a newer format.
+    """
+    state = _read(folder, STATE_FILE, json.loads)
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError.of(
+            "format_version", version, f"this package reads {FORMAT_VERSION}",
+            "Use the package version that wrote the checkpoint",
+        )  # fmt: skip
+    return dict(state)
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Return the resolved configuration of a checkpoint."""
+    state = read_state(folder)
+    world_size = state["world_size"]
+    config: RunConfig = _read(
+        folder, CONFIG_FILE, lambda text: parse_config(text, world_size=world_size)
+    )
+    return config

@@ -1,0 +1,1 @@
+"""The trainer: `trainer.train` runs what a configuration describes, on megatron.core alone."""

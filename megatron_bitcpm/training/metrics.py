@@ -1,0 +1,159 @@
+"""Where a run's numbers go: the terminal, ``metrics.jsonl``, TensorBoard, ``loss.png``.
+
+Only the main rank creates a `MetricsWriter`. Keys are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes the metrics of a run; a context manager.
+
+    Args:
+        directory: the run's folder.
+        first_iter: steps already done.
+        train_iters: steps of the whole run.
+        title: shown before the progress bar.
+    """
+
+    def __init__(self, directory: Path, first_iter: int, train_iters: int, title: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
+        self._path = directory / METRICS_FILE
+        self._forget_after(first_iter)
+        self._stream = self._path.open("a", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(directory / "tensorboard", first_iter)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=train_iters, completed=first_iter)
+
+    def __enter__(self) -> MetricsWriter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        self._stream.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def say(self, text: str) -> None:
+        """Print text above the progress bar."""
+        self.console.print(text, markup=False)
+
+    def advance(self, iteration: int) -> None:
+        """Move the progress bar."""
+        self._progress.update(self._task, completed=iteration)
+
+    def record(self, iteration: int, **values: Any) -> None:
+        """Write the values of one moment; None values are left out.
+
+        Args:
+            iteration: optimizer steps done.
+            **values: numbers by metric name; units in the names where they have one.
+        """
+        kept = {key: value for key, value in values.items() if value is not None}
+        self._stream.write(json.dumps({"iteration": iteration, **kept}) + "\n")
+        self._stream.flush()
+        if self._tensorboard is not None:
+            for key, value in kept.items():
+                self._tensorboard.add_scalar(key, value, iteration)
+
+    def _forget_after(self, iteration: int) -> None:
+        """Drop lines that a run resumed from an earlier checkpoint will write again."""
+        if not self._path.is_file():
+            return
+        lines = [line for line in read_metrics(self._path) if line["iteration"] <= iteration]
+        text = "".join(json.dumps(line) + "\n" for line in (lines if iteration else []))
+        self._path.write_text(text, encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a ``metrics.jsonl``; a last line cut short by a crash is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s: unreadable line dropped", path)
+    return lines
+
+
+def _open_tensorboard(directory: Path, first_iter: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        logger.info("tensorboard is not installed: no event files (pip install tensorboard)")
+        return None
+    return SummaryWriter(str(directory), purge_step=first_iter + 1 if first_iter else None)
+
+
+def plot_losses(
+    runs: dict[str, Path], output: Path, levels: dict[str, float] | None = None
+) -> bool:
+    """Draw training and validation losses of one or more runs.
+
+    Args:
+        runs: label -> run folder.
+        output: PNG file.
+        levels: label -> loss in nats of models without a run, drawn as horizontal lines.
+
+    Returns:
+        False when matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        logger.info("matplotlib is not installed: no %s (pip install matplotlib)", output.name)
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=110)
+    for index, (label, directory) in enumerate(runs.items()):
+        lines = read_metrics(directory / METRICS_FILE)
+        color = f"C{index}"
+        train = [(m["iteration"], m["loss"]) for m in lines if "loss" in m]
+        valid = [(m["iteration"], m["valid_loss"]) for m in lines if "valid_loss" in m]
+        if train:
+            axes.plot(*zip(*train, strict=True), color=color, alpha=0.35, linewidth=1)
+        if valid:
+            axes.plot(*zip(*valid, strict=True), color=color, marker="o", markersize=3, label=label)
+    for index, (label, value) in enumerate((levels or {}).items()):
+        style = {"color": "0.4", "linestyle": ("--", ":")[index % 2]}
+        axes.axhline(value, label=f"{label} {value:.2f}", **style)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss, nats per token (thin: training, dots: validation)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(output)
+    pyplot.close(figure)
+    return True

@@ -1,0 +1,103 @@
+"""Start and end of a distributed run: platform, process group, parallel state, seeds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from megatron_bitcpm.config import ParallelConfig
+from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.platforms import Platform, current_platform
+
+COLLECTIVE_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process's place in the run."""
+
+    platform: Platform
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+
+def env_world_size() -> int:
+    """torchrun's WORLD_SIZE; 1 when started by hand."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def env_rank() -> int:
+    """torchrun's RANK; 0 when started by hand."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
+    """Initialise torch.distributed and Megatron's parallel state; tear both down at the end.
+
+    Under torchrun the ranks find each other through its environment; a process started by hand is a
+    world of one.
+
+    Args:
+        parallel: the layout; what the world size leaves is data parallel.
+        seed: seeds Python-free initialisation and Megatron's random states.
+
+    Raises:
+        BitcpmError: the ranks cannot reach each other.
+    """
+    platform = current_platform()
+    platform.prepare()
+    # Megatron only after the platform is prepared: it reads some of torch at import.
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    rank, world_size = env_rank(), env_world_size()
+    device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
+    options = {"backend": platform.collectives, "timeout": timedelta(seconds=COLLECTIVE_TIMEOUT_S)}
+    try:
+        if world_size > 1:
+            torch.distributed.init_process_group(**options)
+        else:
+            torch.distributed.init_process_group(
+                store=torch.distributed.HashStore(), rank=0, world_size=1, **options
+            )
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).splitlines()[0].rstrip(".")
+        raise BitcpmError.of(
+            "WORLD_SIZE", world_size, f"cannot start {platform.collectives}: {first_line}",
+            "Start the ranks with torchrun",
+        ) from error  # fmt: skip
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size
+        )
+        torch.manual_seed(seed)
+        model_parallel_cuda_manual_seed(seed)
+        yield Runtime(
+            platform=platform,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
