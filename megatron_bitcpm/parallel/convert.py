@@ -64,7 +64,9 @@ class TernaryModel:
             way = "row" if row_parallel else "column"
             lines.append(f"  {count:4d} x {kind:<12} {way:<6} {list(shape)}")
         lines += [f"  full precision by configuration: {name}" for name in self.excluded]
-        lines += [f"  operators: {line}" for line in ops.backend_report()]
+        device = self.sites[0].weight.device.type
+        backend = ops.backend_report()["cpu" if device == "cpu" else "other"]
+        lines.append(f"  operators: {backend['backend']} on {device} ({backend['reason']})")
         return "\n".join(lines)
 
     def stamp(self) -> dict[str, Any]:

@@ -226,7 +226,9 @@ class Requantizer:
         For saving, exporting and converting; in place, because sharded optimizer states find
         parameters by identity. Collective over all ranks.
         """
-        if self.mode == "every_step" and any(site.fresh for site in self.sites):
+        quantised = self.mode == "every_step" and any(site.fresh for site in self.sites)
+        # With overlapped gathers the parameters are incomplete until the next forward, in any mode.
+        if quantised or self._units:
             self._restore_latents()
         yield
         # Not in a `finally`: after an error on one rank a collective would hang the others, and

@@ -32,9 +32,9 @@ def update_shared_scales(sites: list[TernarySite]) -> None:
 def _exchange(sites: list[TernarySite]) -> None:
     group, tp_size = sites[0].tp_group, sites[0].tp_size
     sums_O = torch.cat([ops.abs_sums(site.weight.data, -1).flatten() for site in sites])
-    gathered = sums_O.new_empty(tp_size * sums_O.numel())
-    torch.distributed.all_gather_into_tensor(gathered, sums_O, group=group)
-    full_O = add_in_rank_order(list(gathered.view(tp_size, -1).unbind(0)))
+    gathered = [torch.empty_like(sums_O) for _ in range(tp_size)]
+    torch.distributed.all_gather(gathered, sums_O, group=group)
+    full_O = add_in_rank_order(gathered)
     parts = full_O.split([site.weight.shape[0] for site in sites])
     for site, part_O in zip(sites, parts, strict=True):
         site.scales_OG = ops.scales_from_sums(

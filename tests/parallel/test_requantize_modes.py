@@ -1,0 +1,139 @@
+"""Quantising in place after the step equals quantising in every forward, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from helpers.ranks import run_ranks
+from helpers.tiny_models import TinyRun, tiny_run
+
+from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.parallel.requantize import Requantizer
+
+SKIPPED_STEP = 9
+
+
+def inject_inf(chunk) -> None:
+    next(p for p in chunk.parameters() if p.requires_grad).main_grad.view(-1)[0] = float("inf")
+
+
+def latent_hash(run: TinyRun) -> str:
+    digest = hashlib.sha256()
+    with run.ternary.latents():
+        for site in run.ternary.sites:
+            digest.update(site.weight.detach().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def train_once(rank: int, mode: str, steps: int, events: dict, options: dict) -> dict:
+    """Train; return every loss and norm in hexadecimal, and the hash of the latent weights."""
+    quant = QuantConfig(requantize=mode, group_size=options.pop("group_size", -1))
+    trace = []
+    with tiny_run(quant, **options) as run:
+        assert run.ternary.requantizer.mode == mode
+        for step in range(steps):
+            spoil = inject_inf if step == events.get("skip") else None
+            loss, norm, updated = run.train_step(step, spoil)
+            assert updated == (spoil is None)
+            trace.append((loss, norm))
+            if step == events.get("eval"):
+                if events.get("toggle_hooks"):
+                    run.chunk.disable_forward_pre_hook()
+                run.chunk.eval()
+                trace.append((run.forward_backward(5000, forward_only=True).hex(), ""))
+                run.chunk.train()
+                if events.get("toggle_hooks"):
+                    run.chunk.enable_forward_pre_hook()
+            if step == events.get("save"):
+                latent_hash(run)
+        return {"trace": trace, "latents": latent_hash(run)}
+
+
+def both_modes(world: int, steps: int, events: dict, **options) -> tuple[list, list]:
+    return tuple(
+        run_ranks(world, train_once, mode, steps, events, dict(options))
+        for mode in ("every_step", "every_forward")
+    )
+
+
+def test_tp2_bf16_with_accumulation_recompute_and_a_skipped_step():
+    step, forward = both_modes(
+        2, 50, {"skip": SKIPPED_STEP, "save": 20, "eval": 13}, tp=2, micro_batches=4,
+        recompute="full",
+    )  # fmt: skip
+    assert step == forward
+    losses = [float.fromhex(loss) for loss, norm in step[0]["trace"] if norm]
+    assert losses[-1] < losses[0] - 0.5, (
+        "the model must have learnt for the comparison to mean much"
+    )
+
+
+@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_dp2_distributed_optimizer(group_size, overlap):
+    step, forward = both_modes(
+        2, 16, {"skip": SKIPPED_STEP, "eval": 12, "save": 6, "toggle_hooks": overlap},
+        distributed_optimizer=True, overlap=overlap, group_size=group_size,
+        bucket_size=20_000 if overlap else None,
+    )  # fmt: skip
+    assert step == forward
+
+
+@pytest.mark.slow
+def test_tp2_dp2_distributed_optimizer_with_overlap():
+    step, forward = both_modes(
+        4, 12, {"skip": SKIPPED_STEP, "eval": 10, "toggle_hooks": True},
+        tp=2, distributed_optimizer=True, overlap=True, bucket_size=20_000,
+    )  # fmt: skip
+    assert step == forward
+
+
+def train_with_naive_hook(rank: int) -> dict:
+    """Quantise after every call of step, taken or not."""
+
+    def careless(self, step):
+        def followed(*args, **kwargs):
+            result = step(*args, **kwargs)
+            self._mark_rewritten()
+            self.refresh()
+            return result
+
+        return followed
+
+    original, Requantizer._follow_step = Requantizer._follow_step, careless
+    try:
+        return train_once(rank, "every_step", 14, {"skip": SKIPPED_STEP}, {"tp": 2})
+    finally:
+        Requantizer._follow_step = original
+
+
+def test_the_comparison_notices_quantising_after_a_skipped_step():
+    naive = run_ranks(2, train_with_naive_hook)
+    correct = run_ranks(2, train_once, "every_step", 14, {"skip": SKIPPED_STEP}, {"tp": 2})
+    same = [a == b for a, b in zip(naive[0]["trace"], correct[0]["trace"], strict=True)]
+    assert all(same[: SKIPPED_STEP + 1])
+    assert not any(same[SKIPPED_STEP + 1 :])
+
+
+def train_and_save_raw(rank: int, restore: bool) -> tuple[str, str]:
+    with tiny_run(QuantConfig(requantize="every_step"), tp=2) as run:
+        run.train_step(0)
+        main_as_bf16 = [site.weight.main_param.bfloat16() for site in run.ternary.sites]
+        if restore:
+            with run.ternary.latents():
+                seen = [site.weight.detach().clone() for site in run.ternary.sites]
+        else:
+            seen = [site.weight.detach().clone() for site in run.ternary.sites]
+        after = [site.weight.detach().clone() for site in run.ternary.sites]
+        same = all(torch.equal(a, b) for a, b in zip(main_as_bf16, seen, strict=True))
+        levels = max(row.abs().unique().numel() for w in after for row in w[:4])
+        return same, levels
+
+
+def test_latents_are_the_main_parameters_and_quantised_values_return():
+    assert run_ranks(2, train_and_save_raw, True)[0][0] is True
+    assert run_ranks(2, train_and_save_raw, False)[0][0] is False
+    for _, levels in run_ranks(2, train_and_save_raw, True):
+        assert levels <= 2
