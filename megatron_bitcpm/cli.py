@@ -63,6 +63,138 @@ def train(
     run(load_config(config, set_, env_world_size()), resume)
 
 
+@data_app.command("tokenizer")
+def data_tokenizer(
+    input_: Annotated[
+        list[str],
+        typer.Option("--input", help="File or folder of text or JSONL, or stdlib: ; repeatable."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the new tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of token ids.")] = 4096,
+    sample_mb: Annotated[float, typer.Option(help="Most text to learn from, in MB.")] = 32.0,
+    jsonl_key: Annotated[str, typer.Option(help="Key of the text in JSONL lines.")] = "text",
+    max_bad_lines: Annotated[int, typer.Option(help="Stop after so many bad lines.")] = 100,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+) -> None:
+    """Train a SentencePiece tokenizer; AutoTokenizer loads the folder."""
+    from megatron_bitcpm.data.tokenizer import train_tokenizer
+
+    report = train_tokenizer(
+        input_, output, vocab_size=vocab_size, sample_mb=sample_mb, jsonl_key=jsonl_key,
+        max_bad_lines=max_bad_lines, overwrite=overwrite,
+    )  # fmt: skip
+    _print_json(report)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    input_: Annotated[
+        list[str],
+        typer.Option("--input", help="File or folder of text or JSONL, or stdlib: ; repeatable."),
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="Any Hugging Face tokenizer folder.")],
+    output_prefix: Annotated[Path, typer.Option(help="Prefix of the dataset files.")],
+    valid_fraction: Annotated[
+        float, typer.Option(help="Share of documents to validate on.")
+    ] = 0.03,
+    jsonl_key: Annotated[str, typer.Option(help="Key of the text in JSONL lines.")] = "text",
+    document_chars: Annotated[
+        int, typer.Option(help="Text files are cut into documents of at most so many characters.")
+    ] = 4096,
+    max_bad_lines: Annotated[int, typer.Option(help="Stop after so many bad lines.")] = 100,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,
+) -> None:
+    """Turn text into Megatron datasets, one to train and one to validate on."""
+    from megatron_bitcpm.data.prepare import prepare
+
+    report = prepare(
+        input_, tokenizer, output_prefix, valid_fraction=valid_fraction, jsonl_key=jsonl_key,
+        document_chars=document_chars, max_bad_lines=max_bad_lines, overwrite=overwrite,
+    )  # fmt: skip
+    _print_json(report)
+
+
+@export_app.command("hf")
+def export_hf_command(
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a run (its newest one).")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder; default the run's own.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+) -> None:
+    """Write a pseudo-quantised Hugging Face folder that any Llama runtime loads."""
+    from megatron_bitcpm.checkpoint.hf_folder import export_hf
+
+    _print_json(export_hf(checkpoint, output, tokenizer=tokenizer, overwrite=overwrite))
+
+
+@app.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Checkpoint or run that it was exported from.")
+    ] = None,
+) -> None:
+    """Prove that every group of a folder is ternary and equals the checkpoint, bit for bit."""
+    from megatron_bitcpm.checkpoint.verify import verify
+
+    _print_json(verify(folder, checkpoint))
+
+
+@app.command("generate")
+def generate_command(
+    model: Annotated[Path, typer.Option(help="Hugging Face folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text with transformers."""
+    from megatron_bitcpm.evaluation.generate import generate
+
+    typer.echo(
+        generate(
+            model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            seed=seed,
+        )
+    )  # fmt: skip
+
+
+@bench_app.command("ops")
+def bench_ops_command(
+    rows: Annotated[int, typer.Option(help="Rows of the matrix.")] = 4096,
+    columns: Annotated[int, typer.Option(help="Columns of the matrix.")] = 4096,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 30,
+) -> None:
+    """Time the CPU operators against memory and torch, interleaved in one process."""
+    from megatron_bitcpm.evaluation.bench_ops import bench_ops
+
+    _print_json(bench_ops(rows, columns, rounds=rounds))
+
+
+@bench_app.command("train")
+def bench_train_command(
+    pairs: Annotated[int, typer.Option(help="Interleaved pairs of steps.")] = 12,
+) -> None:
+    """Measure what ternary training costs beside full precision, on 0.5B layer shapes."""
+    from megatron_bitcpm.training.bench_train import bench_train
+
+    _print_json(bench_train(pairs=pairs))
+
+
+@app.command("compare")
+def compare_command(
+    runs: Annotated[list[str], typer.Argument(help="LABEL=RUN_FOLDER, one or more.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG file of the losses.")] = None,
+) -> None:
+    """Compare finished runs on their validation split, with a bigram model as the floor."""
+    from megatron_bitcpm.training.compare import compare_runs
+
+    _print_json(compare_runs(runs, plot))
+
+
 @app.command("config-schema")
 def config_schema() -> None:
     """Print the JSON schema of the YAML file, for editors."""

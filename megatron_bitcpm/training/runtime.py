@@ -66,22 +66,10 @@ def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    rank, world_size = env_rank(), env_world_size()
     device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
-    options = {"backend": platform.collectives, "timeout": timedelta(seconds=COLLECTIVE_TIMEOUT_S)}
-    try:
-        if world_size > 1:
-            torch.distributed.init_process_group(**options)
-        else:
-            torch.distributed.init_process_group(
-                store=torch.distributed.HashStore(), rank=0, world_size=1, **options
-            )
-    except (RuntimeError, ValueError) as error:
-        first_line = str(error).splitlines()[0].rstrip(".")
-        raise BitcpmError.of(
-            "WORLD_SIZE", world_size, f"cannot start {platform.collectives}: {first_line}",
-            "Start the ranks with torchrun",
-        ) from error  # fmt: skip
+    owns_group = not torch.distributed.is_initialized()
+    if owns_group:
+        _start_process_group(platform)
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size
@@ -91,8 +79,8 @@ def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
         yield Runtime(
             platform=platform,
             device=device,
-            rank=rank,
-            world_size=world_size,
+            rank=torch.distributed.get_rank(),
+            world_size=torch.distributed.get_world_size(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
             dp_rank=parallel_state.get_data_parallel_rank(),
@@ -100,4 +88,23 @@ def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
         )
     finally:
         parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+        if owns_group:
+            torch.distributed.destroy_process_group()
+
+
+def _start_process_group(platform: Platform) -> None:
+    rank, world_size = env_rank(), env_world_size()
+    options = {"backend": platform.collectives, "timeout": timedelta(seconds=COLLECTIVE_TIMEOUT_S)}
+    try:
+        if world_size > 1:
+            torch.distributed.init_process_group(**options)
+        else:
+            torch.distributed.init_process_group(
+                store=torch.distributed.HashStore(), rank=rank, world_size=1, **options
+            )
+    except (RuntimeError, ValueError) as error:
+        first_line = str(error).splitlines()[0].rstrip(".")
+        raise BitcpmError.of(
+            "WORLD_SIZE", world_size, f"cannot start {platform.collectives}: {first_line}",
+            "Start the ranks with torchrun",
+        ) from error  # fmt: skip

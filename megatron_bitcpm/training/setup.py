@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,25 +123,3 @@ def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamSchedule
         wsd_decay_steps=settings.lr_wsd_decay_iters or max(1, iters // 5),
         lr_wsd_decay_style=settings.lr_wsd_decay_style,
     )
-
-
-def build_forward_step(device: torch.device) -> Callable[..., Any]:
-    """Return the forward step that Megatron's schedules call with (iterator, model).
-
-    The loss is the sum over tokens together with the count of tokens, so that micro-batches and
-    data-parallel ranks weigh by their tokens.
-    """
-
-    def sum_loss(
-        losses_BS: torch.Tensor, mask_BS: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        total = (losses_BS.float() * mask_BS).sum()
-        tokens = mask_BS.sum()
-        return total, tokens.to(torch.int), {"loss": torch.stack([total.detach(), tokens])}
-
-    def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-        batch = {key: value.to(device) for key, value in next(iterator).items()}
-        losses_BS = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return losses_BS, lambda output: sum_loss(output, batch["loss_mask"])
-
-    return forward_step

@@ -72,11 +72,10 @@ class Trainer:
     """One run on this rank."""
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
-        from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-
         from megatron_bitcpm.data.dataset import build_train_valid_datasets
         from megatron_bitcpm.parallel.weight_stats import CodeSampler
-        from megatron_bitcpm.training.setup import build_forward_step, build_train_state
+        from megatron_bitcpm.training.setup import build_train_state
+        from megatron_bitcpm.training.step import build_forward_step
 
         self.config = config
         self.runtime = runtime
@@ -95,7 +94,6 @@ class Trainer:
         self.state = build_train_state(config, runtime, self.tokenizer.vocab_size)
         self.sampler = CodeSampler(self.state.ternary) if self.state.ternary else None
         self.progress = _Progress()
-        self._schedule = get_forward_backward_func()
         self._forward_step = build_forward_step(runtime.device)
         self._skipped_in_a_row = 0
 
@@ -196,23 +194,18 @@ class Trainer:
     def _run_schedule(
         self, batches: Iterator[dict[str, torch.Tensor]], samples: int, forward_only: bool
     ) -> float:
-        """Run Megatron's schedule over `samples` sequences; return the mean loss over all ranks."""
-        from megatron.core import parallel_state
+        from megatron_bitcpm.training.step import run_schedule
 
         training = self.config.training
-        outputs = self._schedule(
-            forward_step_func=self._forward_step,
-            data_iterator=batches,
-            model=[self.state.chunk],
+        return run_schedule(
+            self.state.chunk,
+            self._forward_step,
+            batches,
             num_microbatches=samples // (training.micro_batch_size * self.runtime.dp_size),
-            seq_length=self.config.data.seq_length,
             micro_batch_size=training.micro_batch_size,
+            seq_length=self.config.data.seq_length,
             forward_only=forward_only,
         )
-        total = torch.stack([output["loss"] for output in outputs]).double().sum(0)
-        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-        loss_sum, tokens = total.tolist()
-        return float(loss_sum / tokens)
 
     @torch.no_grad()
     def evaluate(self) -> float:

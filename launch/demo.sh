@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# From text to a speaking ternary model, by the commands a user would type. Run again, it goes on
+# where it was interrupted; with other TEXT or ITERS it starts anew.
+set -euo pipefail
+TEXT="${TEXT:-stdlib:}"
+OUT="${OUT:-demo-output}"
+ITERS="${ITERS:-}"
+RANKS=2
+
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+run() { printf '\033[2m$ %s\033[0m\n' "$*"; "$@"; }
+
+inputs="TEXT=$TEXT ITERS=$ITERS $(cksum < launch/configs/demo.yaml)"
+if [ -d "$OUT" ] && [ "$(cat "$OUT/.inputs" 2>/dev/null)" != "$inputs" ]; then
+  if [ ! -f "$OUT/.inputs" ]; then
+    echo "OUT=$OUT: the folder exists and is not a demo's. Name another one." >&2
+    exit 2
+  fi
+  rm -rf "$OUT"
+fi
+mkdir -p "$OUT"
+printf '%s' "$inputs" > "$OUT/.inputs"
+
+cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
+export OMP_NUM_THREADS=$(( cores / RANKS > 0 ? cores / RANKS : 1 ))
+# Libraries' notes about absent accelerators would bury the demo.
+export PYTHONWARNINGS=ignore
+
+say "1. tokenizer (SentencePiece) from $TEXT"
+if [ ! -d "$OUT/tokenizer" ]; then
+  run bitcpm data tokenizer --input "$TEXT" --output "$OUT/tokenizer" --vocab-size 2048
+fi
+
+say "2. Megatron dataset"
+if [ ! -f "$OUT/data/text.json" ]; then
+  run bitcpm data prepare --input "$TEXT" --tokenizer "$OUT/tokenizer" --output-prefix "$OUT/data/text"
+fi
+
+train() { # folder, further settings
+  local folder="$OUT/$1"; shift
+  local resume=()
+  [ -f "$folder/latest_checkpointed_iteration.txt" ] && resume=(--resume)
+  [ -n "$ITERS" ] && set -- "$@" --set "training.train_iters=$ITERS" \
+    --set "optimizer.lr_warmup_iters=$(( ITERS / 10 ))" --set "training.eval_interval=$ITERS"
+  run torchrun --standalone --nproc_per_node "$RANKS" -m megatron_bitcpm train \
+    --config launch/configs/demo.yaml --set "data.prefix=$OUT/data/text" \
+    --set "data.tokenizer=$OUT/tokenizer" --set "checkpoint.directory=$folder" "$@" "${resume[@]}"
+}
+
+say "3. ternary pretraining, tensor parallel over $RANKS ranks"
+train ternary
+
+say "4. the same model, seed and tokens in full precision"
+train full-precision --set quant.enabled=false --set optimizer.lr=3.0e-3
+
+say "5. Hugging Face folder"
+run bitcpm export hf --checkpoint "$OUT/ternary" --output "$OUT/hf" --overwrite
+
+say "6. verification against the checkpoint"
+run bitcpm verify "$OUT/hf" "$OUT/ternary"
+
+say "7. summary"
+run python tools/demo_summary.py "$OUT"
