@@ -1,0 +1,164 @@
+"""Checks of Megatron indexed datasets (`.bin` + `.idx`), before Megatron opens them.
+
+Megatron maps both files without looking: a cut index ends in a numpy traceback, and a data file of
+another run gives wrong tokens without any error. Layout of the index, little endian
+(megatron/core/datasets/indexed_dataset.py): 9 bytes magic, uint64 version 1, uint8 dtype code,
+uint64 sequences, uint64 document marks; int32 lengths, int64 byte offsets, int64 document marks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_bitcpm.errors import DataError
+
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_TOKEN_DTYPES: dict[int, Any] = {4: np.int32, 5: np.int64, 8: np.uint16}
+_CHECK_BLOCK = 1 << 22
+_MAX_SCANNED_TOKENS = 1 << 28
+_PREPARE_AGAIN = "Run prepare again, or copy both files from one run"
+
+
+@dataclass(frozen=True)
+class IndexedFiles:
+    """What the index of one split says, after the checks of `check_indexed_files`.
+
+    Attributes:
+        prefix: path without ``.bin`` and ``.idx``.
+        dtype: dtype of the token ids in the data file.
+        sequence_lengths: [documents] int32, tokens of each document.
+        num_tokens: tokens in the data file.
+        fingerprint: hash of the index file; equal for equal document lengths in equal order.
+    """
+
+    prefix: str
+    dtype: np.dtype[Any]
+    sequence_lengths: np.ndarray
+    num_tokens: int
+    fingerprint: str
+
+    def tokens(self) -> np.ndarray:
+        """Return a read-only memory map of all token ids, [num_tokens]."""
+        return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r")
+
+
+def check_indexed_files(prefix: str | os.PathLike[str]) -> IndexedFiles:
+    """Read the index at `prefix` and check that the two files belong together.
+
+    Raises:
+        DataError: a file is missing, empty, cut, of another format, or sizes contradict each other.
+    """
+    prefix = os.fspath(prefix)
+    bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    for path in (idx_path, bin_path):
+        if not path.is_file():
+            raise DataError.of("data", path, "no such file", "Run prepare, or check the prefix")
+    idx_size = idx_path.stat().st_size
+    if idx_size < _HEADER.size:
+        raise DataError.of("data", idx_path, f"cut off at {idx_size} bytes", _PREPARE_AGAIN)
+    # mapped, not read: the ranks of a node share the pages of an index of gigabytes
+    raw = np.memmap(idx_path, dtype=np.uint8, mode="r").data
+    magic, version, code, sequences, marks = _HEADER.unpack_from(raw)
+    if magic != INDEX_MAGIC or version != 1:
+        raise DataError.of(
+            "data", idx_path, "not a Megatron index (wrong magic or version)", _PREPARE_AGAIN
+        )
+    if code not in _TOKEN_DTYPES:
+        raise DataError.of(
+            "data",
+            idx_path,
+            f"dtype code {code} is no token id type (uint16, int32 or int64)",
+            _PREPARE_AGAIN,
+        )
+    expected = _HEADER.size + sequences * (4 + 8) + marks * 8
+    # a multimodal index has one more byte a sequence: not ours either
+    if len(raw) != expected:
+        raise DataError.of(
+            "data", idx_path, f"{len(raw)} bytes, its header says {expected}", _PREPARE_AGAIN
+        )
+    lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size)
+    offsets = np.frombuffer(raw, np.int64, sequences, _HEADER.size + 4 * sequences)
+    ends = np.frombuffer(raw, np.int64, marks, _HEADER.size + 12 * sequences)
+    dtype = np.dtype(_TOKEN_DTYPES[code])
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    if sequences == 0:
+        raise DataError.of("data", prefix, "holds no document", "Give more text to prepare")
+    consistent = (
+        lengths.min() >= 0
+        and marks > 0
+        and ends[-1] == sequences
+        and offsets[0] == 0
+        and np.array_equal(np.diff(offsets), lengths[:-1].astype(np.int64) * dtype.itemsize)
+    )
+    if not consistent:
+        raise DataError.of(
+            "data", idx_path, "lengths and offsets contradict each other", _PREPARE_AGAIN
+        )
+    size = bin_path.stat().st_size
+    if size != num_tokens * dtype.itemsize:
+        raise DataError.of(
+            "data",
+            bin_path,
+            f"{size} bytes, its index says {num_tokens} {dtype.name} tokens, "
+            f"{num_tokens * dtype.itemsize} bytes",
+            _PREPARE_AGAIN,
+        )
+    fingerprint = hashlib.sha256(raw).hexdigest()[:16]
+    return IndexedFiles(prefix, dtype, lengths, num_tokens, fingerprint)
+
+
+def check_token_range(files: IndexedFiles, vocab_size: int) -> None:
+    """Check that every token id is in [0, vocab_size).
+
+    Up to 2**28 tokens are all read (about a second); of more, evenly spread blocks.
+
+    Raises:
+        DataError: an id is outside.
+    """
+    tokens = files.tokens()
+    blocks = -(-len(tokens) // _CHECK_BLOCK)
+    step = max(1, -(-len(tokens) // _MAX_SCANNED_TOKENS))
+    for block in range(0, blocks, step):
+        part = tokens[block * _CHECK_BLOCK : (block + 1) * _CHECK_BLOCK]
+        low, high = int(part.min()), int(part.max())
+        if low < 0 or high >= vocab_size:
+            raise DataError.of(
+                "data",
+                f"{files.prefix}.bin",
+                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}",
+                "Use the tokenizer the data was prepared with",
+            )
+
+
+def manifest_path(data_prefix: str | os.PathLike[str]) -> Path:
+    """Return the path of the manifest that `prepare` writes beside the data."""
+    return Path(f"{os.fspath(data_prefix)}.json")
+
+
+def read_manifest(data_prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the manifest of prepared data, or None for data that other tools wrote.
+
+    Raises:
+        DataError: the file is there and cannot be read.
+    """
+    path = manifest_path(data_prefix)
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest["tokenizer_sha256"], str):
+            raise TypeError("tokenizer_sha256")
+        return dict(manifest)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError.of("data", path, f"not a manifest ({error!r})", "Run prepare again") from (
+            error
+        )

@@ -1,0 +1,225 @@
+"""Text to Megatron indexed datasets: `<prefix>_{train,valid}.{bin,idx}` and `<prefix>.json`.
+
+Documents are read, encoded and written as a stream. The files appear under their final names only
+when all of them are complete; a run that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_bitcpm.data import text as text_source
+from megatron_bitcpm.data.indexed import manifest_path
+from megatron_bitcpm.data.progress import PrepareProgress
+from megatron_bitcpm.data.tokenizer import TextTokenizer, load_tokenizer
+from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.version import __version__
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid")
+_BATCH_DOCUMENTS = 256
+
+
+def prepare(
+    inputs: Iterable[str | os.PathLike[str]],
+    tokenizer_folder: str | os.PathLike[str],
+    output_prefix: str | os.PathLike[str],
+    *,
+    valid_fraction: float = 0.03,
+    jsonl_key: str = "text",
+    document_chars: int = text_source.DOCUMENT_CHARS,
+    max_bad_lines: int = 100,
+    min_tokens: int = 2,
+    threads: int = 0,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Encode documents and write the train and valid splits.
+
+    Each document is its ids followed by the end-of-sequence id. Document number k (from 0) goes to
+    valid when ``k % n == n - 1`` with n = round(1 / valid_fraction), whatever the threads.
+
+    Args:
+        inputs: files, folders or ``stdlib:``, see `text.iter_documents`.
+        tokenizer_folder: see `tokenizer.load_tokenizer`.
+        output_prefix: path and first part of the names of the five files written.
+        valid_fraction: share of documents kept for validation, in (0, 0.5].
+        jsonl_key: key of the text in JSON lines.
+        document_chars: longest document cut from plain text, in characters.
+        max_bad_lines: JSON lines that may be left out.
+        min_tokens: smallest size of a split, in tokens; give sequence length + 1 here to learn now
+            rather than at training whether a split is too short.
+        threads: encoding threads, 0 for all processors.
+        overwrite: replace existing files of this prefix.
+        show_progress: a live line on a terminal, otherwise a plain line every few seconds.
+    Returns:
+        The manifest, also written as ``<prefix>.json``.
+    Raises:
+        DataError: bad input or tokenizer, existing files, or a split that is too short.
+    """
+    if not 0 < valid_fraction <= 0.5:
+        raise DataError.of(
+            "valid_fraction", valid_fraction, "must be in (0, 0.5]", "Use 0.03 for 3 %"
+        )
+    prefix = Path(output_prefix)
+    targets = [Path(f"{prefix}_{split}.{ext}") for split in SPLITS for ext in ("bin", "idx")]
+    targets.append(manifest_path(prefix))
+    existing = [path for path in targets if path.exists()]
+    if existing and not overwrite:
+        raise DataError.of(
+            "output_prefix",
+            prefix,
+            f"{existing[0].name} exists",
+            "Give another prefix, or allow overwriting",
+        )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    files = text_source.list_input_files(inputs)
+    report = text_source.ReadReport()
+    documents = text_source.iter_documents(
+        files,
+        jsonl_key=jsonl_key,
+        document_chars=document_chars,
+        max_bad_lines=max_bad_lines,
+        report=report,
+    )
+    every = round(1 / valid_fraction)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", dir=prefix.parent))
+    try:
+        with PrepareProgress(text_source.total_bytes(files), show_progress) as progress:
+            writer = _SplitWriter(scratch, prefix.name, tokenizer, every)
+            try:
+                for ids in _encode(documents, tokenizer, threads or os.cpu_count() or 1):
+                    writer.add(ids)
+                    progress.update(report, writer.total_tokens)
+            finally:
+                writer.close()
+        _check_splits(writer, report, min_tokens, prefix)
+        manifest = {
+            "version": __version__,
+            "tokenizer_sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "dtype": np.dtype(writer.dtype).name,
+            "valid_every": every,
+            "splits": writer.counts,
+            "input_files": report.files,
+            "input_bytes": report.bytes_read,
+            "chars": report.chars,
+            "bad_lines": report.bad_lines,
+            "skipped_files": report.skipped_files,
+            "problems": report.problems,
+        }
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        (scratch / manifest_path(prefix).name).write_text(text, encoding="utf-8")
+        _publish(scratch, targets)
+    except OSError as error:
+        raise DataError.of(
+            "output_prefix", prefix, f"cannot be written ({error})", "Free space, or another folder"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return manifest
+
+
+def _encode(
+    documents: Iterator[str], tokenizer: TextTokenizer, threads: int
+) -> Iterator[list[int]]:
+    """Yield the ids of each document in order, end token included."""
+    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
+        for ids in tokenizer.encode_batch(batch, threads=threads):
+            ids.append(tokenizer.eos_id)
+            yield ids
+
+
+class _SplitWriter:
+    """One Megatron builder for each split, in the scratch folder."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: TextTokenizer, every: int) -> None:
+        # imported late: Megatron takes two seconds, and `bitcpm --help` should not wait for it
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self.dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self.every = every
+        self.seen = 0
+        self.counts = {split: {"documents": 0, "tokens": 0} for split in SPLITS}
+        self._paths = {split: folder / f"{name}_{split}" for split in SPLITS}
+        self._builders = {
+            split: IndexedDatasetBuilder(f"{path}.bin", dtype=self.dtype)
+            for split, path in self._paths.items()
+        }
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens written so far, both splits."""
+        return sum(count["tokens"] for count in self.counts.values())
+
+    def add(self, ids: list[int]) -> None:
+        """Write one document to its split."""
+        split = "valid" if self.seen % self.every == self.every - 1 else "train"
+        self.seen += 1
+        self._builders[split].add_document(np.array(ids, dtype=self.dtype), [len(ids)])
+        self.counts[split]["documents"] += 1
+        self.counts[split]["tokens"] += len(ids)
+
+    def close(self) -> None:
+        """Write the indexes and close all files."""
+        for split, path in self._paths.items():
+            self._builders[split].finalize(f"{path}.idx")
+
+
+def _check_splits(
+    writer: _SplitWriter, report: text_source.ReadReport, min_tokens: int, prefix: Path
+) -> None:
+    for split, count in writer.counts.items():
+        if count["documents"] == 0 or count["tokens"] < min_tokens:
+            left_out = f", {report.problems[0]}" if report.problems else ""
+            raise DataError.of(
+                "output_prefix",
+                prefix,
+                f"the {split} split has {count['documents']} documents, {count['tokens']} tokens "
+                f"(at least {min_tokens} needed) from {report.documents} documents, "
+                f"{report.files} files{left_out}",
+                "Give more text, smaller document_chars, or a larger valid_fraction"
+                if split == "valid"
+                else "Give more text",
+            )
+
+
+def _publish(scratch: Path, targets: list[Path]) -> None:
+    """Move finished files to their names: data on disk first, the manifest last.
+
+    An old manifest goes first, so that a crash in between never leaves it beside new data.
+    """
+    for target in targets:
+        _sync(scratch / target.name)
+    targets[-1].unlink(missing_ok=True)
+    moved: list[Path] = []
+    try:
+        for target in targets:
+            os.replace(scratch / target.name, target)
+            moved.append(target)
+    except OSError:
+        for target in moved:
+            target.unlink(missing_ok=True)
+        raise
+    _sync(targets[0].parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,193 @@
+"""Train a SentencePiece BPE tokenizer and write it as a Hugging Face folder.
+
+SentencePiece BPE with byte fallback that changes no character: identity normalisation, no prefix
+space, runs of spaces kept and learnt as pieces, so decode(encode(text)) is text. One exception is
+SentencePiece's own: U+2581, its mark for a space, decodes as a space.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_bitcpm.data import text as text_source
+from megatron_bitcpm.data import tokenizer_export as export
+from megatron_bitcpm.errors import DataError
+
+# unknown, bos, eos and 256 bytes
+_RESERVED_PIECES = 3 + 256
+_TRAIN_CHUNK_CHARS = 4096
+
+
+def train_tokenizer(
+    inputs: Iterable[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    vocab_size: int = 4096,
+    sample_mb: float = 32.0,
+    character_coverage: float = 0.9995,
+    jsonl_key: str = "text",
+    max_bad_lines: int = 100,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train a SentencePiece BPE tokenizer and write it as a Hugging Face folder.
+
+    Ids: ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2, then the 256 bytes, then pieces. The result depends on
+    the text and the arguments only, not on time, machine or folder names.
+
+    Args:
+        inputs: files, folders or ``stdlib:``, see `text.iter_documents`.
+        output_dir: folder to write; its parents are made.
+        vocab_size: exact number of ids, at least 300.
+        sample_mb: text to train on, 10**6 characters; of longer input every k-th document is used.
+        character_coverage: share of character occurrences that get a piece of their own, the rest
+            is spelled in bytes. 0.9995 is SentencePiece's advice for large alphabets.
+        jsonl_key: key of the text in JSON lines.
+        max_bad_lines: JSON lines that may be left out.
+        overwrite: replace `output_dir` when it is a tokenizer trained before.
+    Returns:
+        The content of the marker file: vocab_size, sha256, documents and chars used.
+    Raises:
+        DataError: bad input, `output_dir` exists, or `vocab_size` does not fit the text.
+    """
+    output = Path(output_dir)
+    if vocab_size < _RESERVED_PIECES + 41:
+        raise DataError.of("vocab_size", vocab_size, "259 ids are reserved", "Use 300 or more")
+    _check_output_folder(output, overwrite)
+    sample = _TrainingSample(inputs, sample_mb, jsonl_key, max_bad_lines)
+    model = _train_model(sample, vocab_size, character_coverage)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        export.write_hf_files(scratch, model)
+        info = {
+            "vocab_size": vocab_size,
+            "sha256": export.tokenizer_sha256(scratch),
+            "documents": sample.documents,
+            "chars": sample.chars,
+            "character_coverage": character_coverage,
+        }
+        (scratch / export.MARKER_FILE).write_text(
+            json.dumps(info, indent=1) + "\n", encoding="utf-8"
+        )
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        if output.exists():
+            output.rename(scratch / "replaced")
+        # the old folder moves along inside the new one for a moment, then goes
+        scratch.rename(output)
+        shutil.rmtree(output / "replaced", ignore_errors=True)
+    except OSError as error:
+        raise DataError.of(
+            "output_dir", output, f"cannot be written ({error})", "Free space, or another folder"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return info
+
+
+def _check_output_folder(output: Path, overwrite: bool) -> None:
+    """Refuse to replace anything but a tokenizer folder of ours: replacing deletes."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / export.MARKER_FILE).is_file():
+        raise DataError.of(
+            "output_dir", output, "it exists and is no trained tokenizer", "Give a new folder"
+        )
+    if not overwrite:
+        raise DataError.of(
+            "output_dir", output, "it exists", "Give a new folder, or allow overwriting"
+        )
+
+
+class _TrainingSample:
+    """At most `sample_mb` of text, every k-th document, in pieces SentencePiece accepts."""
+
+    def __init__(
+        self,
+        inputs: Iterable[str | os.PathLike[str]],
+        sample_mb: float,
+        jsonl_key: str,
+        max_bad_lines: int,
+    ) -> None:
+        self.files = text_source.list_input_files(inputs)
+        self.limit_chars = int(sample_mb * 1e6)
+        self.stride = max(1, -(-text_source.total_bytes(self.files) // max(1, self.limit_chars)))
+        self.jsonl_key = jsonl_key
+        self.max_bad_lines = max_bad_lines
+        self.documents = 0
+        self.chars = 0
+        self.error: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        # SentencePiece turns an exception of its iterator into a RuntimeError that names a line
+        # of our source and not the reason: end early instead, `_train_model` raises it
+        try:
+            yield from self._sentences()
+        except (Exception, KeyboardInterrupt) as error:
+            self.error = error
+
+    def _sentences(self) -> Iterator[str]:
+        documents = text_source.iter_documents(
+            self.files, jsonl_key=self.jsonl_key, max_bad_lines=self.max_bad_lines
+        )
+        for index, document in enumerate(documents):
+            if index % self.stride:
+                continue
+            if self.chars >= self.limit_chars:
+                return
+            self.documents += 1
+            self.chars += len(document)
+            for start in range(0, len(document), _TRAIN_CHUNK_CHARS):
+                yield document[start : start + _TRAIN_CHUNK_CHARS]
+
+
+def _train_model(sample: _TrainingSample, vocab_size: int, coverage: float) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    failure: Exception | None = None
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=export.UNK_ID,
+            bos_id=export.BOS_ID,
+            eos_id=export.EOS_ID,
+            pad_id=-1,
+            # the default of 4192 bytes would drop longer sentences without a word
+            max_sentence_length=4 * _TRAIN_CHUNK_CHARS + 64,
+            # BPE training hardly uses threads, and the number is stored in the model file
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        failure = error
+    if sample.error is not None:
+        raise sample.error
+    if sample.documents == 0:
+        raise DataError.of(
+            "input", sample.files[0], f"no text in {len(sample.files)} files", "Give more text"
+        )
+    if failure is not None:
+        reason = " ".join(str(failure).split()).rsplit("] ", 1)[-1].rstrip(".")
+        raise DataError.of(
+            "vocab_size",
+            vocab_size,
+            f"SentencePiece cannot train on {sample.chars} characters ({reason})",
+            "Lower vocab_size, or give more text",
+        ) from failure
+    return model.getvalue()

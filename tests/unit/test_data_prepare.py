@@ -1,0 +1,189 @@
+"""Text to indexed datasets: contents, split, manifest, atomicity."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_bitcpm.data import prepare as prepare_module
+from megatron_bitcpm.data.indexed import read_manifest
+from megatron_bitcpm.data.prepare import prepare
+from megatron_bitcpm.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.version import __version__
+
+TEXTS = [f"document {i}\n\twith  two spaces {'word ' * (i % 13)}\n" for i in range(1000)]
+FILES = ["d.json", "d_train.bin", "d_train.idx", "d_valid.bin", "d_valid.idx"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A folder with 1000 documents (`a.jsonl`) and a tokenizer (`tok`)."""
+    path = tmp_path_factory.mktemp("prepare")
+    lines = [json.dumps({"text": text}) for text in TEXTS]
+    (path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    train_tokenizer([path / "a.jsonl"], path / "tok", vocab_size=320)
+    return path
+
+
+def run(source: Path, out: Path, **options):
+    options = {"show_progress": False, **options}
+    return prepare([source / "a.jsonl"], source / "tok", out / "d", **options)
+
+
+def read_documents(prefix: Path) -> list[list[int]]:
+    """Read with a reader of our own: only lengths from the index, tokens in file order."""
+    raw = Path(f"{prefix}.idx").read_bytes()
+    count = int.from_bytes(raw[18:26], "little")
+    lengths = np.frombuffer(raw, np.int32, count, 34)
+    tokens = np.fromfile(f"{prefix}.bin", np.uint16)
+    assert len(tokens) == lengths.sum()
+    return [part.tolist() for part in np.split(tokens, np.cumsum(lengths)[:-1])]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_nth_document_is_validation_and_all_end_in_eos(source, tmp_path):
+    run(source, tmp_path, valid_fraction=0.1)
+    tokenizer = load_tokenizer(source / "tok")
+    for split, wanted in (
+        ("valid", TEXTS[9::10]),
+        ("train", [text for i, text in enumerate(TEXTS) if i % 10 != 9]),
+    ):
+        documents = read_documents(tmp_path / f"d_{split}")
+        assert [tokenizer.decode(ids[:-1]) for ids in documents] == wanted
+        assert all(ids[-1] == 2 and 2 not in ids[:-1] for ids in documents)
+    assert names(tmp_path) == FILES
+
+
+def test_megatron_reads_the_same(source, tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    run(source, tmp_path)
+    dataset = IndexedDataset(str(tmp_path / "d_train"))
+    documents = read_documents(tmp_path / "d_train")
+    assert [dataset[i].tolist() for i in range(len(dataset))] == documents
+    assert dataset.document_indices.tolist() == list(range(len(documents) + 1))
+
+
+def test_result_does_not_depend_on_threads(source, tmp_path, monkeypatch):
+    run(source, tmp_path, threads=1)
+    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 7)
+    (tmp_path / "other").mkdir()
+    run(source, tmp_path / "other", threads=3)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
+
+
+def test_manifest(source, tmp_path):
+    manifest = run(source, tmp_path, valid_fraction=0.03)
+    assert manifest == read_manifest(tmp_path / "d")
+    assert manifest["version"] == __version__
+    assert manifest["tokenizer_sha256"] == load_tokenizer(source / "tok").sha256
+    assert (manifest["vocab_size"], manifest["eos_id"], manifest["dtype"]) == (320, 2, "uint16")
+    for split, documents in (("train", 970), ("valid", 30)):  # every 33rd of 1000
+        count = manifest["splits"][split]
+        assert count["documents"] == documents
+        assert count["tokens"] == (tmp_path / f"d_{split}.bin").stat().st_size // 2
+    assert manifest["bad_lines"] == manifest["skipped_files"] == 0
+    assert manifest["chars"] == sum(map(len, TEXTS))
+
+
+def test_bad_lines_are_in_the_manifest(source, tmp_path):
+    good = (source / "a.jsonl").read_text()
+    (tmp_path / "b.jsonl").write_text("{broken\n" + good)
+    manifest = prepare([tmp_path / "b.jsonl"], source / "tok", tmp_path / "d", show_progress=False)
+    assert manifest["bad_lines"] == 1
+    assert "b.jsonl:1: not JSON" in manifest["problems"][0]
+    assert sum(count["documents"] for count in manifest["splits"].values()) == 1000
+
+
+def test_wide_vocabularies_get_int32(source, tmp_path, monkeypatch):
+    class Wide(SentencePieceTokenizer):
+        def __init__(self, folder):
+            super().__init__(folder)
+            self.vocab_size = 70_000
+
+        def encode_batch(self, texts, threads=1):
+            return [[69_999] * 3 for _ in texts]
+
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda folder: Wide(Path(folder)))
+    assert run(source, tmp_path)["dtype"] == "int32"
+    assert np.fromfile(tmp_path / "d_valid.bin", np.int32)[:5].tolist() == [69_999] * 3 + [2, 69999]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_failure_in_the_middle_leaves_nothing(source, tmp_path, monkeypatch, failure):
+    encode = SentencePieceTokenizer.encode_batch
+    calls = []
+
+    def fail_later(self, texts, threads=1):
+        calls.append(len(list(tmp_path.iterdir())))
+        if len(calls) == 3:
+            raise failure
+        return encode(self, texts, threads)
+
+    monkeypatch.setattr(SentencePieceTokenizer, "encode_batch", fail_later)
+    with pytest.raises(type(failure)):
+        run(source, tmp_path)
+    assert calls == [1, 1, 1]  # there was something to clean up
+    assert names(tmp_path) == []
+
+
+def test_failure_keeps_the_old_files(source, tmp_path, monkeypatch):
+    run(source, tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in FILES}
+    with pytest.raises(DataError, match="max_bad_lines"):
+        run(source, tmp_path, jsonl_key="wrong", overwrite=True)
+    assert {name: (tmp_path / name).read_bytes() for name in FILES} == before
+    assert names(tmp_path) == FILES
+
+
+def test_failed_rename_leaves_nothing(source, tmp_path, monkeypatch):
+    import os
+
+    replace, moved = os.replace, []
+
+    def fail_third(old, new):
+        if len(moved) == 2:
+            raise OSError(28, "No space left on device")
+        moved.append(new)
+        replace(old, new)
+
+    monkeypatch.setattr(prepare_module.os, "replace", fail_third)
+    with pytest.raises(DataError, match="No space left on device"):
+        run(source, tmp_path)
+    assert len(moved) == 2
+    assert names(tmp_path) == []
+
+
+def test_existing_files_need_overwrite(source, tmp_path):
+    run(source, tmp_path)
+    with pytest.raises(DataError, match=r"output_prefix=.*d: d_train\.bin exists"):
+        run(source, tmp_path)
+    assert run(source, tmp_path, overwrite=True, valid_fraction=0.5)["valid_every"] == 2
+
+
+def test_short_splits_are_errors_that_leave_nothing(source, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "one"}\n' * 5)
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="the valid split has 0 documents, 0 tokens"):
+        prepare([tmp_path / "one.jsonl"], source / "tok", out / "d", show_progress=False)
+    with pytest.raises(DataError, match=r"the train split has .* \(at least 100000 needed\)"):
+        run(source, out, min_tokens=100_000)
+    with pytest.raises(DataError, match=r"valid_fraction=0\.9: must be in"):
+        run(source, out, valid_fraction=0.9)
+    assert names(out) == []
+
+
+def test_progress_is_plain_lines_without_a_terminal(source, tmp_path, capsys):
+    run(source, tmp_path, show_progress=True)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "1,000 lines" in captured.err
+    assert "1,000 documents" in captured.err
+    assert "\r" not in captured.err
+    assert "\x1b" not in captured.err
