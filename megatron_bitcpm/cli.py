@@ -179,7 +179,7 @@ def bench_train_command(
     pairs: Annotated[int, typer.Option(help="Interleaved pairs of steps.")] = 12,
 ) -> None:
     """Measure what ternary training costs beside full precision, on 0.5B layer shapes."""
-    from megatron_bitcpm.training.bench_train import bench_train
+    from megatron_bitcpm.evaluation.bench_train import bench_train
 
     _print_json(bench_train(pairs=pairs))
 
@@ -190,7 +190,7 @@ def compare_command(
     plot: Annotated[Path | None, typer.Option(help="PNG file of the losses.")] = None,
 ) -> None:
     """Compare finished runs on their validation split, with a bigram model as the floor."""
-    from megatron_bitcpm.training.compare import compare_runs
+    from megatron_bitcpm.evaluation.compare import compare_runs
 
     _print_json(compare_runs(runs, plot))
 

@@ -54,7 +54,7 @@ class ModelConfig(_Section):
         False, description="Tie the input embedding and the output layer."
     )
     make_vocab_size_divisible_by: int = Field(
-        64, ge=1, description="The embedding is padded to a multiple of this times tp."
+        128, ge=1, description="The embedding is padded to a multiple of this; tp must divide it."
     )
 
     @property
@@ -71,7 +71,11 @@ class QuantConfig(_Section):
     group_size: int = Field(
         -1, ge=-1, description="Inputs per scale; must divide the row; -1 is the whole row."
     )
-    eps: float = Field(1e-5, gt=0, description="Smallest scale, in units of the weight.")
+    eps: float = Field(
+        1e-5,
+        ge=2.0**-126,
+        description="Smallest scale, in units of the weight; a normal float32.",
+    )
     scale_sync: Literal["exact", "local"] = Field(
         "exact",
         description="Row-parallel layers with group_size -1: exact = the scale of the full row, "
@@ -188,7 +192,7 @@ class RunConfig(_Section):
 
     def to_yaml(self) -> str:
         """Return the fully resolved configuration as YAML."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
 
 
 def _cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -217,7 +221,12 @@ def _cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
             f"does not divide num_attention_heads {model.num_attention_heads}",
             f"Use {_divisors_text(model.num_attention_heads)}",
         )  # fmt: skip
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    for name in (
+        "num_attention_heads",
+        "num_query_groups",
+        "ffn_hidden_size",
+        "make_vocab_size_divisible_by",
+    ):
         value = getattr(model, name)
         if value % tp:
             yield format_problem(

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_bitcpm.data.tokenizer import load_tokenizer
+from megatron_bitcpm.evaluation.compare import compare_runs
 from megatron_bitcpm.evaluation.generate import generate
-from megatron_bitcpm.training.compare import compare_runs
 
 PROMPT_TOKENS = 12
 

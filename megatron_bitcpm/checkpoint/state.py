@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.parallel.adam_step import unshare_adam_steps
@@ -98,8 +98,10 @@ def load_state(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> dict
     state = _sharded_state(model, optimizer, scheduler, {}, is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(folder))
-    except (CheckpointingException, RuntimeError, KeyError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300].rstrip(".")
+    except (Exception, CheckpointException) as error:
+        # Damaged files fail inside torch's, zip's or pickle's code with whatever these raise; torch
+        # collects the failures of all ranks in a BaseException of its own.
+        reason = " ".join(str(error).split())[-300:].rstrip(".")
         raise CheckpointError.of(
             "checkpoint", folder, f"cannot be loaded: {reason}",
             "Use the configuration in the folder's bitcpm_config.yaml and the same layout",

@@ -25,9 +25,13 @@ def count_ternary_linears(model: ModelConfig, quant: QuantConfig) -> int | None:
     return LINEARS_PER_LAYER * (model.num_layers - edges)
 
 
-def pad_vocab_size(vocab_size: int, model: ModelConfig, tp_size: int) -> int:
-    """Return the rows of the embedding: vocab_size up to a multiple that tp_size divides."""
-    multiple = model.make_vocab_size_divisible_by * tp_size
+def pad_vocab_size(vocab_size: int, model: ModelConfig) -> int:
+    """Return the rows of the embedding; the same for every tensor-parallel size.
+
+    Padded rows take part in the softmax of training, so a padding that grew with tp would make the
+    loss depend on the layout.
+    """
+    multiple = model.make_vocab_size_divisible_by
     return -(-vocab_size // multiple) * multiple
 
 

@@ -8,6 +8,7 @@ the same place are noticed instead of silently undone.
 from __future__ import annotations
 
 import importlib
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ from typing import Any
 from megatron_bitcpm.errors import BitcpmError
 
 _ABSENT = object()
+
+
+def _own_attribute(holder: Any, name: str) -> Any:
+    """Return what a module or class itself holds under a name, not what it inherits."""
+    if isinstance(holder, types.ModuleType):
+        return getattr(holder, name, _ABSENT)
+    return vars(holder).get(name, _ABSENT)
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class PatchSet:
         try:
             for patch in self.patches:
                 holder, name = patch.resolve()
-                own = vars(holder).get(name, _ABSENT)
+                own = _own_attribute(holder, name)
                 original = getattr(holder, name, _ABSENT)
                 if original is _ABSENT and not patch.instead_of_absent:
                     raise BitcpmError.of(
@@ -90,7 +98,7 @@ class PatchSet:
         foreign = []
         while self._applied:
             patch, holder, name, own, replacement = self._applied.pop()
-            if vars(holder).get(name, _ABSENT) is not replacement:
+            if _own_attribute(holder, name) is not replacement:
                 foreign.append(patch.target)
             elif own is _ABSENT:
                 delattr(holder, name)

@@ -59,7 +59,7 @@ def build_train_state(config: RunConfig, runtime: Runtime, vocab_size: int) -> T
         vocab_size: ids of the tokenizer.
     """
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    padded_vocab_size = pad_vocab_size(vocab_size, config.model, runtime.tp_size)
+    padded_vocab_size = pad_vocab_size(vocab_size, config.model)
     transformer = build_transformer_config(
         config.model, dtype, runtime.tp_size, config.training.recompute
     )

@@ -120,7 +120,6 @@ class Trainer:
         batches = self._batches(self.train_data, self.progress.consumed_samples)
         meter = _Meter()
         valid_loss: float | None = None
-        saved_at = self.progress.iteration
         while self.progress.iteration < training.train_iters:
             loss, grad_norm = self.step(batches)
             iteration = self.progress.iteration
@@ -140,9 +139,7 @@ class Trainer:
             interval = self.config.checkpoint.save_interval
             if is_last or (interval and iteration % interval == 0):
                 self.save_checkpoint(valid_loss)
-                saved_at = iteration
                 meter.restart_clock()
-        assert saved_at == training.train_iters
 
     def describe(self) -> str:
         """Return the start-up report: layout, model, what is ternary."""
@@ -150,7 +147,8 @@ class Trainer:
         parameters = sum(p.numel() for p in model.parameters())
         lines = [
             f"{place.platform.name}: {place.world_size} rank(s), tp {place.tp_size}, "
-            f"dp {place.dp_size}; {parameters:,} parameters on this rank",
+            f"dp {place.dp_size}; {self.config.model.architecture}, "
+            f"{parameters:,} parameters on this rank",
         ]
         if self.state.ternary:
             lines.append(self.state.ternary.report())
