@@ -51,7 +51,7 @@ say "3. ternary pretraining, tensor parallel over $RANKS ranks"
 train ternary
 
 say "4. the same model, seed and tokens in full precision"
-train full-precision --set quant.enabled=false --set optimizer.lr=3.0e-3
+train full-precision --set quant.enabled=false --set optimizer.lr=1.5e-3
 
 say "5. Hugging Face folder"
 run bitcpm export hf --checkpoint "$OUT/ternary" --output "$OUT/hf" --overwrite

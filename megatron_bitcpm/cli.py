@@ -148,7 +148,7 @@ def generate_command(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0 among all.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a text with transformers."""
@@ -156,7 +156,7 @@ def generate_command(
 
     typer.echo(
         generate(
-            model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+            model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
             seed=seed,
         )
     )  # fmt: skip

@@ -19,8 +19,10 @@ def read_prompt(folder: Path) -> str:
     """Return the beginning of the first validation document."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    tokens = IndexedDataset(str(folder / "data" / "text_valid"))[0][:PROMPT_TOKENS]
-    return load_tokenizer(folder / "tokenizer").decode(tokens.tolist())
+    # Documents are views of the memory map, which goes away with the dataset.
+    dataset = IndexedDataset(str(folder / "data" / "text_valid"))
+    tokens = dataset[0][:PROMPT_TOKENS].tolist()
+    return load_tokenizer(folder / "tokenizer").decode(tokens)
 
 
 def main() -> None:
@@ -49,7 +51,7 @@ def main() -> None:
     prompt = read_prompt(folder)
     console.print("\nA sample of the ternary model (transformers, from the Hugging Face folder):")
     console.print(f"[bold]{prompt!r}[/bold] ->", markup=True)
-    console.print(generate(folder / "hf", prompt, max_new_tokens=96), markup=False)
+    console.print(generate(folder / "hf", prompt, max_new_tokens=96, temperature=0.7), markup=False)
     console.print(
         f"""
 Hugging Face folder     {folder / "hf"}

@@ -1,4 +1,4 @@
-"""What ternary training costs: the operators' share of a step, and steps A/B against full precision.
+"""What ternary training costs: the operators' share of a step, and steps A/B.
 
 One process, one rank, synthetic tokens, the layer shapes of the 0.5B model. The vocabulary is kept
 small on purpose: a real one adds work that no quantiser touches and would flatter the ratios.

@@ -1,9 +1,9 @@
 """The CPU platform: stock megatron-core trains on gloo, unedited.
 
-Megatron names CUDA in literals (``device='cuda'``), in type strings (``torch.cuda.FloatTensor``) and
-through `torch.cuda` calls. What is replaced here is what *torch* answers, never a file of Megatron;
-the technique is that of Ascend's ``transfer_to_npu``. On a machine with an accelerator nothing of
-this is used. CUDA's and the CPU's random generators become one stream.
+Megatron names CUDA in literals (``device='cuda'``), in type strings (``torch.cuda.FloatTensor``)
+and through `torch.cuda` calls. What is replaced here is what *torch* answers, never a file of
+Megatron; the technique is that of Ascend's ``transfer_to_npu``. On a machine with an accelerator
+nothing of this is used. CUDA's and the CPU's random generators become one stream.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_bitcpm.platforms.patch import Patch, PatchSet
 
@@ -189,4 +190,7 @@ def _cpu_patches() -> list[Patch]:
 @functools.cache
 def cpu_patches() -> PatchSet:
     """Return the process's one set of CPU replacements (nothing is applied by this call)."""
+    # `with torch.device(...)` knows the factories by identity, from a list made at its first use;
+    # made after our wrappers are in place it would miss the originals that they call.
+    _device_constructors()
     return PatchSet("cpu", _cpu_patches())

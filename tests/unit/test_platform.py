@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -52,6 +55,17 @@ def test_cuda_literals_mean_the_cpu(patches):
         event.record()
         assert event.query()
     assert made.type() == "torch.FloatTensor"
+
+
+def test_device_contexts_still_work():
+    code = (
+        "import torch;"
+        "from megatron_bitcpm.platforms.cpu import cpu_patches; cpu_patches().apply();"
+        "torch.set_default_device(None)\n"
+        "with torch.device('meta'): print(torch.empty(2).device, torch.arange(3).device)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["meta", "meta"]
 
 
 def test_every_replacement_says_why(patches):
