@@ -164,14 +164,16 @@ def generate_command(
 
 @bench_app.command("ops")
 def bench_ops_command(
-    rows: Annotated[int, typer.Option(help="Rows of the matrix.")] = 4096,
-    columns: Annotated[int, typer.Option(help="Columns of the matrix.")] = 4096,
-    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 30,
+    out_features: Annotated[int, typer.Option(help="Rows of the weight.")] = 4096,
+    in_features: Annotated[int, typer.Option(help="Columns of the weight.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    group_size: Annotated[int, typer.Option(help="Inputs per scale; -1 is the row.")] = -1,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 31,
 ) -> None:
     """Time the CPU operators against memory and torch, interleaved in one process."""
     from megatron_bitcpm.evaluation.bench_ops import bench_ops
 
-    _print_json(bench_ops(rows, columns, rounds=rounds))
+    _print_json(bench_ops(out_features, in_features, dtype, group_size, rounds))
 
 
 @bench_app.command("train")

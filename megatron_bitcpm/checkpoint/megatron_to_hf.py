@@ -1,0 +1,277 @@
+"""The table from Megatron to Hugging Face for Llama, with or without quantisation.
+
+    Megatron (fused)                              Hugging Face
+    embedding.word_embeddings.weight              model.embed_tokens.weight    without padding rows
+    self_attention.linear_qkv.layer_norm_weight   input_layernorm.weight
+    self_attention.linear_qkv.weight              self_attn.{q,k,v}_proj.weight
+    self_attention.linear_proj.weight             self_attn.o_proj.weight
+    mlp.linear_fc1.layer_norm_weight              post_attention_layernorm.weight
+    mlp.linear_fc1.weight                         mlp.{gate,up}_proj.weight
+    mlp.linear_fc2.weight                         mlp.down_proj.weight
+    decoder.final_layernorm.weight                model.norm.weight
+    output_layer.weight                           lm_head.weight               absent when tied
+
+The rows of linear_qkv are interleaved by query group: its query heads, its key head, its value
+head. Those of linear_fc1 are all of gate, then all of up. Only rows move, and groups run along the
+inputs, so a fused weight is quantised whole and split afterwards.
+
+The ternary values are those of the training forward, bit for bit: the same operator on the same
+latent weight, rows that were sharded summed in the same slices and order.
+
+Shape legend: O out, I in, G groups per row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from megatron_bitcpm import ops
+from megatron_bitcpm.checkpoint.reader import CheckpointReader
+from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.quant.groups import ShardedGroups, abs_sums_sliced, resolve_sharded_groups
+from megatron_bitcpm.quant.selection import is_excluded
+
+NUMERICS = ("fp32",)
+"""Arithmetics of a quantiser stamp that this module reproduces."""
+
+
+@dataclass(frozen=True)
+class FusedLinear:
+    """One of Megatron's four linears of a layer.
+
+    Attributes:
+        name: below ``decoder.layers.N``.
+        hf_names: below ``model.layers.N``, in the order in which `split` returns the parts.
+        row_parallel: whether tensor parallelism shards the inputs.
+    """
+
+    name: str
+    hf_names: tuple[str, ...]
+    row_parallel: bool
+
+    def split(self, weight: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+        """Split a fused weight, [O, I], into the rows of its projections."""
+        if len(self.hf_names) == 3:
+            return split_qkv(weight, model)
+        return tuple(weight.chunk(len(self.hf_names)))
+
+
+LINEARS = (
+    FusedLinear(
+        "self_attention.linear_qkv",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        row_parallel=False,
+    ),
+    FusedLinear("self_attention.linear_proj", ("self_attn.o_proj",), row_parallel=True),
+    FusedLinear("mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj"), row_parallel=False),
+    FusedLinear("mlp.linear_fc2", ("mlp.down_proj",), row_parallel=True),
+)
+_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
+}
+_EMBEDDING = "embedding.word_embeddings.weight"
+_OUTPUT = "output_layer.weight"
+_FINAL_NORM = "decoder.final_layernorm.weight"
+
+
+def split_qkv(weight: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+    """Split a fused qkv weight into q, k and v.
+
+    Args:
+        weight: [groups * (heads_per_group + 2) * head_dim, I], interleaved by query group.
+        model: the architecture.
+    Returns:
+        q [heads * head_dim, I], k and v [groups * head_dim, I].
+    """
+    in_features = weight.shape[1]
+    heads = model.num_attention_heads // model.num_query_groups
+    grouped = weight.view(model.num_query_groups, heads + 2, model.head_dim, in_features)
+    parts = grouped.split((heads, 1, 1), dim=1)
+    return tuple(part.reshape(-1, in_features) for part in parts)
+
+
+@dataclass(frozen=True)
+class QuantizerStamp:
+    """The quantiser that a checkpoint was trained with.
+
+    Attributes:
+        quant: its configuration.
+        tp_size: tensor-parallel size of the training; decides the slices of sharded rows.
+    """
+
+    quant: QuantConfig
+    tp_size: int
+
+    def groups_of(
+        self, linear: FusedLinear, in_features: int, layer: int, num_layers: int
+    ) -> ShardedGroups | None:
+        """How the groups of a linear lie; None where it stayed in full precision."""
+        name = f"decoder.layers.{layer}.{linear.name}"
+        if is_excluded(name, layer, num_layers, self.quant):
+            return None
+        return resolve_sharded_groups(
+            in_features,
+            self.tp_size,
+            self.quant.group_size,
+            "row" if linear.row_parallel else "column",
+            self.quant.scale_sync,
+        )
+
+
+def read_stamp(reader: CheckpointReader) -> QuantizerStamp | None:
+    """Return the quantiser of a checkpoint, None where it was trained in full precision.
+
+    Raises:
+        CheckpointError: the stamp is damaged, or of a quantiser unknown here.
+    """
+    stamp = reader.state.get("quantizer")
+    if stamp is None:
+        return None
+    try:
+        fields = {key: stamp[key] for key in QuantConfig.model_fields if key in stamp}
+        quant = QuantConfig(**fields)
+        tp_size, numerics = int(stamp["tensor_model_parallel_size"]), stamp["numerics"]
+    except (ValidationError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise CheckpointError.of(
+            "quantizer", reader.folder, f"unreadable stamp: {reason}",
+            "Use the package version that wrote the checkpoint",
+        ) from error  # fmt: skip
+    if numerics not in NUMERICS:
+        raise CheckpointError.of(
+            "numerics", numerics, f"the checkpoint's codes need {' or '.join(NUMERICS)}",
+            "Use the package version that wrote the checkpoint",
+        )  # fmt: skip
+    return QuantizerStamp(quant, tp_size)
+
+
+def fake_quantize_full(
+    w_OI: torch.Tensor, groups: ShardedGroups, tp_size: int, eps: float
+) -> torch.Tensor:
+    """Return the wq that all ranks of the training held together.
+
+    Args:
+        w_OI: full latent weight, [O, I], in the dtype of the training.
+        groups: from `QuantizerStamp.groups_of`.
+        tp_size: tensor-parallel size of the training.
+        eps: smallest scale.
+    Returns:
+        wq_OI, dtype of w.
+    """
+    if groups.needs_sum_exchange:
+        scales_OG = ops.scales_from_sums(abs_sums_sliced(w_OI, tp_size), groups.scale_len, eps)
+        return ops.fake_quantize_with_scales(w_OI, scales_OG)
+    return ops.fake_quantize(w_OI, groups.scale_len, eps)
+
+
+def read_forward_weight(
+    reader: CheckpointReader, stamp: QuantizerStamp | None, linear: FusedLinear, layer: int
+) -> torch.Tensor:
+    """Return the fused weight that the forward multiplies with, [O, I].
+
+    Args:
+        reader: the checkpoint.
+        stamp: its quantiser; None returns the stored weight.
+        linear: one of `LINEARS`.
+        layer: global layer number, from 0.
+    """
+    w_OI = reader.layer_tensor(f"{linear.name}.weight", layer)
+    if stamp is None:
+        return w_OI
+    groups = stamp.groups_of(linear, w_OI.shape[1], layer, reader.config.model.num_layers)
+    if groups is None:
+        return w_OI
+    return fake_quantize_full(w_OI, groups, stamp.tp_size, stamp.quant.eps)
+
+
+def list_ternary_tensors(model: ModelConfig, stamp: QuantizerStamp | None) -> dict[str, int]:
+    """Return the ternary Hugging Face tensors: name -> inputs per scale."""
+    if stamp is None:
+        return {}
+    widths = {
+        "self_attention.linear_proj": model.num_attention_heads * model.head_dim,
+        "mlp.linear_fc2": model.ffn_hidden_size,
+    }
+    tensors = {}
+    for layer in range(model.num_layers):
+        for linear in LINEARS:
+            in_features = widths.get(linear.name, model.hidden_size)
+            groups = stamp.groups_of(linear, in_features, layer, model.num_layers)
+            if groups is not None:
+                for name in linear.hf_names:
+                    tensors[f"model.layers.{layer}.{name}.weight"] = groups.scale_len
+    return tensors
+
+
+def iter_hf_tensors(
+    reader: CheckpointReader, quantized: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the Hugging Face model, one at a time.
+
+    Args:
+        reader: the checkpoint.
+        quantized: fake-quantise what training fake-quantised; False yields the latent weights.
+    Yields:
+        (name, contiguous tensor of its own memory, in the dtype of the training).
+
+    Raises:
+        CheckpointError: damaged files, or a non-finite value.
+    """
+    stamp = read_stamp(reader) if quantized else None
+    for name, tensor in _iter_views(reader, stamp):
+        if not tensor.isfinite().all():
+            raise CheckpointError.of(
+                "checkpoint", reader.folder, f"{name} holds a NaN or an infinity",
+                "The run had diverged; use an earlier checkpoint",
+            )  # fmt: skip
+        # Parts of a fused weight share memory, which safetensors refuses.
+        yield name, tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _iter_views(
+    reader: CheckpointReader, stamp: QuantizerStamp | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    model = reader.config.model
+    yield "model.embed_tokens.weight", _read_vocabulary(reader, _EMBEDDING)
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}."
+        for linear in LINEARS:
+            weight = read_forward_weight(reader, stamp, linear, layer)
+            parts = linear.split(weight, model)
+            for name, part in zip(linear.hf_names, parts, strict=True):
+                yield f"{prefix}{name}.weight", part
+        for name, hf_name in _NORMS.items():
+            yield prefix + hf_name, reader.layer_tensor(name, layer)
+    yield "model.norm.weight", reader.tensor(_FINAL_NORM)
+    if not model.share_embeddings_and_output_weights:
+        yield "lm_head.weight", _read_vocabulary(reader, _OUTPUT)
+
+
+def _read_vocabulary(reader: CheckpointReader, name: str) -> torch.Tensor:
+    """Read an embedding without the rows that only pad it, [V, H]."""
+    vocab_size = vocabulary_size(reader)
+    tensor = reader.tensor(name)
+    if tensor.shape[0] < vocab_size:
+        raise CheckpointError.of(
+            "vocab_size", vocab_size, f"{name} has {tensor.shape[0]} rows",
+            "The checkpoint is damaged; use another one",
+        )  # fmt: skip
+    return tensor[:vocab_size]
+
+
+def vocabulary_size(reader: CheckpointReader) -> int:
+    """Ids of the tokenizer that the checkpoint was trained with."""
+    size: Any = reader.state.get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise CheckpointError.of(
+            "vocab_size", size, f"is no size, in {reader.folder}",
+            "The checkpoint is damaged; use another one",
+        )  # fmt: skip
+    return size

@@ -1,0 +1,277 @@
+"""The proof that a Hugging Face folder holds the ternary model of a checkpoint.
+
+Two questions. Is the folder a ternary model at all: every group of every ternary tensor holds one
+magnitude besides 0, tensors match config.json, ids of the tokenizer fit. And, with a checkpoint,
+is it *that* model: codes and scales equal those of the training forward, everything else is equal
+bit for bit. Tensors are read one at a time.
+
+Codes are read back as sign(wq), scales as max |wq| of the group.
+
+Shape legend: O out, I in, G groups per row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.checkpoint.hf_config import (
+    CONFIG_FILE,
+    llama_config,
+    llama_shapes,
+    read_json,
+    read_tokenizer_ids,
+)
+from megatron_bitcpm.checkpoint.hf_tensors import HfFolder, folder_error
+from megatron_bitcpm.checkpoint.megatron_to_hf import (
+    iter_hf_tensors,
+    list_ternary_tensors,
+    read_stamp,
+    vocabulary_size,
+)
+from megatron_bitcpm.checkpoint.reader import CheckpointReader
+
+QUANTIZER_FILE = "bitcpm_quantizer.json"
+SCALE_BITS = 32
+"""Bits of a packed scale (float32)."""
+
+
+@dataclass
+class _Count:
+    """Totals over the ternary tensors."""
+
+    tensors: int = 0
+    groups: int = 0
+    zeros: int = 0
+    plus: int = 0
+    weights: int = 0
+    other: int = 0
+
+    def add(self, codes_OI: torch.Tensor, group_size: int) -> None:
+        self.tensors += 1
+        self.groups += codes_OI.numel() // group_size
+        self.zeros += int((codes_OI == 0).sum())
+        self.plus += int((codes_OI > 0).sum())
+        self.weights += codes_OI.numel()
+
+    def entropy_bits(self) -> float:
+        counts = (self.zeros, self.plus, self.weights - self.zeros - self.plus)
+        return -sum(n / self.weights * math.log2(n / self.weights) for n in counts if n)
+
+
+@dataclass
+class _Differences:
+    """What is not as in the checkpoint, by tensor."""
+
+    codes: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, int] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
+
+    def compare(
+        self, name: str, found: torch.Tensor, wanted: torch.Tensor, group_size: int | None
+    ) -> None:
+        """Compare a tensor; group_size None means bit for bit."""
+        if group_size is None:
+            bits = torch.int16 if found.element_size() == 2 else torch.int32
+            count = int((found.view(bits) != wanted.view(bits)).sum())
+            self._note(self.values, name, count)
+            return
+        self._note(self.codes, name, int((found.sign() != wanted.sign()).sum()))
+        scales = [w.abs().view(-1, group_size).amax(-1) for w in (found, wanted)]
+        self._note(self.scales, name, int((scales[0] != scales[1]).sum()))
+
+    @staticmethod
+    def _note(counts: dict[str, int], name: str, count: int) -> None:
+        if count:
+            counts[name] = count
+
+    def describe(self) -> str:
+        """Return '' where nothing differs."""
+        parts = []
+        for kind in ("codes", "scales", "values"):
+            counts: dict[str, int] = getattr(self, kind)
+            if counts:
+                listed = ", ".join(f"{name} ({count})" for name, count in list(counts.items())[:5])
+                more = f" and {len(counts) - 5} more tensors" if len(counts) > 5 else ""
+                parts.append(f"{sum(counts.values())} {kind} differ: {listed}{more}")
+        return "; ".join(parts)
+
+
+def verify(folder: str | Path, checkpoint: str | Path | None = None) -> dict[str, Any]:
+    """Prove that a folder is a ternary model, and that of a checkpoint.
+
+    Args:
+        folder: Hugging Face folder written by `export_hf`.
+        checkpoint: checkpoint or run folder it must equal; None checks the folder by itself.
+    Returns:
+        Counts (ternary_tensors, groups, weights, other_parameters), group_sizes, zero_fraction,
+        entropy_bits_per_weight (of the codes), packed_bits_per_weight (2 bits and float32 scales);
+        with a checkpoint also its iteration, compared_tensors, differing_codes, differing_scales
+        and differing_values, all 0.
+
+    Raises:
+        CheckpointError: anything is not so; names the tensor.
+    """
+    folder = Path(folder)
+    if not (folder / QUANTIZER_FILE).is_file():
+        if not folder.is_dir():
+            raise folder_error(
+                folder, "no such folder", "Name a folder written by bitcpm export hf"
+            )
+        raise folder_error(
+            folder, f"not a ternary folder: it has no {QUANTIZER_FILE}",
+            "Export a ternary checkpoint with bitcpm export hf",
+        )  # fmt: skip
+    reader = CheckpointReader(checkpoint) if checkpoint is not None else None
+    return verify_tensors(folder, _read_groups(folder), reader)
+
+
+def verify_tensors(
+    folder: Path, groups: dict[str, int], reader: CheckpointReader | None
+) -> dict[str, Any]:
+    """Check a folder whose ternary tensors are known; arguments and result as `verify`.
+
+    Args:
+        folder: Hugging Face folder.
+        groups: ternary tensor -> inputs per scale; empty for a full-precision model.
+        reader: the checkpoint it must equal, or None.
+    """
+    config = _check_config(folder, reader)
+    count, differences = _Count(), _Differences()
+    compared = 0
+    with HfFolder(folder) as stored:
+        _check_shapes(folder, stored, config, groups)
+        if reader is not None and groups != list_ternary_tensors(
+            reader.config.model, read_stamp(reader)
+        ):
+            raise folder_error(
+                folder, f"{QUANTIZER_FILE} lists other tensors or groups than {reader.folder}"
+            )
+        for name, wanted in _wanted_tensors(stored, reader):
+            found = stored.tensor(name)
+            _check_tensor(folder, name, found, config["torch_dtype"])
+            if name in groups:
+                _check_groups(folder, name, found, groups[name])
+                count.add(found.sign().to(torch.int8), groups[name])
+            else:
+                count.other += found.numel()
+            if wanted is not None:
+                differences.compare(name, found, wanted, groups.get(name))
+                compared += 1
+    if problem := differences.describe():
+        assert reader is not None
+        raise folder_error(folder, f"not the model of {reader.folder}: {problem}")
+    report: dict[str, Any] = {
+        "folder": str(folder),
+        "ternary_tensors": count.tensors,
+        "group_sizes": sorted(set(groups.values())),
+        "groups": count.groups,
+        "weights": count.weights,
+        "other_parameters": count.other,
+    }
+    if count.weights:
+        report |= {
+            "zero_fraction": count.zeros / count.weights,
+            "entropy_bits_per_weight": count.entropy_bits(),
+            "packed_bits_per_weight": 2 + SCALE_BITS * count.groups / count.weights,
+        }
+    if reader is not None:
+        report |= {
+            "checkpoint": str(reader.folder),
+            "iteration": reader.state.get("iteration"),
+            "compared_tensors": compared,
+            "differing_codes": 0,
+            "differing_scales": 0,
+            "differing_values": 0,
+        }
+    return report
+
+
+def _wanted_tensors(
+    stored: HfFolder, reader: CheckpointReader | None
+) -> Iterator[tuple[str, torch.Tensor | None]]:
+    if reader is None:
+        yield from ((name, None) for name in stored.names())
+    else:
+        yield from iter_hf_tensors(reader)
+
+
+def _read_groups(folder: Path) -> dict[str, int]:
+    groups = read_json(folder / QUANTIZER_FILE).get("ternary_tensors")
+    if not isinstance(groups, dict) or not groups:
+        raise folder_error(folder, f"{QUANTIZER_FILE} lists no ternary tensors")
+    return groups
+
+
+def _check_config(folder: Path, reader: CheckpointReader | None) -> dict[str, Any]:
+    """Return config.json, which must fit the tokenizer, and the checkpoint if there is one."""
+    config: dict[str, Any] = read_json(folder / CONFIG_FILE)
+    ids = read_tokenizer_ids(folder)
+    if ids.size > config.get("vocab_size", 0):
+        raise folder_error(
+            folder, f"the tokenizer has {ids.size} ids, config.json vocab_size "
+            f"{config.get('vocab_size')}",
+        )  # fmt: skip
+    if reader is not None:
+        dtype = reader.dtype("embedding.word_embeddings.weight")
+        wanted = llama_config(reader.config.model, dtype, vocabulary_size(reader), ids)
+        for key, value in wanted.items():
+            if key not in config or config[key] != value:
+                raise folder_error(
+                    folder, f"config.json has {key} {config.get(key)!r}, the checkpoint {value!r}"
+                )
+    return config
+
+
+def _check_shapes(
+    folder: Path, stored: HfFolder, config: dict[str, Any], groups: dict[str, int]
+) -> None:
+    try:
+        shapes = llama_shapes(config)
+        config["torch_dtype"]
+    except (KeyError, TypeError) as error:
+        raise folder_error(folder, f"config.json lacks {error}") from error
+    names = set(stored.names())
+    for kind, odd in (("missing", set(shapes) - names), ("unexpected", names - set(shapes))):
+        if odd:
+            raise folder_error(folder, f"{len(odd)} {kind} tensors: {', '.join(sorted(odd)[:5])}")
+    for name, shape in shapes.items():
+        if stored.shape(name) != shape:
+            raise folder_error(
+                folder, f"{name} has shape {list(stored.shape(name))}, config.json calls for "
+                f"{list(shape)}",
+            )  # fmt: skip
+    for name, group_size in groups.items():
+        shape = shapes.get(name, ())
+        if len(shape) != 2 or not isinstance(group_size, int) or group_size < 1:
+            raise folder_error(folder, f"{QUANTIZER_FILE}: {name} with groups of {group_size}")
+        if shape[1] % group_size:
+            raise folder_error(folder, f"{name}: {shape[1]} inputs are no multiple of {group_size}")
+
+
+def _check_tensor(folder: Path, name: str, found: torch.Tensor, dtype: str) -> None:
+    if str(found.dtype) != f"torch.{dtype}":
+        raise folder_error(folder, f"{name} is {found.dtype}, config.json says {dtype}")
+    bad = int((~found.isfinite()).sum())
+    if bad:
+        raise folder_error(folder, f"{name} holds {bad} NaN or infinite values")
+
+
+def _check_groups(folder: Path, name: str, w_OI: torch.Tensor, group_size: int) -> None:
+    """Raise unless each group holds at most one magnitude besides 0."""
+    magnitudes = w_OI.abs().view(w_OI.shape[0], -1, group_size)
+    odd = (magnitudes != 0) & (magnitudes != magnitudes.amax(-1, keepdim=True))
+    if odd.any():
+        row, group = odd.any(-1).nonzero()[0].tolist()
+        values = w_OI.view(w_OI.shape[0], -1, group_size)[row, group].unique().tolist()
+        shown = ", ".join(f"{value:.7g}" for value in values[:8])
+        more = f", ... ({len(values)} values)" if len(values) > 8 else ""
+        raise folder_error(
+            folder, f"{name} is not ternary: row {row}, group {group} of {group_size} inputs holds "
+            f"{shown}{more}",
+        )  # fmt: skip

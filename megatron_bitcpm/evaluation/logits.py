@@ -1,0 +1,154 @@
+"""Logits of a checkpoint's model in Megatron, and their comparison with transformers.
+
+The model is built as a stock GPTModel in float32 on one rank and filled with the matrices that the
+training forward multiplied with. Fused weights go in as Megatron stores them, so that a wrong split
+in the exported folder shows up as other logits.
+
+Shape legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.checkpoint.megatron_to_hf import (
+    LINEARS,
+    read_forward_weight,
+    read_stamp,
+    vocabulary_size,
+)
+from megatron_bitcpm.checkpoint.reader import CheckpointReader
+from megatron_bitcpm.config import ParallelConfig
+from megatron_bitcpm.evaluation.generate import load_hf_model
+
+# Megatron stores the norm in front of a linear under the linear's name.
+_STORED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+@contextmanager
+def megatron_model(checkpoint: str | Path) -> Iterator[torch.nn.Module]:
+    """Hold a checkpoint's model in float32, with the weights of its forward, on one rank.
+
+    Args:
+        checkpoint: a checkpoint, or a run's folder (its newest checkpoint).
+    Yields:
+        A GPTModel in evaluation mode; valid inside the block only.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or does not fill the model.
+    """
+    from megatron_bitcpm.training.runtime import start_runtime
+
+    reader = CheckpointReader(checkpoint)
+    with start_runtime(ParallelConfig(), seed=0) as runtime:
+        from megatron_bitcpm.models.llama import build_llama, build_transformer_config
+
+        model = reader.config.model
+        padded_vocab_size = reader.shape("embedding.word_embeddings.weight")[0]
+        built = build_llama(
+            build_transformer_config(model, torch.float32), model, padded_vocab_size
+        )
+        _fill(built, reader)
+        yield built.to(runtime.device).eval()
+
+
+@torch.no_grad()
+def _fill(built: torch.nn.Module, reader: CheckpointReader) -> None:
+    stamp = read_stamp(reader)
+    linears = {f"{linear.name}.weight": linear for linear in LINEARS}
+    for name, parameter in built.named_parameters():
+        if name.startswith("decoder.layers."):
+            number, _, local = name.removeprefix("decoder.layers.").partition(".")
+            if local in linears:
+                value = read_forward_weight(reader, stamp, linears[local], int(number))
+            else:
+                value = reader.layer_tensor(_STORED_NORMS.get(local, local), int(number))
+        else:
+            value = reader.tensor(name)
+        assert value.shape == parameter.shape, name
+        parameter.copy_(value)
+
+
+@torch.no_grad()
+def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Return float32 logits, [B, S, V], V with the padding of the embedding.
+
+    Args:
+        model: from `megatron_model`.
+        tokens_BS: ids, int64.
+    """
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    logits: torch.Tensor = model(tokens_BS, positions_BS, None)
+    return logits
+
+
+def decode_greedily(
+    model: torch.nn.Module, prompt: list[int], new_tokens: int, vocab_size: int
+) -> list[int]:
+    """Return the most likely continuation, token by token, each from the whole sequence.
+
+    Args:
+        model: from `megatron_model`.
+        prompt: ids, at least one.
+        new_tokens: ids to add.
+        vocab_size: ids of the tokenizer; padding rows are never chosen.
+    """
+    ids = list(prompt)
+    device = next(model.parameters()).device
+    for _ in range(new_tokens):
+        logits = megatron_logits(model, torch.tensor([ids], device=device))
+        ids.append(int(logits[0, -1, :vocab_size].argmax()))
+    return ids[len(prompt) :]
+
+
+@torch.no_grad()
+def compare_with_transformers(
+    checkpoint: str | Path, folder: str | Path, new_tokens: int = 64, seed: int = 0
+) -> dict[str, Any]:
+    """Compare Megatron's model of a checkpoint with transformers' of an exported folder, float32.
+
+    Args:
+        checkpoint: a checkpoint, or a run's folder.
+        folder: Hugging Face folder exported from it.
+        new_tokens: ids to decode greedily, at most the model's longest sequence - 1.
+        seed: of the random prompt and the random sequence that is scored.
+    Returns:
+        max_abs_logit_difference over all positions of a random sequence, largest_logit,
+        greedy_tokens, greedy_tokens_equal (length of the common beginning).
+    """
+    reader = CheckpointReader(checkpoint)
+    vocab_size = vocabulary_size(reader)
+    length = reader.config.model.max_position_embeddings
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BS = torch.randint(vocab_size, (1, length), generator=generator)
+    prompt = tokens_BS[0, : max(1, min(8, length - new_tokens))].tolist()
+    # Loaded before Megatron's platform is prepared: that changes torch for the whole process.
+    reference = load_hf_model(folder, torch.float32)
+    theirs = reference(tokens_BS).logits
+    output = reference.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+    )
+    their_ids = output[0, len(prompt) :].tolist()
+    with megatron_model(checkpoint) as model:
+        device = next(model.parameters()).device
+        ours = megatron_logits(model, tokens_BS.to(device))[..., :vocab_size].cpu()
+        our_ids = decode_greedily(model, prompt, new_tokens, vocab_size)
+    equal = [a == b for a, b in zip(our_ids, their_ids, strict=True)]
+    return {
+        "max_abs_logit_difference": float((ours - theirs).abs().max()),
+        "largest_logit": float(ours.abs().max()),
+        "greedy_tokens": new_tokens,
+        "greedy_tokens_equal": equal.index(False) if False in equal else new_tokens,
+    }

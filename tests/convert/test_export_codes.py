@@ -1,0 +1,133 @@
+"""What is exported is what the training forward multiplied with, bit for bit."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trained_checkpoints import CASES, LAYERS
+
+from megatron_bitcpm.checkpoint.verify import verify
+
+HEADS, GROUPS, HEAD_DIM, FFN = 4, 2, 32, 160
+QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
+FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
+SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("tp2_bf16", "tp2_local")]
+SLOW += [pytest.param("tp2_groups_filters", marks=pytest.mark.slow)]
+TERNARY = ["tp1_untied", "tp2_tied_fp32", *SLOW]
+
+
+def gather_layer(ranks: list[dict], layer: int) -> dict[str, torch.Tensor]:
+    """The seven projections of a layer from the ranks' matrices, one row at a time."""
+    tp = len(ranks)
+
+    def local(kind):
+        name = f"decoder.layers.{layer}.{kind}"
+        return [rank[name] for rank in ranks] if name in ranks[0] else None
+
+    out = {}
+    if qkv := local(QKV):
+        rows = {"q": [], "k": [], "v": []}
+        for group in range(GROUPS):
+            matrix, local_group = qkv[group // (GROUPS // tp)], group % (GROUPS // tp)
+            for slot in range(HEADS // GROUPS + 2):
+                kind = "q" if slot < HEADS // GROUPS else "kv"[slot - HEADS // GROUPS]
+                for channel in range(HEAD_DIM):
+                    row = (local_group * (HEADS // GROUPS + 2) + slot) * HEAD_DIM + channel
+                    rows[kind].append(matrix[row])
+        out |= {f"self_attn.{kind}_proj": torch.stack(r) for kind, r in rows.items()}
+    if fc1 := local(FC1):
+        half = FFN // tp
+        out["mlp.gate_proj"] = torch.stack([fc1[i // half][i % half] for i in range(FFN)])
+        out["mlp.up_proj"] = torch.stack([fc1[i // half][half + i % half] for i in range(FFN)])
+    for kind, name in ((PROJ, "self_attn.o_proj"), (FC2, "mlp.down_proj")):
+        if parts := local(kind):
+            out[name] = torch.cat(parts, dim=1)
+    return out
+
+
+def load_all(folder) -> dict[str, torch.Tensor]:
+    return {k: t for path in folder.glob("*.safetensors") for k, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("case", TERNARY)
+def test_exported_tensors_are_those_of_the_forward(case, trained, exported):
+    run, tensors = trained(case), load_all(exported(case))
+    compared = 0
+    for layer in range(LAYERS):
+        for name, forward in gather_layer(run.forward, layer).items():
+            stored = tensors[f"model.layers.{layer}.{name}.weight"]
+            assert forward.count_nonzero() > 0
+            assert torch.equal(stored.float(), forward), name
+            compared += 1
+    listed = json.loads((exported(case) / "bitcpm_quantizer.json").read_text())["ternary_tensors"]
+    assert len(listed) == compared
+
+
+@pytest.mark.parametrize("case", TERNARY)
+def test_verify_against_the_checkpoint(case, trained, exported):
+    report = verify(exported(case), trained(case).directory)
+    assert report["differing_codes"] == report["differing_scales"] == 0
+    assert report["differing_values"] == 0
+    assert report["iteration"] == 4
+    tied = CASES[case].get("model", {}).get("share_embeddings_and_output_weights", False)
+    assert report["compared_tensors"] == 9 * LAYERS + (2 if tied else 3)
+    assert 1 < report["entropy_bits_per_weight"] < 1.585
+    counted = [t for n, t in load_all(exported(case)).items() if n in groups_of(exported(case))]
+    zeros = sum(int((t == 0).sum()) for t in counted) / sum(t.numel() for t in counted)
+    assert report["zero_fraction"] == pytest.approx(zeros, abs=1e-12)
+
+
+def groups_of(folder) -> dict[str, int]:
+    return json.loads((folder / "bitcpm_quantizer.json").read_text())["ternary_tensors"]
+
+
+@pytest.mark.parametrize(
+    ("case", "o_proj", "down_proj"),
+    [
+        ("tp2_tied_fp32", 128, 160),
+        pytest.param("tp2_local", 64, 80, marks=pytest.mark.slow),
+    ],
+)
+def test_group_sizes_of_sharded_rows(case, o_proj, down_proj, exported):
+    groups = groups_of(exported(case))
+    assert groups["model.layers.0.self_attn.o_proj.weight"] == o_proj
+    assert groups["model.layers.0.mlp.down_proj.weight"] == down_proj
+    assert groups["model.layers.0.mlp.up_proj.weight"] == 48
+
+
+@pytest.mark.slow
+def test_filters_leave_latents_in_place(trained, exported):
+    from megatron_bitcpm.checkpoint.reader import CheckpointReader
+
+    case = "tp2_groups_filters"
+    groups, tensors = groups_of(exported(case)), load_all(exported(case))
+    quant = CASES[case]["quant"]
+    assert not any(name.startswith("model.layers.0.") for name in groups)
+    for layer in range(LAYERS):
+        for site, hf_name in ((PROJ, "self_attn.o_proj"), (FC2, "mlp.down_proj")):
+            name = f"decoder.layers.{layer}.{site}"
+            excluded = layer < 1 or any(fnmatch.fnmatch(name, p) for p in quant["exclude"])
+            key = f"model.layers.{layer}.{hf_name}.weight"
+            assert (key not in groups) == excluded
+            latent = CheckpointReader(trained(case).directory).layer_tensor(f"{site}.weight", layer)
+            assert torch.equal(tensors[key], latent) == excluded
+
+
+def test_padding_rows_are_left_out(trained, exported):
+    from megatron_bitcpm.checkpoint.reader import CheckpointReader
+
+    reader = CheckpointReader(trained("tp1_untied").directory)
+    tensors = load_all(exported("tp1_untied"))
+    for name, hf_name in (
+        ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        ("output_layer.weight", "lm_head.weight"),
+    ):
+        full = reader.tensor(name)
+        assert full.shape[0] == 320
+        assert tensors[hf_name].shape[0] == 300
+        assert torch.equal(tensors[hf_name], full[:300])
+    assert "lm_head.weight" not in load_all(exported("tp2_tied_fp32"))

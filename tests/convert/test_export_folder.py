@@ -1,0 +1,180 @@
+"""The folder as a whole: loads in transformers, is complete or absent, refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+from trained_checkpoints import SEQ
+
+from megatron_bitcpm.checkpoint import hf_folder
+from megatron_bitcpm.checkpoint.hf_folder import export_hf
+from megatron_bitcpm.checkpoint.reader import CheckpointReader
+from megatron_bitcpm.checkpoint.verify import verify
+from megatron_bitcpm.data.tokenizer import load_tokenizer
+from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.evaluation.generate import generate, load_hf_model, load_hf_tokenizer
+
+CASE = "tp1_untied"
+
+
+def test_config_is_a_plain_llama(exported):
+    config = json.loads((exported(CASE) / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rope_scaling"] is None
+    assert config["rope_theta"] == 5000.0
+    assert config["rms_norm_eps"] == 1e-5
+    assert config["head_dim"] == 32
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, None)
+    assert config["torch_dtype"] == "bfloat16"
+    assert config["tie_word_embeddings"] is False
+    with safe_open(exported(CASE) / "model.safetensors", framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+
+
+def test_transformers_loads_it(exported, trained):
+    model = load_hf_model(exported(CASE))
+    assert model.dtype is torch.bfloat16
+    assert model.config.rope_parameters["rope_theta"] == 5000.0
+    assert not model.generation_config.do_sample
+    tokenizer, ours = load_hf_tokenizer(exported(CASE)), load_tokenizer(trained(CASE).tokenizer)
+    assert tokenizer.encode("abc def  g", add_special_tokens=False) == ours.encode("abc def  g")
+    assert load_tokenizer(exported(CASE)).sha256 == ours.sha256
+
+
+def test_generate(exported):
+    folder = exported(CASE)
+    greedy = generate(folder, "abc", max_new_tokens=8)
+    assert greedy == generate(folder, "abc", max_new_tokens=8, seed=5)
+    sampled = generate(folder, "", max_new_tokens=8, temperature=1.0, seed=1)
+    assert sampled == generate(folder, "", max_new_tokens=8, temperature=1.0, seed=1)
+    generate(folder, "a " * 30, max_new_tokens=10 * SEQ)
+    with pytest.raises(BitcpmError, match=r"prompt=.*leaves no room"):
+        generate(folder, "a " * 10 * SEQ)
+    with pytest.raises(BitcpmError, match="temperature=-1"):
+        generate(folder, "a", temperature=-1)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        generate(folder / "absent", "a")
+
+
+def test_record_of_the_quantizer(exported):
+    record = json.loads((exported("tp2_tied_fp32") / "bitcpm_quantizer.json").read_text())
+    assert record["quantizer"]["tensor_model_parallel_size"] == 2
+    assert record["quantizer"]["numerics"] == "fp32"
+    assert record["source"]["iteration"] == 4
+    assert record["source"]["tokens"] == 4 * 4 * SEQ
+    card = (exported("tp2_tied_fp32") / "README.md").read_text()
+    assert "one of -s, 0, s" in card
+    assert "| optimizer steps | 4 |" in card
+    assert "nats per token" in card
+
+
+def test_shards(trained, tmp_path, exported):
+    report = export_hf(trained(CASE).directory, tmp_path / "out", max_shard_bytes=40_000)
+    assert len(report["files"]) > 3
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == report["bytes"]
+    assert set(index["weight_map"].values()) == set(report["files"])
+    whole = load_hf_model(exported(CASE)).state_dict()
+    for name, tensor in load_hf_model(tmp_path / "out").state_dict().items():
+        assert torch.equal(tensor, whole[name])
+    (tmp_path / "out" / report["files"][1]).unlink()
+    with pytest.raises(CheckpointError, match=f"{report['files'][1]} is missing"):
+        verify(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_full_precision_is_an_ordinary_folder(trained, exported, tmp_path):
+    folder, run = exported("full_precision"), trained("full_precision")
+    assert not (folder / "bitcpm_quantizer.json").exists()
+    assert "ternary" not in (folder / "README.md").read_text().lower()
+    latent = CheckpointReader(run.directory).layer_tensor("mlp.linear_fc2.weight", 0)
+    stored = load_hf_model(folder).state_dict()["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(stored, latent)
+    with pytest.raises(CheckpointError, match="not a ternary folder"):
+        verify(folder, run.directory)
+
+
+# -- complete or absent ---------------------------------------------------------------------------
+
+
+def test_output_is_not_replaced_unless_asked(trained, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"output=.*out: exists"):
+        export_hf(trained(CASE).directory, output)
+    with pytest.raises(CheckpointError, match="is no model folder"):
+        export_hf(trained(CASE).directory, output, overwrite=True)
+    assert (output / "mine.txt").read_text() == "x"
+    (output / "config.json").write_text("{}")
+    export_hf(trained(CASE).directory, output, overwrite=True)
+    assert not (output / "mine.txt").exists()
+    verify(output)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("step", ["save_file", "verify_tensors", "sync_folder", "os.rename"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing(step, error, trained, tmp_path, monkeypatch, exported):
+    output = shutil.copytree(exported(CASE), tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    calls = []
+
+    def fail(*args, **kwargs):
+        calls.append(args)
+        # Of the renames the one into place: the old folder is out of the way by then.
+        if (step == "os.rename" and args[1] != output) or len(calls) > 3:
+            return rename(*args, **kwargs)
+        raise error
+
+    rename = hf_folder.os.rename
+    monkeypatch.setattr(hf_folder.os if "." in step else hf_folder, step.split(".")[-1], fail)
+    with pytest.raises((CheckpointError, KeyboardInterrupt)):
+        export_hf(trained(CASE).directory, output, overwrite=True)
+    monkeypatch.undo()
+    assert calls
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_bad_tokenizers(trained, tmp_path):
+    directory = trained(CASE).directory
+    for folder, message in (
+        (tmp_path / "absent", "tokenizer=.*absent: no such folder"),
+        (tmp_path, "holds no vocabulary"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            export_hf(directory, tmp_path / "out", tokenizer=folder)
+    other = shutil.copytree(trained(CASE).tokenizer, tmp_path / "tok")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["vocab"]["zzz"] = 300
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="has 301 ids, the model was trained with 300"):
+        export_hf(directory, tmp_path / "out", tokenizer=other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_checkpoints(trained, tmp_path):
+    with pytest.raises(CheckpointError, match="is neither a checkpoint nor a run"):
+        export_hf(tmp_path, tmp_path / "out")
+    source = CheckpointReader(trained(CASE).directory).folder
+    copy = shutil.copytree(source, tmp_path / source.name)
+    state = json.loads((copy / "bitcpm_state.json").read_text())
+    state["quantizer"]["numerics"] = "bf16_reciprocal"
+    (copy / "bitcpm_state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="numerics=bf16_reciprocal: the checkpoint's codes"):
+        export_hf(copy, tmp_path / "out")
+    # A model of another shape than its configuration says.
+    shutil.copy(source / "bitcpm_state.json", copy)
+    config = yaml.safe_load((copy / "bitcpm_config.yaml").read_text())
+    config["model"]["ffn_hidden_size"] = 80
+    (copy / "bitcpm_config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(CheckpointError, match="has shape"):
+        export_hf(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

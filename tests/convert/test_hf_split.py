@@ -1,0 +1,97 @@
+"""The table itself, on hand-made weights: which row goes where, and which sums make a scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bitcpm import ops
+from megatron_bitcpm.checkpoint.megatron_to_hf import (
+    LINEARS,
+    QuantizerStamp,
+    fake_quantize_full,
+    list_ternary_tensors,
+    split_qkv,
+)
+from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.quant.groups import resolve_sharded_groups
+from megatron_bitcpm.quant.selection import is_excluded
+
+
+def model_config(**changes):
+    values = {
+        "num_layers": 4, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 6,
+        "num_query_groups": 3, "kv_channels": 4, "max_position_embeddings": 8,
+    }  # fmt: skip
+    return ModelConfig(**{**values, **changes})
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 3), (6, 6), (6, 1), (8, 2)])
+def test_qkv_rows(heads, groups):
+    model = model_config(num_attention_heads=heads, num_query_groups=groups)
+    per_group = heads // groups
+    rows = groups * (per_group + 2) * 4
+    fused = torch.arange(rows * 8).view(rows, 8)
+    q, k, v = split_qkv(fused, model)
+    assert q.shape == (heads * 4, 8)
+    assert k.shape == v.shape == (groups * 4, 8)
+    for head in range(heads):
+        start = (head // per_group * (per_group + 2) + head % per_group) * 4
+        assert torch.equal(q[head * 4 : head * 4 + 4], fused[start : start + 4])
+    for group in range(groups):
+        start = (group * (per_group + 2) + per_group) * 4
+        assert torch.equal(k[group * 4 : group * 4 + 4], fused[start : start + 4])
+        assert torch.equal(v[group * 4 : group * 4 + 4], fused[start + 4 : start + 8])
+
+
+def test_gate_is_the_first_half():
+    fused = torch.arange(16 * 8).view(16, 8)
+    fc1 = next(linear for linear in LINEARS if linear.name == "mlp.linear_fc1")
+    gate, up = fc1.split(fused, model_config())
+    assert fc1.hf_names == ("mlp.gate_proj", "mlp.up_proj")
+    assert torch.equal(gate, fused[:8])
+    assert torch.equal(up, fused[8:])
+
+
+def canonical_sum(values: np.ndarray) -> np.float32:
+    lanes = np.zeros(64, np.float32)
+    for i, value in enumerate(np.abs(values)):
+        lanes[i % 64] += value
+    while len(lanes) > 1:
+        lanes = lanes[0::2] + lanes[1::2]
+    return lanes[0]
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_sharded_rows_use_the_slices_of_training(tp_size):
+    w = torch.randn(96, 512)
+    groups = resolve_sharded_groups(512, tp_size, -1, "row", "exact")
+    wq = fake_quantize_full(w, groups, tp_size, 1e-5)
+    for row, wq_row in zip(w.numpy(), wq.numpy(), strict=True):
+        total = np.float32(0)
+        for part in np.split(row, tp_size):
+            total = np.float32(total + canonical_sum(part))
+        scale = np.float32(total * np.float32(1 / 512))
+        assert np.array_equal(wq_row, np.clip(np.rint(row / scale), -1, 1) * scale)
+    # The difference is visible: one sum over the whole row gives other scales.
+    assert not torch.equal(wq, ops.fake_quantize(w, -1, 1e-5))
+
+
+def test_local_scales_are_groups():
+    w = torch.randn(16, 512)
+    groups = resolve_sharded_groups(512, 4, -1, "row", "local")
+    parts = [ops.fake_quantize(part, -1, 1e-5) for part in w.chunk(4, dim=1)]
+    assert groups.scale_len == 128
+    assert torch.equal(fake_quantize_full(w, groups, 4, 1e-5), torch.cat(parts, 1))
+
+
+def test_filters():
+    quant = QuantConfig(full_precision_last_layers=1, exclude=("*.0.mlp.*",))
+    names = list_ternary_tensors(model_config(), QuantizerStamp(quant, 1))
+    assert len(names) == 4 + 7 + 7
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert "model.layers.0.mlp.up_proj.weight" not in names
+    assert names["model.layers.1.self_attn.o_proj.weight"] == 24
+    assert is_excluded("decoder.layers.3.mlp.linear_fc1", 3, 4, quant)
+    assert not is_excluded("decoder.layers.2.mlp.linear_fc1", 2, 4, quant)

@@ -1,0 +1,239 @@
+"""Every kind of damage to a folder or a checkpoint is found and named."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_bitcpm.checkpoint.reader import CheckpointReader
+from megatron_bitcpm.checkpoint.verify import verify
+from megatron_bitcpm.errors import CheckpointError
+
+CASE = "tp1_untied"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+NORM = "model.layers.2.post_attention_layernorm.weight"
+
+
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path, **changes):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **changes}))
+
+
+def refuse(message, folder, checkpoint=None):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        verify(folder, checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+def nonzero_place(w):
+    row, column = w.nonzero()[3].tolist()
+    return row, column
+
+
+def test_a_flipped_sign_needs_the_checkpoint(damaged, trained):
+    folder = damaged(CASE)
+
+    def flip(tensors):
+        place = nonzero_place(tensors[DOWN])
+        tensors[DOWN][place] *= -1
+
+    edit_tensors(folder, flip)
+    verify(folder)
+    refuse(rf"1 codes differ: {re.escape(DOWN)} \(1\)", folder, trained(CASE).directory)
+
+
+def test_differences_are_counted_by_tensor(damaged, trained):
+    folder = damaged(CASE)
+
+    def spoil(tensors):
+        tensors[DOWN][0] = 0
+        tensors["model.layers.0.self_attn.q_proj.weight"][:2] *= 2
+        tensors[NORM][5] += 1
+
+    before = load_file(folder / "model.safetensors")[DOWN][0]
+    edit_tensors(folder, spoil)
+    codes = int(before.count_nonzero())
+    refuse(
+        rf"{codes} codes differ: {re.escape(DOWN)} \({codes}\); 3 scales differ: .*q_proj.weight "
+        rf"\(2\), {re.escape(DOWN)} \(1\); 1 values differ: {re.escape(NORM)} \(1\)",
+        folder,
+        trained(CASE).directory,
+    )
+
+
+def test_an_extra_magnitude(damaged):
+    folder = damaged(CASE)
+
+    def add(tensors):
+        tensors[DOWN][7, 100] = 0.125
+
+    edit_tensors(folder, add)
+    refuse(
+        rf"{re.escape(DOWN)} is not ternary: row 7, group 0 of 160 inputs holds .*0\.125", folder
+    )
+
+
+def test_nan(damaged):
+    folder = damaged(CASE)
+    edit_tensors(folder, lambda tensors: tensors[NORM].fill_(float("nan")))
+    refuse(f"{re.escape(NORM)} holds 48 NaN or infinite values", folder)
+
+
+def test_a_changed_norm(damaged, trained):
+    folder = damaged(CASE)
+    edit_tensors(folder, lambda tensors: tensors[NORM].mul_(1.5))
+    verify(folder)
+    refuse(rf"48 values differ: {re.escape(NORM)} \(48\)", folder, trained(CASE).directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 4}, r"k_proj.weight has shape \[64, 48\], config.json calls for"),
+        ({"num_hidden_layers": 4}, "9 missing tensors: model.layers.3"),
+        ({"num_hidden_layers": 2}, "9 unexpected tensors: model.layers.2"),
+        ({"tie_word_embeddings": True}, "1 unexpected tensors: lm_head.weight"),
+        ({"vocab_size": 200}, "the tokenizer has 300 ids, config.json vocab_size 200"),
+        ({"torch_dtype": "float32"}, "is torch.bfloat16, config.json says float32"),
+    ],
+)
+def test_a_wrong_config(changes, message, damaged):
+    folder = damaged(CASE)
+    edit_json(folder / "config.json", **changes)
+    refuse(message, folder)
+
+
+def test_a_config_of_another_rotary_base_needs_the_checkpoint(damaged, trained):
+    folder = damaged(CASE)
+    edit_json(folder / "config.json", rope_theta=10000.0)
+    verify(folder)
+    refuse("rope_theta 10000.0, the checkpoint 5000.0", folder, trained(CASE).directory)
+
+
+def test_truncated_weights(damaged):
+    folder = damaged(CASE)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refuse("model.safetensors cannot be read", folder)
+
+
+def test_missing_and_stray_files(damaged):
+    folder = damaged(CASE)
+    shutil.copy(folder / "model.safetensors", folder / "old.safetensors")
+    refuse("old.safetensors does not belong to it", folder)
+    (folder / "old.safetensors").unlink()
+    (folder / "model.safetensors").unlink()
+    refuse("model.safetensors is missing", folder)
+
+
+def test_missing_tokenizer(damaged):
+    folder = damaged(CASE)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    refuse("tokenizer=.* holds no vocabulary", folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"model": 3}'])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "bitcpm_quantizer.json"])
+def test_other_json(name, text, damaged):
+    folder = damaged(CASE)
+    (folder / name).write_text(text)
+    refuse("file=|tokenizer=|folder=", folder)
+
+
+def test_a_shortened_list_of_ternary_tensors(damaged, trained):
+    folder = damaged(CASE)
+    path = folder / "bitcpm_quantizer.json"
+    groups = json.loads(path.read_text())["ternary_tensors"]
+    del groups[DOWN]
+    edit_json(path, ternary_tensors=groups)
+    refuse("lists other tensors or groups", folder, trained(CASE).directory)
+
+
+@pytest.mark.slow
+def test_another_checkpoint(exported, trained):
+    refuse("codes differ", exported(CASE), trained("tp2_bf16").directory)
+
+
+def test_not_a_ternary_folder(tmp_path):
+    refuse("not a ternary folder", tmp_path)
+    refuse("no such folder", tmp_path / "absent")
+
+
+# -- damaged checkpoints ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """A copy of a checkpoint, to damage."""
+    source = CheckpointReader(trained(CASE).directory).folder
+    return shutil.copytree(source, tmp_path / source.name)
+
+
+def read_all(checkpoint):
+    reader = CheckpointReader(checkpoint)
+    return [reader.tensor(name) for name in reader.names()]
+
+
+def test_a_missing_file(checkpoint):
+    with pytest.raises(CheckpointError, match=r"tensor \S+ in __0_\d.distcp.* cannot be read"):
+        for path in checkpoint.glob("*.distcp"):
+            path.unlink()
+        read_all(checkpoint)
+
+
+def test_a_truncated_file(checkpoint):
+    for path in checkpoint.glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(CheckpointError, match=r"tensor \S+ in __0_\d.distcp.* cannot be read"):
+        read_all(checkpoint)
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_a_truncated_index(checkpoint, size):
+    path = checkpoint / ".metadata"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"\.metadata: .*damaged"):
+        CheckpointReader(checkpoint)
+
+
+class _Attack:
+    def __reduce__(self):
+        return (print, ("code of the file was run",))
+
+
+def test_an_index_cannot_run_code(checkpoint, capsys):
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(_Attack()))
+    with pytest.raises(CheckpointError, match=r"builtins\.print, which no checkpoint needs"):
+        CheckpointReader(checkpoint)
+    assert "code" not in capsys.readouterr().out
+
+
+def test_absent_names(checkpoint):
+    reader = CheckpointReader(checkpoint)
+    assert not any(name.startswith("optimizer") for name in reader.names())
+    with pytest.raises(CheckpointError, match=r"has no tensor decoder\.layers\.nothing"):
+        reader.layer_tensor("nothing", 0)
+    with pytest.raises(CheckpointError, match=r"layer=3: .* has layers 0 to 2"):
+        reader.layer_tensor("mlp.linear_fc2.weight", 3)
+
+
+def test_a_layer_is_a_slice_of_the_stack(trained):
+    reader = CheckpointReader(trained("tp2_tied_fp32").directory)
+    stacked = reader.tensor("decoder.layers.mlp.linear_fc1.weight")
+    assert stacked.dtype is torch.float32
+    for layer in range(3):
+        assert torch.equal(reader.layer_tensor("mlp.linear_fc1.weight", layer), stacked[layer])
