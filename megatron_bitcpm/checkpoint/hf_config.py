@@ -18,22 +18,6 @@ from megatron_bitcpm.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "bitcpm_tokenizer.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Files of a tokenizer folder that belong to the tokenizer."""
 
 
 @dataclass(frozen=True)

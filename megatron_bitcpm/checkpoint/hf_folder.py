@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from megatron_bitcpm.checkpoint.hf_config import (
     CONFIG_FILE,
     GENERATION_FILE,
-    TOKENIZER_FILES,
     generation_config,
     llama_config,
     read_tokenizer_ids,
@@ -36,14 +35,17 @@ from megatron_bitcpm.checkpoint.megatron_to_hf import (
 )
 from megatron_bitcpm.checkpoint.model_card import write_model_card
 from megatron_bitcpm.checkpoint.reader import CheckpointReader
-from megatron_bitcpm.checkpoint.store import sync_folder, sync_folder_entry
 from megatron_bitcpm.checkpoint.verify import QUANTIZER_FILE, verify_tensors
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, publish_folder
 from megatron_bitcpm.version import __version__
 
 MAX_SHARD_BYTES = 5_000_000_000
 FORMAT_VERSION = 1
 """Version of ``bitcpm_quantizer.json``."""
+
+
+_BESIDE_TOKENIZER = ("bitcpm_tokenizer.json", "chat_template.jinja", "chat_template.json")
 
 
 def export_hf(
@@ -80,8 +82,7 @@ def export_hf(
         scratch = Path(tempfile.mkdtemp(prefix=f".tmp-{output.name}-", dir=output.parent))
         scratch.chmod(0o755)  # mkdtemp makes it private
         report = _fill(scratch, reader, tokenizer_folder, max_shard_bytes)
-        sync_folder(scratch)
-        _publish(scratch, output)
+        publish_folder(scratch, output)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError.of(
@@ -117,6 +118,12 @@ def _check_tokenizer(reader: CheckpointReader, tokenizer: str | Path | None) -> 
             "tokenizer", folder, f"has {ids.size} ids, the model was trained with {vocab_size}",
             "Name the tokenizer of the run (--tokenizer)",
         )  # fmt: skip
+    found, recorded = hash_files(folder, TOKENIZER_FILES), reader.state.get("tokenizer_sha256")
+    if found != recorded:
+        raise CheckpointError.of(
+            "tokenizer", folder, "is not the one of the training (its files have another sha256)",
+            "Name the tokenizer of the run (--tokenizer)",
+        )  # fmt: skip
     return folder
 
 
@@ -125,7 +132,7 @@ def _fill(
 ) -> dict[str, Any]:
     """Write all files of the folder; return the report."""
     files, total_bytes = _write_tensors(scratch, reader, max_shard_bytes)
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, scratch / name)
     ids = read_tokenizer_ids(scratch)
@@ -212,18 +219,3 @@ def _describe_quantizer(
 def _write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
-
-
-def _publish(scratch: Path, output: Path) -> None:
-    """Give the finished folder its name; what was there before goes, or stays as it was."""
-    old = scratch.with_name(f".old{scratch.name}")
-    try:
-        if output.exists():
-            os.rename(output, old)
-        os.rename(scratch, output)
-    except BaseException:
-        if old.exists():
-            os.rename(old, output)
-        raise
-    sync_folder_entry(output.parent)
-    shutil.rmtree(old, ignore_errors=True)

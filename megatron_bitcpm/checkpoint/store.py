@@ -9,7 +9,6 @@ Beside Megatron's own files it holds ``bitcpm_config.yaml`` (the resolved config
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from megatron_bitcpm.config import RunConfig, parse_config
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.files import publish_folder, write_text_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "bitcpm_config.yaml"
@@ -28,26 +28,6 @@ FORMAT_VERSION = 1
 def iteration_name(iteration: int) -> str:
     """Return the folder name of an iteration, as Megatron writes it."""
     return f"iter_{iteration:07d}"
-
-
-def write_file_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename."""
-    scratch = path.with_name(f".tmp-{path.name}")
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    scratch.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush every file below a folder, and the folders, to disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def begin_checkpoint(run_dir: Path, iteration: int) -> Path:
@@ -74,23 +54,10 @@ def publish_checkpoint(
     (scratch / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2)
     (scratch / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-    sync_folder(scratch)
     target = run_dir / iteration_name(iteration)
-    if target.exists():
-        shutil.rmtree(target)
-    scratch.rename(target)
-    sync_folder_entry(run_dir)
-    write_file_atomically(run_dir / TRACKER, str(iteration))
+    publish_folder(scratch, target)
+    write_text_atomically(run_dir / TRACKER, str(iteration))
     return target
-
-
-def sync_folder_entry(folder: Path) -> None:
-    """Flush a folder's list of names to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def find_checkpoint(path: str | Path) -> Path:

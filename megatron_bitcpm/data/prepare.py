@@ -23,6 +23,7 @@ from megatron_bitcpm.data.indexed import manifest_path
 from megatron_bitcpm.data.progress import PrepareProgress
 from megatron_bitcpm.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.files import sync
 from megatron_bitcpm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ def _publish(scratch: Path, targets: list[Path]) -> None:
     An old manifest goes first, so that a crash in between never leaves it beside new data.
     """
     for target in targets:
-        _sync(scratch / target.name)
+        sync(scratch / target.name)
     targets[-1].unlink(missing_ok=True)
     moved: list[Path] = []
     try:
@@ -214,12 +215,4 @@ def _publish(scratch: Path, targets: list[Path]) -> None:
         for target in moved:
             target.unlink(missing_ok=True)
         raise
-    _sync(targets[0].parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(targets[0].parent)

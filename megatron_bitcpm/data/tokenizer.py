@@ -14,11 +14,11 @@ from typing import Any
 
 from megatron_bitcpm.data.tokenizer_export import (
     MARKER_FILE,
-    TOKENIZER_FILES,
     tokenizer_sha256,
 )
 from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.files import TOKENIZER_FILES
 
 __all__ = [
     "HuggingFaceTokenizer",

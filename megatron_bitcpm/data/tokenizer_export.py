@@ -10,11 +10,12 @@ The JSON is written directly: neither `tokenizers` nor `transformers` is needed 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from megatron_bitcpm.files import TOKENIZER_FILES, hash_files
 
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this character; in decoded text it is a space again."""
@@ -24,19 +25,6 @@ UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 
 MARKER_FILE = "bitcpm_tokenizer.json"
 """Present in folders written by `train_tokenizer`; holds the hash of the tokenizer's files."""
-
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
 
 
 def build_merges(pieces: list[str], is_normal: list[bool]) -> list[list[str]]:
@@ -161,11 +149,4 @@ def tokenizer_sha256(folder: str | os.PathLike[str]) -> str:
 
     Model weights, chat templates kept in files of their own and other files do not count.
     """
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        path = Path(folder, name)
-        if path.is_file():
-            content = path.read_bytes()
-            digest.update(f"{name}\0{len(content)}\0".encode())
-            digest.update(content)
-    return digest.hexdigest()
+    return hash_files(Path(folder), TOKENIZER_FILES)

@@ -19,6 +19,7 @@ from typing import Any
 from megatron_bitcpm.data import text as text_source
 from megatron_bitcpm.data import tokenizer_export as export
 from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.files import publish_folder
 
 # unknown, bos, eos and 256 bytes
 _RESERVED_PIECES = 3 + 256
@@ -77,11 +78,7 @@ def train_tokenizer(
             json.dumps(info, indent=1) + "\n", encoding="utf-8"
         )
         scratch.chmod(0o755)  # mkdtemp makes it private
-        if output.exists():
-            output.rename(scratch / "replaced")
-        # the old folder moves along inside the new one for a moment, then goes
-        scratch.rename(output)
-        shutil.rmtree(output / "replaced", ignore_errors=True)
+        publish_folder(scratch, output)
     except OSError as error:
         raise DataError.of(
             "output_dir", output, f"cannot be written ({error})", "Free space, or another folder"

@@ -9,7 +9,6 @@ precision.
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -27,6 +26,7 @@ from megatron_bitcpm.config import QuantConfig, RunConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.linear import TernarySite, ternary_class
 from megatron_bitcpm.parallel.requantize import Requantizer
+from megatron_bitcpm.quant.selection import is_excluded
 from megatron_bitcpm.version import __version__
 
 
@@ -111,7 +111,7 @@ def ternarize_(
     sites: list[TernarySite] = []
     for chunk in model if isinstance(model, list) else [model]:
         for name, module, layer, num_layers in _matrices(chunk):
-            if _is_excluded(name, layer, num_layers, quant):
+            if is_excluded(name, layer, num_layers, quant):
                 excluded.append(name)
             else:
                 sites.append(_make_site(name, module, quant, requantizer))
@@ -154,14 +154,6 @@ def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, in
             if isinstance(getattr(module, "ternary", None), TernarySite):
                 raise ModelError.of("model", name, "is ternary already", "Call ternarize_ once")
             yield name, module, number, layer.config.num_layers
-
-
-def _is_excluded(name: str, layer: int, num_layers: int, quant: QuantConfig) -> bool:
-    at_the_edge = (
-        layer < quant.full_precision_first_layers
-        or layer >= num_layers - quant.full_precision_last_layers
-    )
-    return at_the_edge or any(fnmatch.fnmatchcase(name, pattern) for pattern in quant.exclude)
 
 
 def _make_site(

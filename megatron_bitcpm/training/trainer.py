@@ -290,6 +290,7 @@ class Trainer:
                 "world_size": self.runtime.world_size,
                 "vocab_size": self.tokenizer.vocab_size,
                 "padded_vocab_size": state.padded_vocab_size,
+                "tokenizer_sha256": self.tokenizer.sha256,
                 "valid_loss": valid_loss,
                 "quantizer": state.ternary.stamp() if state.ternary else None,
             }

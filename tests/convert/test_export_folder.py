@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -118,7 +119,7 @@ def test_output_is_not_replaced_unless_asked(trained, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "verify_tensors", "sync_folder", "os.rename"])
+@pytest.mark.parametrize("step", ["save_file", "verify_tensors", "publish_folder", "os.rename"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_leaves_nothing(step, error, trained, tmp_path, monkeypatch, exported):
     output = shutil.copytree(exported(CASE), tmp_path / "out")
@@ -133,8 +134,8 @@ def test_a_failure_leaves_nothing(step, error, trained, tmp_path, monkeypatch, e
             return rename(*args, **kwargs)
         raise error
 
-    rename = hf_folder.os.rename
-    monkeypatch.setattr(hf_folder.os if "." in step else hf_folder, step.split(".")[-1], fail)
+    rename = os.rename
+    monkeypatch.setattr(os if "." in step else hf_folder, step.split(".")[-1], fail)
     with pytest.raises((CheckpointError, KeyboardInterrupt)):
         export_hf(trained(CASE).directory, output, overwrite=True)
     monkeypatch.undo()

@@ -61,14 +61,18 @@ def keep_only(source, target, iteration: int) -> None:
     shutil.copy(source / "metrics.jsonl", target / "metrics.jsonl")
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("world", "tp", "options", "resume_options"),
     [
         (2, 2, {}, []),
-        (2, 2, {}, ["--set", "quant.requantize=every_forward"]),
-        (2, 1, {"quant__group_size": 32}, []),
-        (1, 1, {"quant__enabled": False}, []),
-        (1, 1, {"training__precision": "fp32", "quant__requantize": "auto"}, []),
+        slow(2, 2, {}, ["--set", "quant.requantize=every_forward"]),
+        slow(2, 1, {"quant__group_size": 32}, []),
+        slow(1, 1, {"quant__enabled": False}, []),
+        slow(1, 1, {"training__precision": "fp32", "quant__requantize": "auto"}, []),
     ],
     ids=["tp2", "tp2-other-mode", "dp2", "full-precision", "fp32"],
 )
@@ -109,6 +113,7 @@ def test_a_run_learns_logs_and_leaves_everything_behind(write_config, tmp_path):
     assert not list((tmp_path / "run").glob(".tmp*"))
 
 
+@pytest.mark.slow
 def test_tp_does_not_change_the_first_loss(write_config, tmp_path):
     for tp in (1, 2):
         config = write_config(

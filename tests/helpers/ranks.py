@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
+import signal
 import tempfile
 import time
 import traceback
@@ -40,10 +42,15 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float =
         for process in processes:
             process.start()
         try:
-            return _collect(processes, results, world, timeout_s)
+            values = _collect(processes, results, world, timeout_s)
+            for process in processes:
+                process.join(timeout=20)
+            return values
         finally:
             for process in processes:
-                process.kill()
+                # The whole session: Megatron's checkpoint code starts helpers of its own.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.join()
 
 
@@ -69,6 +76,7 @@ def _collect(processes: list[Any], results: Any, world: int, timeout_s: float) -
 def _run_rank(
     rank: int, world: int, store: str, results: Any, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
+    os.setsid()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_bitcpm"
 LAYERS = {
     "errors": 0,
     "version": 0,
+    "files": 1,
     "config": 1,
     "quant": 2,
     "ops": 3,

@@ -1,0 +1,80 @@
+"""Files and folders that are complete or absent: written beside, flushed, renamed; their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""What decides the ids of a Hugging Face tokenizer; a folder need not have all."""
+
+
+def sync(path: Path) -> None:
+    """Flush one file's data, or a folder's list of names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush a folder and everything below it to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a text file: the old or the new content is there, never a part."""
+    scratch = path.with_name(f".tmp-{path.name}")
+    scratch.write_text(text, encoding="utf-8")
+    sync(scratch)
+    scratch.replace(path)
+
+
+def publish_folder(scratch: Path, target: Path) -> None:
+    """Give a finished folder its name; what was there before goes only then.
+
+    Args:
+        scratch: the folder, complete, beside `target`.
+        target: its final place; if it exists it is replaced.
+
+    Raises:
+        OSError: the target is as it was.
+    """
+    sync_tree(scratch)
+    old = scratch.with_name(f".old{scratch.name}")
+    try:
+        if target.exists():
+            os.rename(target, old)
+        os.rename(scratch, target)
+    except BaseException:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def hash_files(folder: Path, names: Sequence[str]) -> str:
+    """Return the sha256 over names and bytes of those files that a folder has."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
