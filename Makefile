@@ -19,12 +19,12 @@ help:
 $(VENV)/.locked: requirements/lock.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v[:2] == (3, 11) else f"PYTHON=python{v[0]}.{v[1]}: the lock is for Python 3.11. Use make PYTHON=python3.11.")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements/lock.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/lock.txt
+	$(BIN)/pip install -qq --disable-pip-version-check "$$(grep '^torch==' requirements/lock.txt)"
+	$(BIN)/pip install -qq --disable-pip-version-check -r requirements/lock.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.locked setup.py pyproject.toml $(SOURCES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 setup: $(VENV)/.built
