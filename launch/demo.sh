@@ -10,7 +10,10 @@ RANKS=2
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 run() { printf '\033[2m$ %s\033[0m\n' "$*"; "$@"; }
 
-inputs="TEXT=$TEXT ITERS=$ITERS $(cksum < launch/configs/demo.yaml)"
+text_state() { # names, sizes and times of the text's files
+  [ "$TEXT" = "stdlib:" ] || find "$TEXT" -type f -exec ls -ln --time-style=+%s {} + 2>/dev/null | cksum
+}
+inputs="TEXT=$TEXT $(text_state) ITERS=$ITERS $(cksum < launch/configs/demo.yaml)"
 if [ -d "$OUT" ] && [ "$(cat "$OUT/.inputs" 2>/dev/null)" != "$inputs" ]; then
   if [ ! -f "$OUT/.inputs" ]; then
     echo "OUT=$OUT: the folder exists and is not a demo's. Name another one." >&2
@@ -41,7 +44,8 @@ train() { # folder, further settings
   local resume=()
   [ -f "$folder/latest_checkpointed_iteration.txt" ] && resume=(--resume)
   [ -n "$ITERS" ] && set -- "$@" --set "training.train_iters=$ITERS" \
-    --set "optimizer.lr_warmup_iters=$(( ITERS / 10 ))" --set "training.eval_interval=$ITERS"
+    --set "optimizer.lr_warmup_iters=$(( ITERS / 10 ))" --set "training.eval_interval=$ITERS" \
+    --set "checkpoint.save_interval=$ITERS"
   run torchrun --standalone --nproc_per_node "$RANKS" -m megatron_bitcpm train \
     --config launch/configs/demo.yaml --set "data.prefix=$OUT/data/text" \
     --set "data.tokenizer=$OUT/tokenizer" --set "checkpoint.directory=$folder" "$@" "${resume[@]}"

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from megatron_bitcpm.errors import ConfigError, format_problem
 
@@ -31,7 +39,19 @@ def env_platform() -> str:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse ``true`` where a number belongs: pydantic would read it as 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if not {int, float}.isdisjoint({annotation, *get_args(annotation)}):
+                raise PydanticCustomError("bool_for_number", "must be a number, not true or false")
+        return value
 
 
 class ModelConfig(_Section):
@@ -127,14 +147,27 @@ class OptimizerSettings(_Section):
     lr_wsd_decay_iters: int | None = Field(
         None, ge=1, description="WSD: length of the decay, in steps; default a fifth of the run."
     )
-    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = Field(
-        "minus_sqrt", description="WSD: shape of the decay."
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] | None = Field(
+        None, description="WSD: shape of the decay; default minus_sqrt."
     )
     weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first moment.")
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second moment.")
     adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
+
+    @property
+    def wsd_decay_style(self) -> str:
+        """Shape of the WSD decay, the default resolved."""
+        return self.lr_wsd_decay_style or "minus_sqrt"
+
+    def wsd_decay_iters(self, train_iters: int) -> int:
+        """Return the length of the WSD decay in steps, the default resolved.
+
+        Args:
+            train_iters: optimizer steps of the run.
+        """
+        return self.lr_wsd_decay_iters or max(1, train_iters // 5)
 
 
 class TrainConfig(_Section):
@@ -258,21 +291,36 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
             "optimizer.min_lr", optimizer.min_lr, f"exceeds optimizer.lr {optimizer.lr}",
             "Use a smaller value",
         )  # fmt: skip
-    if optimizer.lr_warmup_iters >= iters:
+    if optimizer.lr_decay_style == "constant" and optimizer.min_lr > 0:
         yield format_problem(
-            "optimizer.lr_warmup_iters", optimizer.lr_warmup_iters,
+            "optimizer.min_lr", optimizer.min_lr, "has no effect with lr_decay_style constant",
+            "Remove it, or use WSD or cosine",
+        )  # fmt: skip
+    if optimizer.lr_decay_style != "WSD":
+        for name in ("lr_wsd_decay_iters", "lr_wsd_decay_style"):
+            value = getattr(optimizer, name)
+            if value is not None:
+                yield format_problem(
+                    f"optimizer.{name}", value,
+                    f"has no effect with lr_decay_style {optimizer.lr_decay_style}",
+                    "Remove it, or use WSD",
+                )  # fmt: skip
+    warmup, decay = optimizer.lr_warmup_iters, optimizer.wsd_decay_iters(iters)
+    if warmup >= iters:
+        yield format_problem(
+            "optimizer.lr_warmup_iters", warmup,
             f"is not shorter than training.train_iters {iters}", "Use a shorter warm-up",
         )  # fmt: skip
-    if optimizer.lr_wsd_decay_iters is not None:
-        if optimizer.lr_decay_style != "WSD":
+    elif optimizer.lr_decay_style == "WSD" and warmup + decay > iters:
+        if optimizer.lr_wsd_decay_iters is None:
             yield format_problem(
-                "optimizer.lr_wsd_decay_iters", optimizer.lr_wsd_decay_iters,
-                f"has no effect with lr_decay_style {optimizer.lr_decay_style}",
-                "Remove it, or use WSD",
+                "optimizer.lr_warmup_iters", warmup,
+                f"with the default decay of {decay} steps exceeds training.train_iters {iters}",
+                f"Use at most {iters - decay}, or set optimizer.lr_wsd_decay_iters",
             )  # fmt: skip
-        elif optimizer.lr_warmup_iters + optimizer.lr_wsd_decay_iters > iters:
+        else:
             yield format_problem(
-                "optimizer.lr_wsd_decay_iters", optimizer.lr_wsd_decay_iters,
+                "optimizer.lr_wsd_decay_iters", decay,
                 f"with the warm-up exceeds training.train_iters {iters}", "Use a shorter decay",
             )  # fmt: skip
 
@@ -352,8 +400,9 @@ def parse_config(
     """Like `load_config`, from the YAML text itself."""
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
+    # ValueError: a date that is none, or an integer of thousands of digits.
+    except (yaml.YAMLError, ValueError) as error:
+        where = _one_line(error)
         raise ConfigError(format_problem("--config", source, where, "Correct the YAML")) from error
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -373,6 +422,7 @@ def parse_config(
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
+    override = _one_line(override)
     if not equals or not key:
         raise ConfigError(
             format_problem("--set", override, "is not key=value", "Write --set a.b=1")
@@ -388,7 +438,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[name] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(
             format_problem("--set", override, "the value is not YAML", "Quote it")
         ) from error
@@ -396,17 +446,23 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One line for one pydantic error; an unknown key names the nearest known one."""
-    path = [str(part) for part in error["loc"]]
+    path = [_one_line(part) for part in error["loc"]]
     field = ".".join(path)
+    value = _one_line(error["input"])
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
         fix = f"Did you mean {near[0]}" if near else f"Known keys: {', '.join(known)}"
-        return format_problem(field, error["input"], "unknown key", fix)
+        return format_problem(field, value, "unknown key", fix)
     if error["type"] == "missing":
         return format_problem(field, "(absent)", "is required", "Add the key")
     rule = error["msg"].replace("Input should be", "must be").rstrip(".")
-    return format_problem(field, error["input"], rule, "Correct the value")
+    return format_problem(field, value, rule, "Correct the value")
+
+
+def _one_line(value: Any) -> str:
+    """Return a value of the user as text without line breaks."""
+    return " ".join(str(value).split())
 
 
 def _known_keys(path: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_bitcpm.data.tokenizer import load_tokenizer
@@ -50,7 +51,7 @@ def main() -> None:
 
     prompt = read_prompt(folder)
     console.print("\nA sample of the ternary model (transformers, from the Hugging Face folder):")
-    console.print(f"[bold]{prompt!r}[/bold] ->", markup=True)
+    console.print(f"[bold]{escape(repr(prompt))}[/bold] ->")
     console.print(generate(folder / "hf", prompt, max_new_tokens=96, temperature=0.7), markup=False)
     console.print(
         f"""

@@ -17,7 +17,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel.adam_step import unshare_adam_steps
+
+_GROUP_SETTINGS = ("betas", "eps", "max_lr", "min_lr", "wd_mult")
 
 
 def _random_state() -> dict[str, Any]:
@@ -70,6 +71,11 @@ def _sharded_state(
     }
 
 
+def _last_words(error: BaseException) -> str:
+    """Return the end of an error's message on one line; torch puts the cause last."""
+    return " ".join(str(error).split())[-300:].rstrip(".") or type(error).__name__
+
+
 def save_state(
     folder: Path, model: Any, optimizer: Any, scheduler: Any, progress: dict[str, Any]
 ) -> None:
@@ -83,7 +89,13 @@ def save_state(
         progress: plain numbers that resume needs (iteration, consumed samples).
     """
     state = _sharded_state(model, optimizer, scheduler, progress, is_loading=False)
-    dist_checkpointing.save(state, str(folder))
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise CheckpointError.of(
+            "checkpoint.directory", folder.parent, f"cannot be written: {_last_words(error)}",
+            "Free space or name another folder; earlier checkpoints are as they were",
+        ) from error  # fmt: skip
 
 
 def load_state(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
@@ -101,14 +113,19 @@ def load_state(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> dict
     except (Exception, CheckpointException) as error:
         # Damaged files fail inside torch's, zip's or pickle's code with whatever these raise; torch
         # collects the failures of all ranks in a BaseException of its own.
-        reason = " ".join(str(error).split())[-300:].rstrip(".")
         raise CheckpointError.of(
-            "checkpoint", folder, f"cannot be loaded: {reason}",
+            "checkpoint", folder, f"cannot be loaded: {_last_words(error)}",
             "Use the configuration in the folder's bitcpm_config.yaml and the same layout",
         ) from error  # fmt: skip
     model.load_state_dict(loaded["model"])
+    # Megatron restores the hyperparameters with the moments; this run's configuration decides them.
+    settings = [
+        {key: group[key] for key in _GROUP_SETTINGS if key in group}
+        for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(loaded["optimizer"])
-    unshare_adam_steps(optimizer)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     _restore_random_state(loaded["rng_state"])
     return dict(loaded["progress"])

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.config import ParallelConfig, RunConfig
+from megatron_bitcpm.errors import ConfigError, format_problem
 from megatron_bitcpm.training.runtime import start_runtime
 
 MICRO_BATCHES, SEQ_LENGTH, VOCAB_SIZE = 8, 512, 1024
@@ -65,7 +66,10 @@ def bench_train(pairs: int = 12) -> dict[str, Any]:
         Operator shares (fraction of a step's wall time spent inside ``bitcpm::*`` operators) and
         time ratios ternary / full precision with their 95 % intervals.
     """
-    pairs = max(10, pairs)
+    if pairs < 10:
+        raise ConfigError(
+            format_problem("--pairs", pairs, "is too few for an interval", "Use 10 or more")
+        )
     with start_runtime(ParallelConfig(), seed=1) as runtime:
         from megatron_bitcpm.training.setup import build_train_state
 

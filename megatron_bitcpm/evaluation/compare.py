@@ -27,6 +27,10 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
         ConfigError: the runs did not validate on the same windows.
     """
     folders = dict(_split(run) for run in runs)
+    if len(folders) < len(runs):
+        raise ConfigError(
+            format_problem("run", " ".join(runs), "a label stands twice", "Name them differently")
+        )
     checkpoints = {label: find_checkpoint(folder) for label, folder in folders.items()}
     configs = {label: read_config(folder) for label, folder in checkpoints.items()}
     first = next(iter(configs))
@@ -40,6 +44,14 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
                 )
             )  # fmt: skip
     states = {label: read_state(folder) for label, folder in checkpoints.items()}
+    for label, state in states.items():
+        if state["valid_loss"] is None:
+            raise ConfigError(
+                format_problem(
+                    label, checkpoints[label], "was saved without a validation",
+                    "Train to the end, or set save_interval to a multiple of eval_interval",
+                )
+            )  # fmt: skip
     bigram = _bigram(configs[first])
     if plot is not None:
         plot_losses(folders, plot, {"bigram model": bigram})

@@ -12,17 +12,24 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.quant.selection import is_excluded
 
-LINEARS_PER_LAYER = 4
-"""linear_qkv, linear_proj, linear_fc1, linear_fc2."""
+LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+"""Names of a layer's linears inside it."""
 
 
-def count_ternary_linears(model: ModelConfig, quant: QuantConfig) -> int | None:
-    """Return how many linears `ternarize_` must swap, None where name filters decide."""
-    if quant.exclude:
-        return None
-    edges = quant.full_precision_first_layers + quant.full_precision_last_layers
-    return LINEARS_PER_LAYER * (model.num_layers - edges)
+def count_ternary_linears(model: ModelConfig, quant: QuantConfig) -> int:
+    """Return how many linears `ternarize_` must swap in the whole model."""
+    return sum(
+        not is_excluded(f"decoder.layers.{layer}.{linear}", layer, model.num_layers, quant)
+        for layer in range(model.num_layers)
+        for linear in LINEARS
+    )
 
 
 def pad_vocab_size(vocab_size: int, model: ModelConfig) -> int:

@@ -18,15 +18,18 @@ def leaf_optimizers(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def unshare_adam_steps(optimizer: Any) -> None:
-    """Give every parameter its own `step` now; call after each load.
+def keep_adam_steps_apart(optimizer: Any) -> None:
+    """Give every parameter its own `step` after each load from now on.
 
     Args:
-        optimizer: a Megatron optimizer.
+        optimizer: a Megatron optimizer; the hook is set on torch's optimizers inside it.
     """
     for leaf in leaf_optimizers(optimizer):
-        if leaf.optimizer is None:
-            continue
-        for state in leaf.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+        if isinstance(leaf.optimizer, torch.optim.Optimizer):
+            leaf.optimizer.register_load_state_dict_post_hook(_unshare_steps)
+
+
+def _unshare_steps(optimizer: torch.optim.Optimizer) -> None:
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()

@@ -3,12 +3,14 @@
 The swap changes the class of each linear *instance* to a ternary subclass of whatever class it has.
 No global state changes, any model spec works, and parameters stay where optimizers and checkpoints
 expect them. Every matrix inside a transformer layer must be accounted for: swapped, excluded by the
-configuration, or a router. Anything else is an error, so that no layer silently trains in full
-precision.
+configuration, or a router. Anything else is an error, so that none silently trains in full
+precision. Matrices outside of transformer layers (embeddings, output layer) are left alone.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -26,8 +28,12 @@ from megatron_bitcpm.config import QuantConfig, RunConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.linear import TernarySite, ternary_class
 from megatron_bitcpm.parallel.requantize import Requantizer
+from megatron_bitcpm.parallel.version import check_megatron_version
+from megatron_bitcpm.quant.groups import resolve_sharded_groups
 from megatron_bitcpm.quant.selection import is_excluded
 from megatron_bitcpm.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,13 @@ class TernaryModel:
     requantizer: Requantizer
 
     def attach_optimizer(self, optimizer: Any) -> None:
-        """See `Requantizer.attach_optimizer`."""
+        """Choose the mode and follow the optimizer's steps, see `Requantizer.attach_optimizer`.
+
+        Logs the report on rank 0.
+        """
         self.requantizer.attach_optimizer(optimizer)
+        if torch.distributed.get_rank() == 0:
+            logger.info(self.report())
 
     def latents(self) -> AbstractContextManager[None]:
         """See `Requantizer.latents`."""
@@ -105,16 +116,18 @@ def ternarize_(
         raise ModelError.of(
             "quant.enabled", False, "there is nothing to swap", "Do not call ternarize_"
         )
-    ops.use_backend(quant.backend)
+    check_megatron_version()
     requantizer = Requantizer(quant.requantize)
     excluded: list[str] = []
     sites: list[TernarySite] = []
-    for chunk in model if isinstance(model, list) else [model]:
-        for name, module, layer, num_layers in _matrices(chunk):
-            if is_excluded(name, layer, num_layers, quant):
-                excluded.append(name)
-            else:
-                sites.append(_make_site(name, module, quant, requantizer))
+    chunks = model if isinstance(model, list) else [model]
+    matrices = [entry for chunk in chunks for entry in _matrices(chunk)]
+    _check_patterns(quant, matrices)
+    for name, module, layer, num_layers in matrices:
+        if is_excluded(name, layer, num_layers, quant):
+            excluded.append(name)
+        else:
+            sites.append(_make_site(name, module, quant, requantizer))
     if not sites:
         raise ModelError.of(
             "model", type(model).__name__, "has no linear to make ternary",
@@ -125,6 +138,7 @@ def ternarize_(
             "model", type(model).__name__,
             f"{len(sites)} ternary linears, expected {expected}", "Check the layer spec",
         )  # fmt: skip
+    ops.use_backend(quant.backend, sites[0].weight.device.type)
     for site in sites:
         site.module.__class__ = ternary_class(type(site.module))
         site.module.ternary = site
@@ -156,6 +170,27 @@ def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, in
             yield name, module, number, layer.config.num_layers
 
 
+def _check_patterns(
+    quant: QuantConfig, matrices: list[tuple[str, torch.nn.Module, int, int]]
+) -> None:
+    """Refuse a name filter that matches nothing in the whole model.
+
+    Other pipeline stages hold layers of the same shape, so every local name is tried with every
+    global layer number.
+    """
+    names = {
+        name.replace(f".layers.{layer}.", f".layers.{number}.", 1)
+        for name, _, layer, num_layers in matrices
+        for number in range(num_layers)
+    }
+    for pattern in quant.exclude:
+        if not fnmatch.filter(names, pattern):
+            raise ModelError.of(
+                "quant.exclude", pattern, "matches no linear of the model",
+                f"Names look like {min(names, default='(none)')}",
+            )  # fmt: skip
+
+
 def _make_site(
     name: str, module: torch.nn.Module, quant: QuantConfig, requantizer: Requantizer
 ) -> TernarySite:
@@ -168,13 +203,11 @@ def _make_site(
         row_parallel=isinstance(module, RowParallelLinear),
         requantizer=requantizer,
     )
-    in_features, group_size = site.weight.shape[1], quant.group_size
-    if group_size != -1 and (group_size < 1 or in_features % group_size):
-        near = [d for d in range(1, in_features + 1) if in_features % d == 0]
-        near = sorted(sorted(near, key=lambda d: abs(d - group_size))[:2])
-        raise ModelError.of(
-            "quant.group_size", group_size,
-            f"local in_features {in_features} of {name} is not a multiple",
-            f"Use {', '.join(map(str, near))} or -1",
-        )  # fmt: skip
+    site.groups = resolve_sharded_groups(
+        site.in_features_full,
+        site.tp_size,
+        quant.group_size,
+        "row" if site.row_parallel else "column",
+        quant.scale_sync,
+    )
     return site

@@ -14,13 +14,22 @@ import torch
 from megatron_bitcpm.parallel.adam_step import leaf_optimizers
 from megatron_bitcpm.parallel.linear import TernarySite
 
-# Options under which the model parameter is, or is rewritten by, something else.
-_REFUSED_OPTIONS = {
+# Options, by the object that carries them, under which the model parameter is something else than
+# a rounded copy of a main parameter, or is rewritten by somebody else.
+_REFUSED_OPTIMIZER = {
     "use_precision_aware_optimizer": "the model parameter may be half of the main parameter",
     "optimizer_cpu_offload": "the main parameters are kept on the host",
     "fp8_recipe": "the model parameter is not stored in bf16",
-    "reuse_fp32_param": "the model parameter is half of the main parameter",
-    "optimizer_cuda_graph": "Python does not run when a graph is replayed",
+    "reuse_grad_buf_for_mxfp8_param_ag": "the model parameter is not stored in bf16",
+}
+_REFUSED_DDP = {
+    "use_megatron_fsdp": "every forward gathers the weights again",
+    "use_custom_fsdp": "every forward gathers the weights again",
+    "fp8_param_gather": "the model parameter is not stored in bf16",
+}
+_REFUSED_MODEL = {
+    "qk_clip": "it rewrites query and key weights after the step",
+    "enable_cuda_graph": "Python does not run when a graph is replayed",
 }
 
 
@@ -32,14 +41,15 @@ def reason_against_every_step(optimizer: Any, sites: list[TernarySite]) -> str |
         sites: the ternary linears; their weights are left as they were.
     """
     leaves = leaf_optimizers(optimizer)
-    for leaf in leaves:
-        for option, why in _REFUSED_OPTIONS.items():
-            if getattr(leaf.config, option, None):
+    configs = [(leaf.config, _REFUSED_OPTIMIZER) for leaf in leaves]
+    configs += [(chunk.ddp_config, _REFUSED_DDP) for chunk in model_chunks(optimizer)]
+    configs += [(site.module.config, _REFUSED_MODEL) for site in sites[:1]]
+    for config, refused in configs:
+        for option, why in refused.items():
+            if getattr(config, option, None):
                 return f"{option} is set: {why}"
-    for chunk in model_chunks(optimizer):
-        for option in ("use_megatron_fsdp", "use_custom_fsdp"):
-            if getattr(chunk.ddp_config, option, False):
-                return f"{option} is set: every forward gathers the weights again"
+    if len(leaves) > 1 and getattr(leaves[0].config, "overlap_param_gather_with_optimizer_step", 0):
+        return "overlap_param_gather_with_optimizer_step gathers experts before their own step"
     frozen = [site.name for site in sites if not site.weight.requires_grad]
     if frozen:
         return f"{frozen[0]} is frozen: it has no main parameter"

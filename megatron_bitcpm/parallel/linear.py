@@ -22,6 +22,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_bitcpm import ops
+from megatron_bitcpm.quant.groups import ShardedGroups
 
 if TYPE_CHECKING:
     from megatron_bitcpm.config import QuantConfig
@@ -42,6 +43,7 @@ class TernarySite:
         fresh: the in-place weight (or the cached scales) belongs to the current latent weight.
         ran: a forward used the current weight.
         scales_OG: cached scales of full rows, float32 [O, 1], only where rows are sharded.
+        groups: how the groups lie over the ranks.
     """
 
     name: str
@@ -54,6 +56,7 @@ class TernarySite:
     fresh: bool = False
     ran: bool = False
     scales_OG: torch.Tensor | None = None
+    groups: ShardedGroups | None = None
 
     @property
     def weight(self) -> torch.nn.Parameter:
@@ -69,22 +72,22 @@ class TernarySite:
     @property
     def shares_scales(self) -> bool:
         """Whether a group spans several ranks, so that its scale needs their sums."""
-        return (
-            self.row_parallel
-            and self.tp_size > 1
-            and self.quant.group_size == -1
-            and self.quant.scale_sync == "exact"
-        )
+        return self.groups is not None and self.groups.needs_sum_exchange
 
-    def fake_quantize(self, w_OI: torch.Tensor) -> torch.Tensor:
+    def fake_quantize(self, w_OI: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return the quantised weight, differentiable straight-through.
 
         Args:
             w_OI: latent weight, [O, I].
+            rows: indices of the rows wanted, int64; None means all.
         """
+        scales_OG = self.scales_OG
+        if rows is not None:
+            w_OI = w_OI[rows]
+            scales_OG = None if scales_OG is None else scales_OG[rows]
         if self.shares_scales:
-            assert self.scales_OG is not None
-            return ops.fake_quantize_with_scales(w_OI, self.scales_OG)
+            assert scales_OG is not None
+            return ops.fake_quantize_with_scales(w_OI, scales_OG)
         return ops.fake_quantize(w_OI, self.quant.group_size, self.quant.eps)
 
     def fake_quantize_(self) -> None:

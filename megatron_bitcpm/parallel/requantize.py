@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.errors import ModelError
+from megatron_bitcpm.parallel.adam_step import keep_adam_steps_apart
 from megatron_bitcpm.parallel.every_step_check import (
     model_chunks,
     reason_against_every_step,
@@ -62,6 +63,7 @@ class Requantizer:
         self._optimizer: Any = None
         self._all = _Unit(self.sites)
         self._units: dict[int, _Unit] = {}
+        self._latents_depth = 0
 
     def add_site(self, site: TernarySite) -> None:
         """Register a ternary linear; a load into it brings latents back."""
@@ -87,6 +89,7 @@ class Requantizer:
                 "quant.requantize", "every_step", "the optimizer is not attached",
                 "Call attach_optimizer on what ternarize_ returned before training",
             )  # fmt: skip
+        self._refuse_within_latents("forward")
         site.ran = True
         if self.mode == "every_step":
             if not site.fresh:
@@ -99,6 +102,13 @@ class Requantizer:
             elif not site.fresh:
                 self._refresh(self._unit_of(site))
         return site.fake_quantize(weight)
+
+    def _refuse_within_latents(self, call: str) -> None:
+        if self._latents_depth and self.mode == "every_step":
+            raise ModelError.of(
+                "latents", f"({call})", "the model holds latent weights inside this block",
+                "Leave the block first",
+            )  # fmt: skip
 
     def _unit_of(self, site: TernarySite) -> _Unit:
         return self._units.get(id(site), self._all)
@@ -141,7 +151,7 @@ class Requantizer:
         assert self._optimizer is None, "one optimizer per model"
         reason = None
         if self.requested != "every_forward":
-            reason = reason_against_every_step(optimizer, self.sites)
+            reason = _agree(reason_against_every_step(optimizer, self.sites))
             if reason and self.requested == "every_step":
                 raise ModelError.of(
                     "quant.requantize", "every_step", reason, "Use every_forward or auto"
@@ -156,6 +166,7 @@ class Requantizer:
         self._find_units(optimizer)
         for site in self.sites:
             site.fresh = False
+        keep_adam_steps_apart(optimizer)
         optimizer.step = self._follow_step(optimizer.step)
         optimizer.reload_model_params = self._guard_reload(optimizer.reload_model_params)
 
@@ -183,6 +194,7 @@ class Requantizer:
 
     def _follow_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def followed(*args: Any, **kwargs: Any) -> Any:
+            self._refuse_within_latents("step")
             idle = [site.name for site in self.sites if not site.ran]
             if idle:
                 raise ModelError.of(
@@ -224,14 +236,24 @@ class Requantizer:
         """Hold the latent weights in the model parameters for the duration of a block.
 
         For saving, exporting and converting; in place, because sharded optimizer states find
-        parameters by identity. Collective over all ranks.
+        parameters by identity. Collective over all ranks; may be nested.
+
+        Raises:
+            ModelError: a forward or a step inside the block (``every_step``).
         """
+        if self._latents_depth:
+            yield
+            return
         quantised = self.mode == "every_step" and any(site.fresh for site in self.sites)
         # With overlapped gathers the parameters are incomplete until the next forward, in any mode.
         if quantised or self._units:
             self._restore_latents()
-        yield
-        # Not in a `finally`: after an error on one rank a collective would hang the others, and
+        self._latents_depth = 1
+        try:
+            yield
+        finally:
+            self._latents_depth = 0
+        # Not in the `finally`: after an error on one rank a collective would hang the others, and
         # stale latents are a consistent state.
         if self.mode == "every_step":
             self.refresh()
@@ -244,3 +266,10 @@ class Requantizer:
         rewrite_model_params(self._optimizer)
         for site in self.sites:
             site.fresh = False
+
+
+def _agree(reason: str | None) -> str | None:
+    """Return the first rank's reason, so that all ranks choose the same mode."""
+    reasons: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reasons, reason)
+    return next((r for r in reasons if r), None)

@@ -15,6 +15,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.files import write_text_atomically
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -92,7 +95,7 @@ class MetricsWriter:
             return
         lines = [line for line in read_metrics(self._path) if line["iteration"] <= iteration]
         text = "".join(json.dumps(line) + "\n" for line in (lines if iteration else []))
-        self._path.write_text(text, encoding="utf-8")
+        write_text_atomically(self._path, text)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -112,7 +115,7 @@ def _open_tensorboard(directory: Path, first_iter: int) -> Any:
     except ImportError:
         logger.info("tensorboard is not installed: no event files (pip install tensorboard)")
         return None
-    return SummaryWriter(str(directory), purge_step=first_iter + 1 if first_iter else None)
+    return SummaryWriter(str(directory), purge_step=first_iter + 1 if first_iter else 0)
 
 
 def plot_losses(
@@ -154,6 +157,12 @@ def plot_losses(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(output)
-    pyplot.close(figure)
+    try:
+        figure.savefig(output)
+    except OSError as error:
+        raise BitcpmError.of(
+            "plot", output, f"cannot be written: {error.strerror}", "Name another file"
+        ) from error
+    finally:
+        pyplot.close(figure)
     return True

@@ -11,7 +11,7 @@ from megatron_bitcpm.errors import ConfigError, format_problem
 _MAY_CHANGE = (
     "quant.requantize",  # both modes compute the same
     "quant.backend",  # so do all backends
-    "data.prefix",  # files move; the manifest and the sample order are checked elsewhere
+    "data.prefix",  # files move; their contents are compared by `check_same_data`
     "data.tokenizer",
     "data.cache",
     "optimizer.",  # the schedule may be continued differently, for example a longer stable phase
@@ -45,6 +45,38 @@ def check_resumable(config: RunConfig, saved: RunConfig, folder: Path) -> None:
         )
         for key in now
         if now[key] != then[key] and not key.startswith(_MAY_CHANGE)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_same_data(
+    config: RunConfig, facts: dict[str, str], saved: dict[str, Any], folder: Path
+) -> None:
+    """Refuse to continue in the middle of other data.
+
+    Args:
+        config: for the names of the files.
+        facts: fingerprints of what is there now, see the trainer.
+        saved: the checkpoint's state, which holds those of the training.
+        folder: the checkpoint, for the message.
+
+    Raises:
+        ConfigError: one line for each difference.
+    """
+    fields = {
+        "tokenizer_sha256": ("data.tokenizer", config.data.tokenizer),
+        "train_data": ("data.prefix", f"{config.data.prefix}_train"),
+        "valid_data": ("data.prefix", f"{config.data.prefix}_valid"),
+    }
+    problems = [
+        format_problem(
+            *fields[key],
+            f"is not what the checkpoint {folder.name} was trained with",
+            "Use the same files, or start a new run in another folder",
+        )
+        for key, value in facts.items()
+        if saved.get(key) != value
     ]
     if problems:
         raise ConfigError(problems)

@@ -28,6 +28,7 @@ from megatron_bitcpm.models.llama import (
     count_ternary_linears,
     pad_vocab_size,
 )
+from megatron_bitcpm.parallel.adam_step import keep_adam_steps_apart
 from megatron_bitcpm.parallel.convert import TernaryModel, ternarize_
 from megatron_bitcpm.training.runtime import Runtime
 
@@ -102,11 +103,17 @@ def build_optimizer(
         # Megatron checks bf16 gradients for inf and NaN only under a loss scale.
         loss_scale=1.0 if bf16 else None,
     )
-    return get_megatron_optimizer(config, [chunk], get_standard_config_overrides(config))
+    optimizer = get_megatron_optimizer(config, [chunk], get_standard_config_overrides(config))
+    keep_adam_steps_apart(optimizer)
+    return optimizer
 
 
 def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Build Megatron's learning-rate schedule; its steps are optimizer steps."""
+    """Build Megatron's learning-rate schedule; its steps are optimizer steps.
+
+    A resumed run takes only the number of steps from its checkpoint: the schedule is always the
+    configuration's, so that a run can be continued with another one.
+    """
     settings, iters = config.optimizer, config.training.train_iters
     return OptimizerParamScheduler(
         optimizer,
@@ -120,6 +127,8 @@ def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamSchedule
         end_wd=settings.weight_decay,
         wd_incr_steps=iters,
         wd_incr_style="constant",
-        wsd_decay_steps=settings.lr_wsd_decay_iters or max(1, iters // 5),
-        lr_wsd_decay_style=settings.lr_wsd_decay_style,
+        wsd_decay_steps=settings.wsd_decay_iters(iters),
+        lr_wsd_decay_style=settings.wsd_decay_style,
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

@@ -66,7 +66,11 @@ def run_schedule(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    total = torch.stack([output["loss"] for output in outputs]).double().sum(0)
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    loss_sum, tokens = total.tolist()
+    mine = torch.stack([output["loss"] for output in outputs]).float()
+    everyone = [
+        torch.empty_like(mine) for _ in range(parallel_state.get_data_parallel_world_size())
+    ]
+    # Gathered and added here: not every collectives library reduces float64.
+    torch.distributed.all_gather(everyone, mine, group=parallel_state.get_data_parallel_group())
+    loss_sum, tokens = torch.cat(everyone).cpu().double().sum(0).tolist()
     return float(loss_sum / tokens)

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from megatron_bitcpm.checkpoint.hf_config import read_tokenizer_ids
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.data.tokenizer import load_tokenizer
 from megatron_bitcpm.errors import ConfigError, TrainingError, format_problem
 from megatron_bitcpm.training.metrics import MetricsWriter, plot_losses
-from megatron_bitcpm.training.resume import check_resumable
-from megatron_bitcpm.training.runtime import Runtime, start_runtime
+from megatron_bitcpm.training.resume import check_resumable, check_same_data
+from megatron_bitcpm.training.runtime import Runtime, on_main_rank, start_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         from megatron_bitcpm.data.dataset import build_train_valid_datasets
+        from megatron_bitcpm.data.indexed import check_indexed_files
         from megatron_bitcpm.parallel.weight_stats import CodeSampler
         from megatron_bitcpm.training.setup import build_train_state
         from megatron_bitcpm.training.step import build_forward_step
@@ -82,6 +84,7 @@ class Trainer:
         training, data = config.training, config.data
         self.directory = Path(config.checkpoint.directory)
         self.tokenizer = load_tokenizer(data.tokenizer)
+        read_tokenizer_ids(data.tokenizer)  # a tokenizer that cannot be exported is refused now
         self.train_data, self.valid_data = build_train_valid_datasets(
             data.prefix,
             data.seq_length,
@@ -91,6 +94,11 @@ class Trainer:
             tokenizer=self.tokenizer,
             cache_dir=data.cache,
         )
+        self._data_facts = {
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "train_data": check_indexed_files(f"{data.prefix}_train").fingerprint,
+            "valid_data": check_indexed_files(f"{data.prefix}_valid").fingerprint,
+        }
         self.state = build_train_state(config, runtime, self.tokenizer.vocab_size)
         self.sampler = CodeSampler(self.state.ternary) if self.state.ternary else None
         self.progress = _Progress()
@@ -105,6 +113,7 @@ class Trainer:
             self.load_checkpoint()
         training, checkpoint = self.config.training, self.config.checkpoint
         first_iter = self.progress.iteration
+        on_main_rank(self._check_writable, "checkpoint.directory", self.directory)
         if not self.runtime.is_main:
             self._loop(None)
             return
@@ -115,15 +124,21 @@ class Trainer:
         plot_losses({title: self.directory}, self.directory / "loss.png")
         logger.info("done; checkpoints in %s", checkpoint.directory)
 
+    def _check_writable(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        probe = self.directory / ".tmp-writable"
+        probe.write_text("x", encoding="utf-8")
+        probe.unlink()
+
     def _loop(self, writer: MetricsWriter | None) -> None:
         training = self.config.training
         batches = self._batches(self.train_data, self.progress.consumed_samples)
         meter = _Meter()
-        valid_loss: float | None = None
         while self.progress.iteration < training.train_iters:
             loss, grad_norm = self.step(batches)
             iteration = self.progress.iteration
             meter.add(loss)
+            valid_loss: float | None = None
             is_last = iteration == training.train_iters
             if writer:
                 writer.advance(iteration)
@@ -142,7 +157,7 @@ class Trainer:
                 meter.restart_clock()
 
     def describe(self) -> str:
-        """Return the start-up report: layout, model, what is ternary."""
+        """Return the layout and the size of the model; what is ternary was logged by then."""
         place, model = self.runtime, self.state.model
         parameters = sum(p.numel() for p in model.parameters())
         lines = [
@@ -150,9 +165,7 @@ class Trainer:
             f"dp {place.dp_size}; {self.config.model.architecture}, "
             f"{parameters:,} parameters on this rank",
         ]
-        if self.state.ternary:
-            lines.append(self.state.ternary.report())
-        else:
+        if not self.state.ternary:
             lines.append("full precision (quant.enabled is false)")
         return "\n".join(lines)
 
@@ -167,7 +180,9 @@ class Trainer:
         state.chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         loss = self._run_schedule(batches, training.global_batch_size, forward_only=False)
-        updated, grad_norm, _ = state.optimizer.step()
+        updated, grad_norm = False, None
+        if self._gradients_are_usable():
+            updated, grad_norm, _ = state.optimizer.step()
         if updated:
             state.scheduler.step(1)
             self._skipped_in_a_row = 0
@@ -176,6 +191,17 @@ class Trainer:
         self.progress.iteration += 1
         self.progress.consumed_samples += training.global_batch_size
         return loss, float(grad_norm) if updated else None
+
+    def _gradients_are_usable(self) -> bool:
+        """Whether the step may be tried; in fp32 Megatron's optimizer itself does not look."""
+        from megatron.core import parallel_state
+
+        if self.config.training.precision != "fp32":
+            return True
+        buffers = self.state.chunk.buffers
+        bad = torch.stack([(~b.grad_data.isfinite()).any() for b in buffers]).any().int()
+        torch.distributed.all_reduce(bad, group=parallel_state.get_model_parallel_group())
+        return int(bad) == 0
 
     def _count_skip(self) -> None:
         self.progress.skipped_steps += 1
@@ -271,11 +297,11 @@ class Trainer:
         from megatron_bitcpm.checkpoint.store import begin_checkpoint, publish_checkpoint
 
         state, iteration = self.state, self.progress.iteration
-        scratch = [""]
-        if self.runtime.is_main:
-            scratch = [str(begin_checkpoint(self.directory, iteration))]
-        torch.distributed.broadcast_object_list(scratch, src=0)
-        folder = Path(scratch[0])
+        folder = on_main_rank(
+            lambda: begin_checkpoint(self.directory, iteration),
+            "checkpoint.directory",
+            self.directory,
+        )
         if state.ternary:
             with state.ternary.latents():
                 save_state(
@@ -284,26 +310,29 @@ class Trainer:
         else:
             save_state(folder, state.model, state.optimizer, state.scheduler, vars(self.progress))
         torch.distributed.barrier()
-        if self.runtime.is_main:
-            facts = {
-                **vars(self.progress),
-                "world_size": self.runtime.world_size,
-                "vocab_size": self.tokenizer.vocab_size,
-                "padded_vocab_size": state.padded_vocab_size,
-                "tokenizer_sha256": self.tokenizer.sha256,
-                "valid_loss": valid_loss,
-                "quantizer": state.ternary.stamp() if state.ternary else None,
-            }
-            publish_checkpoint(folder, self.directory, iteration, self.config, facts)
-        torch.distributed.barrier()
+        facts = {
+            **vars(self.progress),
+            **self._data_facts,
+            "world_size": self.runtime.world_size,
+            "vocab_size": self.tokenizer.vocab_size,
+            "padded_vocab_size": state.padded_vocab_size,
+            "valid_loss": valid_loss,
+            "quantizer": state.ternary.stamp() if state.ternary else None,
+        }
+        on_main_rank(
+            lambda: publish_checkpoint(folder, self.directory, iteration, self.config, facts),
+            "checkpoint.directory",
+            self.directory,
+        )
 
     def load_checkpoint(self) -> None:
         """Restore the newest checkpoint of the run's folder; collective."""
         from megatron_bitcpm.checkpoint.state import load_state
-        from megatron_bitcpm.checkpoint.store import find_checkpoint, read_config
+        from megatron_bitcpm.checkpoint.store import find_checkpoint, read_config, read_state
 
         folder = find_checkpoint(self.directory)
         check_resumable(self.config, read_config(folder), folder)
+        check_same_data(self.config, self._data_facts, read_state(folder), folder)
         self._check_sample_order(read_config(folder))
         state = self.state
         progress = load_state(folder, state.model, state.optimizer, state.scheduler)

@@ -127,14 +127,52 @@ def test_tp_does_not_change_the_first_loss(write_config, tmp_path):
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=2e-2)
 
 
-def test_non_finite_gradients_stop_the_run(write_config):
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_non_finite_gradients_stop_the_run(write_config, precision):
     config = write_config(
+        training__precision=precision, quant__requantize="auto",
         optimizer__lr=1e30, optimizer__lr_warmup_iters=0, training__train_iters=30,
         training__max_skipped_steps=3, training__eval_interval=30, checkpoint__save_interval=30,
     )  # fmt: skip
     code, message = train(1, config)[0]
     assert code == 2
     assert "training.max_skipped_steps=3: 3 steps in a row had non-finite gradients" in message
+
+
+def test_a_run_can_be_continued_with_another_schedule(write_config, tmp_path):
+    train_well(1, write_config("run"))
+    longer = write_config(
+        "run", training__train_iters=12, optimizer__lr=1e-3, optimizer__lr_wsd_decay_iters=2,
+        optimizer__adam_beta2=0.9,
+    )  # fmt: skip
+    train_well(1, longer, "--resume")
+    rates = {m["iteration"]: m["learning_rate"] for m in metrics(tmp_path / "run") if "loss" in m}
+    assert [rates[i] for i in (4, 9, 10, 12)] == [5e-3, 1e-3, 1e-3, 0.0]
+    common = torch.load(tmp_path / "run" / "iter_0000012" / "common.pt", weights_only=False)
+    groups = common["optimizer"]["optimizer"]["param_groups"]
+    assert {group["betas"] for group in groups} == {(0.9, 0.9)}
+
+
+def test_other_data_is_not_continued_with(write_config, corpus, tmp_path):
+    from megatron_bitcpm.data.prepare import prepare
+
+    train_well(1, write_config("run"))
+    prepare(
+        [corpus / "text.txt"], corpus / "tokenizer", tmp_path / "other",
+        valid_fraction=0.2, document_chars=300, show_progress=False,
+    )  # fmt: skip
+    arguments = ["--resume", "--set", f"data.prefix={tmp_path / 'other'}"]
+    code, message = train(1, tmp_path / "run.yaml", *arguments)[0]
+    assert code == 2
+    assert "other_train: is not what the checkpoint iter_0000008 was trained with" in message
+    assert "other_valid: is not what the checkpoint iter_0000008 was trained with" in message
+
+
+def test_a_folder_that_cannot_be_written_stops_every_rank(write_config, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    config = write_config("run", parallel__tensor_model_parallel_size=2)
+    for code, message in train(2, config):
+        assert code == 2 and "checkpoint.directory=" in message and "File exists" in message
 
 
 def crash_while_saving(rank: int, arguments: list[str]) -> str:

@@ -8,12 +8,11 @@ import torch
 from helpers.ranks import run_ranks
 from helpers.tiny_models import tiny_model_config, tiny_run
 
-from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig
-from megatron_bitcpm.errors import ModelError
+from megatron_bitcpm.errors import BitcpmError, ModelError
 from megatron_bitcpm.parallel.convert import ternarize_
 from megatron_bitcpm.parallel.linear import TernaryColumnParallelLinear, TernaryRowParallelLinear
-from megatron_bitcpm.parallel.requantize import Requantizer
+from megatron_bitcpm.parallel.weight_stats import CodeSampler
 
 
 def reference_scales(w_OI: np.ndarray, slices: int) -> np.ndarray:
@@ -147,7 +146,7 @@ def refusals(rank: int) -> dict[str, str]:
     def expect(name, call):
         try:
             call()
-        except ModelError as error:
+        except BitcpmError as error:
             messages[name] = str(error)
 
     with tiny_run(None) as run:
@@ -155,6 +154,7 @@ def refusals(rank: int) -> dict[str, str]:
         expect("disabled", lambda: ternarize_(model, QuantConfig(enabled=False)))
         expect("group", lambda: ternarize_(model, QuantConfig(group_size=48)))
         expect("count", lambda: ternarize_(model, QuantConfig(), expected=7))
+        expect("filter", lambda: ternarize_(model, QuantConfig(exclude=("*.down_proj",))))
         expect("all excluded", lambda: ternarize_(model, QuantConfig(exclude=("*",))))
         messages["unchanged"] = str(hasattr(model.decoder.layers[0].mlp.linear_fc1, "ternary"))
         model.decoder.layers[1].mlp.linear_fc2 = torch.nn.Linear(256, 64, bias=False)
@@ -200,7 +200,8 @@ def test_refusals():
     messages = run_ranks(1, refusals)[0]
     expected = {
         "disabled": "quant.enabled=False: there is nothing to swap",
-        "group": "quant.group_size=48: local in_features 64 of decoder.layers.0.",
+        "group": "quant.group_size=48: ",
+        "filter": "quant.exclude=*.down_proj: matches no linear of the model",
         "count": "8 ternary linears, expected 7",
         "all excluded": "has no linear to make ternary",
         "foreign": "model=decoder.layers.1.mlp.linear_fc2: Linear cannot be made ternary",
@@ -221,15 +222,12 @@ def test_refusals():
 
 
 def adam_steps_after_load(rank: int, guarded: bool) -> list[float]:
-    from megatron_bitcpm.parallel.adam_step import unshare_adam_steps
-
-    with tiny_run(None, distributed_optimizer=True) as run:
+    # attach_optimizer sets the guard; a model without ternary linears has none here.
+    with tiny_run(QuantConfig() if guarded else None, distributed_optimizer=True) as run:
         for step in range(3):
             run.train_step(step)
         leaf = run.optimizer.chained_optimizers[0]
         leaf.load_state_dict(leaf.state_dict())
-        if guarded:
-            unshare_adam_steps(run.optimizer)
         run.train_step(3)
         return sorted({float(s["step"]) for s in leaf.optimizer.state.values()})
 
@@ -247,7 +245,7 @@ def exchanges_per_step(rank: int, mode: str) -> list[int]:
 
     def counting(*args, **kwargs):
         nonlocal calls
-        calls += 1
+        calls += kwargs["group"] is run.ternary.sites[0].tp_group
         return original(*args, **kwargs)
 
     with tiny_run(QuantConfig(requantize=mode), tp=2, micro_batches=4) as run:
@@ -270,6 +268,64 @@ def test_one_exchange_per_optimizer_step(mode):
     )
 
 
-def test_requantizer_starts_in_the_mode_that_is_always_right():
-    assert Requantizer("every_step").mode == "every_forward"
-    assert ops.backend_report()
+def sampled_rates(rank: int, mode: str) -> list[tuple]:
+    """Rates of the sampler after each step, and every code of this rank then."""
+    found = []
+    with tiny_run(QuantConfig(requantize=mode), tp=2) as run:
+        sampler = CodeSampler(run.ternary)
+        for step in range(4):
+            spoil = spoil_gradients if step == 2 else None
+            run.train_step(step, spoil)
+            rates = sampler.measure()
+            codes = []
+            for site in run.ternary.sites:
+                w_OI = site.weight.detach()
+                wq_OI = w_OI if mode == "every_step" else site.fake_quantize(w_OI)
+                codes.append(wq_OI.sign().flatten().int().numpy())
+            found.append((rates, np.concatenate(codes)))
+    return found
+
+
+def spoil_gradients(chunk) -> None:
+    next(p for p in chunk.parameters() if p.requires_grad).main_grad.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("mode", ["every_step", "every_forward"])
+def test_zero_and_flip_rates_are_those_of_all_ranks(mode):
+    ranks = run_ranks(2, sampled_rates, mode)
+    codes_before = None
+    for (rates, codes_0), (rates_1, codes_1) in zip(*ranks, strict=True):
+        assert rates == rates_1
+        codes = np.concatenate([codes_0, codes_1])
+        assert rates[0] == (codes == 0).mean()
+        if codes_before is None:
+            assert rates[1] is None
+        else:
+            assert rates[1] == (codes != codes_before).mean()
+        codes_before = codes
+    flips = [rates[1] for rates, _ in ranks[0]]
+    assert flips[1] > 0 and flips[2] == 0, "step 2 was skipped"
+
+
+def nested_latents(rank: int) -> tuple:
+    with tiny_run(QuantConfig(requantize="every_step")) as run:
+        run.train_step(0)
+        site = run.ternary.sites[0]
+        main = site.weight.main_param.bfloat16()
+        with run.ternary.latents():
+            with run.ternary.latents():
+                inner = torch.equal(site.weight, main)
+            outer = torch.equal(site.weight, main)
+            refused = []
+            for call in (lambda: run.forward_backward(1), lambda: run.optimizer.step()):
+                try:
+                    call()
+                except ModelError as error:
+                    refused.append(str(error).split(":")[0])
+        return inner, outer, refused, torch.equal(site.weight, main)
+
+
+def test_latents_nest_and_refuse_a_forward_inside():
+    assert run_ranks(1, nested_latents)[0] == (
+        True, True, ["latents=(forward)", "latents=(step)"], False,
+    )  # fmt: skip
