@@ -182,7 +182,7 @@ class TrainConfig(_Section):
     recompute: Literal["none", "full"] = Field(
         "none", description="Recompute whole layers in the backward pass to save memory."
     )
-    seed: int = Field(1234, ge=0, description="Seed of initialisation and data order.")
+    seed: int = Field(1234, ge=0, lt=2**32, description="Seed of initialisation and data order.")
     eval_interval: int = Field(100, ge=1, description="Steps between validations.")
     eval_iters: int = Field(10, ge=1, description="Global batches per validation.")
     log_interval: int = Field(10, ge=1, description="Steps between log lines.")

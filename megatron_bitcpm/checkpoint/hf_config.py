@@ -18,6 +18,16 @@ from megatron_bitcpm.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    # Beside it, a SentencePiece file of another name cuts the text only; the ids are here.
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+)
+"""Files that hold a tokenizer's vocabulary; of several the first one counts."""
 
 
 @dataclass(frozen=True)
@@ -53,35 +63,59 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_tokenizer_ids(folder: Path) -> TokenizerIds:
+def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> TokenizerIds:
     """Read sizes and special ids out of a tokenizer folder.
 
+    Args:
+        folder: tokenizer folder, or a model folder with one.
+        vocab_size: ids of the model, None where they are not known.
+
     Raises:
-        CheckpointError: no such folder, or no vocabulary in it.
+        CheckpointError: no such folder, no vocabulary in it, or of another size than the model's.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError.of(
             "tokenizer", folder, "no such folder", "Name the tokenizer of the run (--tokenizer)"
         )
     try:
-        ids, special = _read_vocabulary(folder)
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (folder / name).is_file():
-                content = read_json(folder / name)
-                for index, token in content.get("added_tokens_decoder", {}).items():
-                    ids[token["content"]] = int(index)
-                special |= {key: content[key] for key in special if key in content}
-    # Valid JSON of another form, or a tokenizer.model that sentencepiece cannot parse.
-    except (AttributeError, KeyError, TypeError, OSError, RuntimeError) as error:
+        ids = _read_ids(folder)
+    except CheckpointError:
+        raise
+    # Valid JSON of another form, or a model file that sentencepiece cannot parse.
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise CheckpointError.of(
-            "tokenizer", folder, f"cannot be understood ({type(error).__name__}: {error})",
+            "tokenizer", folder, f"cannot be understood ({type(error).__name__}: {reason})",
             "Name the tokenizer of the run (--tokenizer)",
         ) from error  # fmt: skip
+    if vocab_size is not None and ids.size != vocab_size:
+        raise CheckpointError.of(
+            "tokenizer", folder, f"its files hold {ids.size} ids, the model has {vocab_size}",
+            "Name the tokenizer of the run (--tokenizer), or save it with a tokenizer.json",
+        )  # fmt: skip
+    return ids
+
+
+def _read_ids(folder: Path) -> TokenizerIds:
+    ids, special = _read_vocabulary(folder)
     if not ids:
         raise CheckpointError.of(
-            "tokenizer", folder, "holds no vocabulary (tokenizer.json or tokenizer.model)",
-            "Name the tokenizer of the run (--tokenizer)",
+            "tokenizer", folder, f"holds no vocabulary ({', '.join(VOCABULARY_FILES)})",
+            "Save it with a tokenizer.json, or name another folder",
         )  # fmt: skip
+    if (folder / "added_tokens.json").is_file():
+        ids |= read_json(folder / "added_tokens.json")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            content = read_json(folder / name)
+            for index, token in content.get("added_tokens_decoder", {}).items():
+                ids[token["content"]] = int(index)
+            special |= {key: content[key] for key in special if key in content}
+    for token, index in ids.items():
+        # A bool is an int in Python.
+        if type(index) is not int or index < 0:
+            raise ValueError(f"token {token!r} has id {index!r}")
 
     def find(key: str) -> int | None:
         token = special[key]
@@ -93,26 +127,37 @@ def read_tokenizer_ids(folder: Path) -> TokenizerIds:
 
 
 def _read_vocabulary(folder: Path) -> tuple[dict[Any, int], dict[str, Any]]:
-    """Return (token -> id, special token by its key) of the vocabulary files."""
+    """Return (token -> id, special token by its key) of the first vocabulary file there is.
+
+    Some classes of transformers move the ids of a SentencePiece file or add ids of their own. Their
+    ``added_tokens_decoder``, read by the caller, then gives the largest id and the special ones.
+    """
     special: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+    name = next((name for name in VOCABULARY_FILES if (folder / name).is_file()), None)
+    path = folder / str(name)
     ids: dict[Any, int] = {}
-    if (folder / "tokenizer.json").is_file():
-        content = read_json(folder / "tokenizer.json")
+    if name == "tokenizer.json":
+        content = read_json(path)
         vocabulary = content["model"]["vocab"]
         # Unigram models list (piece, score) pairs instead.
         if isinstance(vocabulary, list):
             vocabulary = {pair[0]: index for index, pair in enumerate(vocabulary)}
         ids.update(vocabulary)
         ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or ()})
-    elif (folder / "tokenizer.model").is_file():
+    elif name == "vocab.json":
+        ids = dict(read_json(path))
+    elif name == "vocab.txt":
+        # Not `splitlines`, which would cut at more than line ends.
+        with open(path, encoding="utf-8") as lines:
+            ids = {line.rstrip("\n"): index for index, line in enumerate(lines)}
+    elif name is not None:
         import sentencepiece
 
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         ids = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
-        for key, index in (("bos_token", processor.bos_id()), ("eos_token", processor.eos_id())):
+        for key in special:
+            index = getattr(processor, key.replace("token", "id"))()
             special[key] = processor.id_to_piece(index) if index >= 0 else None
-    elif (folder / "vocab.json").is_file():
-        ids = dict(read_json(folder / "vocab.json"))
     return ids, special
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,16 +133,29 @@ def read_stamp(reader: CheckpointReader) -> QuantizerStamp | None:
         CheckpointError: the stamp is damaged, or of a quantiser unknown here.
     """
     stamp = reader.state.get("quantizer")
-    if stamp is None:
-        return None
+    return None if stamp is None else parse_stamp(stamp, reader.folder)
+
+
+def parse_stamp(stamp: Any, source: Path) -> QuantizerStamp:
+    """Check a quantiser stamp and return what it says.
+
+    Args:
+        stamp: content of ``quantizer`` in a JSON file.
+        source: the file or its folder, for messages.
+
+    Raises:
+        CheckpointError: the stamp is damaged, or of a quantiser unknown here.
+    """
     try:
         fields = {key: stamp[key] for key in QuantConfig.model_fields if key in stamp}
         quant = QuantConfig(**fields)
         tp_size, numerics = int(stamp["tensor_model_parallel_size"]), stamp["numerics"]
+        if tp_size < 1:
+            raise ValueError(f"tensor_model_parallel_size {tp_size}")
     except (ValidationError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise CheckpointError.of(
-            "quantizer", reader.folder, f"unreadable stamp: {reason}",
+            "quantizer", source, f"unreadable stamp: {reason}",
             "Use the package version that wrote the checkpoint",
         ) from error  # fmt: skip
     if numerics not in NUMERICS:

@@ -9,13 +9,14 @@ Beside Megatron's own files it holds ``bitcpm_config.yaml`` (the resolved config
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.config import RunConfig, parse_config
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.files import publish_folder, write_text_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -70,54 +71,88 @@ def find_checkpoint(path: str | Path) -> Path:
         CheckpointError: there is none.
     """
     path = Path(path)
-    if (path / STATE_FILE).is_file():
-        return path
-    tracker = path / TRACKER
-    if not tracker.is_file():
+    try:
+        if (path / STATE_FILE).is_file():
+            return path
+        if not (path / TRACKER).is_file():
+            raise CheckpointError.of(
+                "checkpoint", path, "is neither a checkpoint nor a run with one",
+                "Name the folder that holds latest_checkpointed_iteration.txt or an iter_* folder",
+            )  # fmt: skip
+        target = path / _read_tracker(path / TRACKER)
+        if not (target / STATE_FILE).is_file():
+            raise CheckpointError.of(
+                "checkpoint", target, f"named by {TRACKER} but incomplete or absent",
+                "Restore it, or write the number of another iter_* folder into that file",
+            )  # fmt: skip
+        return target
+    except OSError as error:
         raise CheckpointError.of(
-            "checkpoint", path, "is neither a checkpoint nor a run with one",
-            "Name the folder that holds latest_checkpointed_iteration.txt or an iter_* folder",
-        )  # fmt: skip
-    name = tracker.read_text(encoding="utf-8").strip()
-    target = path / (iteration_name(int(name)) if name.isdecimal() else name)
-    if not (target / STATE_FILE).is_file():
-        raise CheckpointError.of(
-            "checkpoint", target, f"named by {TRACKER} but incomplete or absent",
-            "Restore it, or write the number of another iter_* folder into that file",
-        )  # fmt: skip
-    return target
+            "checkpoint", path, f"cannot be read: {error.strerror}", "Name a readable folder"
+        ) from error
+
+
+def _read_tracker(path: Path) -> str:
+    """Return the name of the checkpoint folder that a tracker file names."""
+    # Not `read_text`: a damaged file need not be UTF-8, and its content goes into the message.
+    name = path.read_bytes()[:200].decode("ascii", errors="replace").strip()
+    if re.fullmatch("[0-9]{1,18}", name):
+        return iteration_name(int(name))
+    if re.fullmatch("iter_[0-9]{1,18}", name):
+        return name
+    raise CheckpointError.of(
+        "checkpoint", path, f"names no checkpoint ({name[:20]!r})",
+        "Write the number of an iter_* folder into it",
+    )  # fmt: skip
 
 
 def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except (OSError, ValueError, RecursionError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
         raise CheckpointError.of(
-            "checkpoint", folder / name, reason, "The checkpoint is damaged; use another one"
-        ) from error
+            "checkpoint", folder / name, lines[0].rstrip("."),
+            "The checkpoint is damaged; use another one",
+        ) from error  # fmt: skip
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return ``bitcpm_state.json`` of a checkpoint.
 
     Raises:
-        CheckpointError: unreadable, or written by a newer format.
+        CheckpointError: unreadable, incomplete, or written by a newer format.
     """
     state = _read(folder, STATE_FILE, json.loads)
-    version = state.get("format_version") if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        raise _damaged_state(folder, "holds no JSON object")
+    version = state.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError.of(
             "format_version", version, f"this package reads {FORMAT_VERSION}",
             "Use the package version that wrote the checkpoint",
         )  # fmt: skip
-    return dict(state)
+    for key, least in (("iteration", 0), ("world_size", 1)):
+        value = state.get(key)
+        # A bool is an int in Python.
+        if type(value) is not int or value < least:
+            raise _damaged_state(folder, f"{key} is {value!r}, not a number from {least}")
+    return state
+
+
+def _damaged_state(folder: Path, rule: str) -> BitcpmError:
+    return CheckpointError.of(
+        "checkpoint", folder / STATE_FILE, rule, "The checkpoint is damaged; use another one"
+    )
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Return the resolved configuration of a checkpoint."""
-    state = read_state(folder)
-    world_size = state["world_size"]
+    """Return the resolved configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: it or ``bitcpm_state.json`` is unreadable or incomplete.
+    """
+    world_size = read_state(folder)["world_size"]
     config: RunConfig = _read(
         folder, CONFIG_FILE, lambda text: parse_config(text, world_size=world_size)
     )

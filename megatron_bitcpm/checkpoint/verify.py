@@ -1,9 +1,9 @@
 """The proof that a Hugging Face folder holds the ternary model of a checkpoint.
 
-Two questions. Is the folder a ternary model at all: every group of every ternary tensor holds one
-magnitude besides 0, tensors match config.json, ids of the tokenizer fit. And, with a checkpoint,
-is it *that* model: codes and scales equal those of the training forward, everything else is equal
-bit for bit. Tensors are read one at a time.
+Two questions. Is the folder a ternary model at all: it lists the tensors that its quantiser makes
+ternary, every group of them holds one magnitude besides 0, tensors match config.json, ids of the
+tokenizer fit. And, with a checkpoint, is it *that* model: codes and scales equal those of the
+training forward, everything else is equal bit for bit. Tensors are read one at a time.
 
 Codes are read back as sign(wq), scales as max |wq| of the group.
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from megatron_bitcpm.checkpoint.hf_config import (
     CONFIG_FILE,
@@ -31,12 +32,25 @@ from megatron_bitcpm.checkpoint.hf_tensors import HfFolder, folder_error
 from megatron_bitcpm.checkpoint.megatron_to_hf import (
     iter_hf_tensors,
     list_ternary_tensors,
+    parse_stamp,
     read_stamp,
     vocabulary_size,
 )
 from megatron_bitcpm.checkpoint.reader import CheckpointReader
+from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.errors import BitcpmError
 
 QUANTIZER_FILE = "bitcpm_quantizer.json"
+_MODEL_FIELDS = {
+    "head_dim": "kv_channels",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "num_attention_heads": "num_attention_heads",
+    "num_hidden_layers": "num_layers",
+    "num_key_value_heads": "num_query_groups",
+}
+"""Whole numbers of config.json that make up the architecture, and their names here."""
 SCALE_BITS = 32
 """Bits of a packed scale (float32)."""
 
@@ -141,11 +155,12 @@ def verify_tensors(
         groups: ternary tensor -> inputs per scale; empty for a full-precision model.
         reader: the checkpoint it must equal, or None.
     """
-    config = _check_config(folder, reader)
+    config, model = _check_config(folder, reader)
     count, differences = _Count(), _Differences()
     compared = 0
     with HfFolder(folder) as stored:
         _check_shapes(folder, stored, config, groups)
+        _check_list(folder, model, groups)
         if reader is not None and groups != list_ternary_tensors(
             reader.config.model, read_stamp(reader)
         ):
@@ -208,14 +223,66 @@ def _read_groups(folder: Path) -> dict[str, int]:
     return groups
 
 
-def _check_config(folder: Path, reader: CheckpointReader | None) -> dict[str, Any]:
+def _check_list(folder: Path, model: ModelConfig, groups: dict[str, int]) -> None:
+    """Raise unless the listed ternary tensors are those that the stamped quantiser makes."""
+    wanted: dict[str, int] = {}
+    if (folder / QUANTIZER_FILE).is_file():
+        stamp = parse_stamp(
+            read_json(folder / QUANTIZER_FILE).get("quantizer"), folder / QUANTIZER_FILE
+        )
+        try:
+            wanted = list_ternary_tensors(model, stamp)
+        except BitcpmError as error:
+            raise folder_error(
+                folder, f"{QUANTIZER_FILE} does not fit config.json: {error}".rstrip(".")
+            ) from error
+    if groups != wanted:
+        odd = [name for name in sorted({*groups, *wanted}) if groups.get(name) != wanted.get(name)]
+        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
+        raise folder_error(
+            folder, f"{QUANTIZER_FILE} lists other tensors or groups than its quantizer makes: "
+            f"{', '.join(odd[:5])}{more}",
+        )  # fmt: skip
+
+
+def _check_model(folder: Path, config: dict[str, Any]) -> ModelConfig:
+    """Return the architecture in config.json, whose values must have the right types."""
+    for key in (*_MODEL_FIELDS, "vocab_size"):
+        value = config.get(key)
+        # A bool is an int in Python.
+        if type(value) is not int or value < 1:
+            raise folder_error(folder, f"config.json has {key} {value!r}, not a positive integer")
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = config.get(key)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise folder_error(folder, f"config.json has {key} {value!r}, not a positive number")
+    for key, kind, words in (
+        ("tie_word_embeddings", bool, "true or false"),
+        ("torch_dtype", str, "the name of a type"),
+    ):
+        if not isinstance(config.get(key), kind):
+            raise folder_error(folder, f"config.json has {key} {config.get(key)!r}, not {words}")
+    try:
+        return ModelConfig(**{ours: config[key] for key, ours in _MODEL_FIELDS.items()})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise folder_error(
+            folder, f"config.json describes no model: {first['loc'][0]} {first['input']}: "
+            f"{first['msg']}",
+        ) from error  # fmt: skip
+
+
+def _check_config(
+    folder: Path, reader: CheckpointReader | None
+) -> tuple[dict[str, Any], ModelConfig]:
     """Return config.json, which must fit the tokenizer, and the checkpoint if there is one."""
     config: dict[str, Any] = read_json(folder / CONFIG_FILE)
+    model = _check_model(folder, config)
     ids = read_tokenizer_ids(folder)
-    if ids.size > config.get("vocab_size", 0):
+    if ids.size > config["vocab_size"]:
         raise folder_error(
             folder, f"the tokenizer has {ids.size} ids, config.json vocab_size "
-            f"{config.get('vocab_size')}",
+            f"{config['vocab_size']}",
         )  # fmt: skip
     if reader is not None:
         dtype = reader.dtype("embedding.word_embeddings.weight")
@@ -225,17 +292,13 @@ def _check_config(folder: Path, reader: CheckpointReader | None) -> dict[str, An
                 raise folder_error(
                     folder, f"config.json has {key} {config.get(key)!r}, the checkpoint {value!r}"
                 )
-    return config
+    return config, model
 
 
 def _check_shapes(
     folder: Path, stored: HfFolder, config: dict[str, Any], groups: dict[str, int]
 ) -> None:
-    try:
-        shapes = llama_shapes(config)
-        config["torch_dtype"]
-    except (KeyError, TypeError) as error:
-        raise folder_error(folder, f"config.json lacks {error}") from error
+    shapes = llama_shapes(config)
     names = set(stored.names())
     for kind, odd in (("missing", set(shapes) - names), ("unexpected", names - set(shapes))):
         if odd:

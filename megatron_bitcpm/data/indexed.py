@@ -148,7 +148,7 @@ def read_manifest(data_prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Return the manifest of prepared data, or None for data that other tools wrote.
 
     Raises:
-        DataError: the file is there and cannot be read.
+        DataError: the file is there and cannot be read, or lacks what `dataset` needs.
     """
     path = manifest_path(data_prefix)
     if not path.is_file():
@@ -157,8 +157,11 @@ def read_manifest(data_prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(manifest["tokenizer_sha256"], str):
             raise TypeError("tokenizer_sha256")
+        for split in ("train", "valid"):
+            if not isinstance(manifest["splits"][split]["tokens"], int):
+                raise TypeError(f"splits.{split}.tokens")
         return dict(manifest)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError.of("data", path, f"not a manifest ({error!r})", "Run prepare again") from (
             error
         )

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from megatron_bitcpm.data import text as text_source
 from megatron_bitcpm.data.indexed import manifest_path
 from megatron_bitcpm.data.progress import PrepareProgress
+from megatron_bitcpm.data.scratch import make_scratch_folder
 from megatron_bitcpm.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_bitcpm.errors import DataError
 from megatron_bitcpm.files import sync
@@ -76,7 +76,7 @@ def prepare(
     prefix = Path(output_prefix)
     targets = [Path(f"{prefix}_{split}.{ext}") for split in SPLITS for ext in ("bin", "idx")]
     targets.append(manifest_path(prefix))
-    existing = [path for path in targets if path.exists()]
+    existing = [path for path in targets if os.path.lexists(path)]
     if existing and not overwrite:
         raise DataError.of(
             "output_prefix",
@@ -95,8 +95,7 @@ def prepare(
         report=report,
     )
     every = round(1 / valid_fraction)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{prefix.name}.", dir=prefix.parent))
+    scratch = make_scratch_folder("output_prefix", prefix)
     try:
         with PrepareProgress(text_source.total_bytes(files), show_progress) as progress:
             writer = _SplitWriter(scratch, prefix.name, tokenizer, every)

@@ -124,21 +124,27 @@ def _refuse_recording(w: torch.Tensor) -> None:
         )
 
 
-def use_backend(name: str) -> None:
+def use_backend(name: str, device_type: str = "cpu") -> None:
     """Choose the implementation, the configuration value `quant.backend`.
 
     Args:
         name: "auto" (a device's compiled kernels where there are any), "reference" (pure torch
-            everywhere), "native" or "cpu" (compiled kernels, an error when they are absent).
+            everywhere), "native" (compiled kernels, an error where there are none).
+        device_type: where the weights are: "cpu", "cuda", "npu"; "native" must hold there.
     Raises:
-        BackendError: compiled kernels were asked for and did not load, or the name is unknown.
+        BackendError: compiled kernels were asked for and did not load, or there are none for this
+            device, or the name is unknown.
     """
     global _requested
-    if name not in ("auto", "reference", "native", "cpu"):
+    if name not in ("auto", "reference", "native"):
         raise BackendError.of(
             "quant.backend", name, "is no backend", "Use auto, reference or native"
         )
-    if name in ("native", "cpu") and _cpu.native is None:
+    if name == "native" and device_type != "cpu":
+        raise BackendError.of(
+            "quant.backend", name, f"there are no compiled operators for {device_type}", "Use auto"
+        )
+    if name == "native" and _cpu.native is None:
         raise BackendError.of(
             "quant.backend",
             name,

@@ -122,7 +122,3 @@ class PatchSet:
         finally:
             if not was_applied:
                 self.revert()
-
-    def describe(self) -> list[tuple[str, str]]:
-        """Return (target, reason) of every patch."""
-        return [(p.target, p.why) for p in self.patches]

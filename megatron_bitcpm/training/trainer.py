@@ -84,7 +84,8 @@ class Trainer:
         training, data = config.training, config.data
         self.directory = Path(config.checkpoint.directory)
         self.tokenizer = load_tokenizer(data.tokenizer)
-        read_tokenizer_ids(data.tokenizer)  # a tokenizer that cannot be exported is refused now
+        # A tokenizer that cannot be exported is refused before the training, not after it.
+        read_tokenizer_ids(data.tokenizer, self.tokenizer.vocab_size)
         self.train_data, self.valid_data = build_train_valid_datasets(
             data.prefix,
             data.seq_length,

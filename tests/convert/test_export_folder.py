@@ -156,7 +156,7 @@ def test_bad_tokenizers(trained, tmp_path):
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["vocab"]["zzz"] = 300
     (other / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="has 301 ids, the model was trained with 300"):
+    with pytest.raises(CheckpointError, match="its files hold 301 ids, the model has 300"):
         export_hf(directory, tmp_path / "out", tokenizer=other)
     assert not (tmp_path / "out").exists()
 

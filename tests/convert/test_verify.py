@@ -108,6 +108,16 @@ def test_a_changed_norm(damaged, trained):
         ({"tie_word_embeddings": True}, "1 unexpected tensors: lm_head.weight"),
         ({"vocab_size": 200}, "the tokenizer has 300 ids, config.json vocab_size 200"),
         ({"torch_dtype": "float32"}, "is torch.bfloat16, config.json says float32"),
+        ({"torch_dtype": None}, "config.json has torch_dtype None, not the name of a type"),
+        ({"vocab_size": None}, "config.json has vocab_size None, not a positive integer"),
+        ({"vocab_size": "300"}, "config.json has vocab_size '300', not a positive integer"),
+        ({"vocab_size": True}, "config.json has vocab_size True, not a positive integer"),
+        ({"hidden_size": [48]}, r"config.json has hidden_size \[48\], not a positive integer"),
+        ({"num_hidden_layers": 3.0}, "config.json has num_hidden_layers 3.0, not a positive"),
+        ({"head_dim": -32}, "config.json has head_dim -32, not a positive integer"),
+        ({"hidden_size": 4}, "config.json describes no model: hidden_size 4: "),
+        ({"tie_word_embeddings": None}, "has tie_word_embeddings None, not true or false"),
+        ({"rope_theta": "x"}, "config.json has rope_theta 'x', not a positive number"),
     ],
 )
 def test_a_wrong_config(changes, message, damaged):
@@ -160,7 +170,45 @@ def test_a_shortened_list_of_ternary_tensors(damaged, trained):
     groups = json.loads(path.read_text())["ternary_tensors"]
     del groups[DOWN]
     edit_json(path, ternary_tensors=groups)
-    refuse("lists other tensors or groups", folder, trained(CASE).directory)
+    message = f"lists other tensors or groups than its quantizer makes: {re.escape(DOWN)}"
+    refuse(message, folder)
+    refuse(message, folder, trained(CASE).directory)
+
+
+def test_a_latent_weight_hidden_from_the_list(damaged):
+    """A tensor that is not ternary passes only if the list, or the quantiser, leaves it out."""
+    folder = damaged(CASE)
+    edit_tensors(folder, lambda tensors: tensors[DOWN].copy_(torch.randn(tensors[DOWN].shape)))
+    path = folder / "bitcpm_quantizer.json"
+    groups = json.loads(path.read_text())["ternary_tensors"]
+    edit_json(path, ternary_tensors={k: v for k, v in groups.items() if k != DOWN})
+    refuse(f"than its quantizer makes: {re.escape(DOWN)}", folder)
+
+
+@pytest.mark.parametrize(
+    ("stamp", "message"),
+    [
+        ({"group_size": 16}, "lists other tensors or groups .* and 16 more"),
+        ({"full_precision_last_layers": 1}, "lists other tensors .*model.layers.2.* and 2 more"),
+        ({"group_size": 7}, "does not fit config.json: .*in_features"),
+        ({"group_size": "x"}, "unreadable stamp"),
+        ({"tensor_model_parallel_size": 0}, "unreadable stamp: tensor_model_parallel_size 0"),
+        ({"numerics": "bf16"}, "numerics=bf16"),
+        (None, "unreadable stamp"),
+    ],
+)
+def test_a_changed_quantizer(stamp, message, damaged):
+    folder = damaged(CASE)
+    path = folder / "bitcpm_quantizer.json"
+    record = json.loads(path.read_text())
+    edit_json(path, quantizer=None if stamp is None else {**record["quantizer"], **stamp})
+    refuse(message, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tp2_local", "tp2_groups_filters"])
+def test_the_list_is_recomputed_for_every_quantizer(case, exported):
+    assert verify(exported(case))["ternary_tensors"] > 0
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ def backend(request):
     if request.param == "reference":
         ops.use_backend("reference")
     else:
-        ops.use_backend("cpu")
+        ops.use_backend("native")
         _cpu.select_isa(request.param)
     yield request.param
     ops.use_backend("auto")

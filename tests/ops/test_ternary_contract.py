@@ -180,11 +180,23 @@ def test_refusals_are_one_line(backend, call, message):
 
 
 def test_unknown_backend_and_instruction_set_are_refused():
-    with pytest.raises(BackendError, match=r"quant.backend=gpu: is no backend. Use auto"):
-        ops.use_backend("gpu")
+    for name in ("gpu", "cpu"):
+        with pytest.raises(BackendError, match=rf"quant.backend={name}: is no backend. Use auto"):
+            ops.use_backend(name)
     if _cpu.native is not None:
         with pytest.raises(BackendError, match="BITCPM_CPU_ISA=sse9: this processor and build"):
             _cpu.select_isa("sse9")
+
+
+@pytest.mark.parametrize("device_type", ["npu", "cuda"])
+def test_native_is_refused_where_no_kernel_is_built(device_type):
+    message = f"quant.backend=native: there are no compiled operators for {device_type}. Use auto."
+    with pytest.raises(BackendError) as caught:
+        ops.use_backend("native", device_type)
+    assert str(caught.value) == message
+    for name in ("reference", "auto"):
+        ops.use_backend(name, device_type)
+        assert ops.backend_report()["requested"] == name
 
 
 @needs_native

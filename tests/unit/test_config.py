@@ -86,17 +86,71 @@ def test_all_problems_at_once():
         ("quant.full_precision_first_layers=2", "leaves none of 2 layers"),
         ("training.precision=fp16", "must be 'bf16' or 'fp32'"),
         ("training.train_iters=x", "must be a valid integer"),
+        ("training.train_iters=true", "train_iters=True: must be a number, not true or false."),
+        ("checkpoint.save_interval=true", "must be a number, not true or false"),
+        ("optimizer.lr=true", "must be a number, not true or false"),
+        ("optimizer.lr=.inf", "optimizer.lr=inf: must be a finite number"),
+        ("optimizer.lr=1e400", "optimizer.lr=1e400: must be a finite number"),
+        ("optimizer.adam_eps=.nan", "optimizer.adam_eps=nan: must be a finite number"),
+        ("quant.eps=.inf", "quant.eps=inf: must be a finite number"),
+        ("data.prefix=2026-13-45", "--set=data.prefix=2026-13-45: the value is not YAML"),
+        ('training.precision="a\\nb"', "training.precision=a b: must be 'bf16' or 'fp32'"),
+        ('data.prefx="a\\nb"', "data.prefx=a b: unknown key. Did you mean prefix."),
+        (
+            "optimizer.lr_warmup_iters=9",
+            "optimizer.lr_warmup_iters=9: with the default decay of 2 steps exceeds "
+            "training.train_iters 10. Use at most 8, or set optimizer.lr_wsd_decay_iters.",
+        ),
         ("model=3", "model=3: must be a valid dictionary"),
         ("a.b", "--set=a.b: is not key=value. Write --set a.b=1."),
     ],
 )
 def test_single_problems(override, expected):
-    assert any(expected in line for line in problems([override])), problems([override])
+    found = problems([override])
+    assert any(expected in line for line in found), found
+    assert not any("\n" in line for line in found)
+
+
+def test_numbers_written_as_yaml_reads_them_as_text():
+    assert parse_config(yaml.safe_dump(BASE), ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3
+
+
+def test_decay_defaults():
+    config = parse_config(yaml.safe_dump(BASE), ["optimizer.lr_warmup_iters=8"])
+    optimizer = config.optimizer
+    assert optimizer.wsd_decay_style == "minus_sqrt"
+    assert [optimizer.wsd_decay_iters(n) for n in (1, 4, 10, 100)] == [1, 1, 2, 20]
+    given = optimizer.model_copy(
+        update={"lr_wsd_decay_iters": 7, "lr_wsd_decay_style": "exponential"}
+    )
+    assert (given.wsd_decay_iters(100), given.wsd_decay_style) == (7, "exponential")
+
+
+@pytest.mark.parametrize("style", ["WSD", "cosine", "constant"])
+def test_saved_configurations_load_with_every_schedule(style):
+    # The warm-up would overlap a decay that only WSD has.
+    warmup = 8 if style == "WSD" else 9
+    overrides = [f"optimizer.lr_decay_style={style}", f"optimizer.lr_warmup_iters={warmup}"]
+    config = parse_config(yaml.safe_dump(BASE), overrides)
+    assert parse_config(config.to_yaml()) == config
 
 
 def test_settings_without_effect_are_errors():
     found = problems(["optimizer.lr_decay_style=cosine", "optimizer.lr_wsd_decay_iters=2"])
     assert "has no effect with lr_decay_style cosine" in found[0]
+    for style in ("cosine", "constant"):
+        found = problems(
+            [f"optimizer.lr_decay_style={style}", "optimizer.lr_wsd_decay_style=linear"]
+        )
+        assert found == [
+            "optimizer.lr_wsd_decay_style=linear: has no effect with lr_decay_style "
+            f"{style}. Remove it, or use WSD."
+        ]
+    found = problems(["optimizer.lr_decay_style=constant", "optimizer.min_lr=1e-4"])
+    assert found == [
+        "optimizer.min_lr=0.0001: has no effect with lr_decay_style constant. "
+        "Remove it, or use WSD or cosine."
+    ]
     found = problems(["quant.requantize=every_step", "training.precision=fp32"])
     assert "no separate main parameters" in found[0]
 

@@ -234,6 +234,35 @@ def test_damaged_files_are_refused_before_megatron_sees_them(source, data, damag
     assert not Path(f"{data}_cache").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.pop("splits"),
+        lambda m: m.update(splits=None),
+        lambda m: m["splits"].pop("valid"),
+        lambda m: m["splits"]["train"].pop("tokens"),
+        lambda m: m["splits"]["train"].update(tokens="many"),
+        lambda m: m.pop("tokenizer_sha256"),
+    ],
+)
+def test_incomplete_manifests_are_refused(source, data, change):
+    path = Path(f"{data}.json")
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"data=.*d\.json: not a manifest \(") as caught:
+        build(data, source / "tok")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+def test_a_manifest_of_another_form_is_refused(source, data, content):
+    Path(f"{data}.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"data=.*d\.json: not a manifest \(") as caught:
+        build(data, source / "tok")
+    assert "\n" not in str(caught.value)
+
+
 def test_both_files_of_another_run_are_refused(source, data):
     for ext in ("bin", "idx"):
         shutil.copy(f"{data}_valid.{ext}", f"{data}_train.{ext}")

@@ -1,6 +1,7 @@
 """Text to indexed datasets: contents, split, manifest, atomicity."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,24 @@ def test_short_splits_are_errors_that_leave_nothing(source, tmp_path):
     with pytest.raises(DataError, match=r"valid_fraction=0\.9: must be in"):
         run(source, out, valid_fraction=0.9)
     assert names(out) == []
+
+
+@pytest.mark.parametrize("place", ["parent is a file", "no permission", "null character"])
+def test_an_output_that_cannot_be_made_is_one_line(source, tmp_path, monkeypatch, place):
+    out = tmp_path / "out"
+    if place == "parent is a file":
+        out.write_text("x")
+    elif place == "no permission":
+
+        def fail(*args, **kwargs):
+            raise PermissionError(13, "Permission denied", "secret")
+
+        monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    else:
+        out = tmp_path / "a\0b"
+    with pytest.raises(DataError, match=r"output_prefix=.*: cannot be written \(") as caught:
+        run(source, out)
+    assert "\n" not in str(caught.value)
 
 
 def test_progress_is_plain_lines_without_a_terminal(source, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,39 @@ def test_training_errors(tmp_path):
             train_tokenizer([tmp_path / name], tmp_path / "out", **options)
         assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "a.txt", "blank.txt"]
+
+
+@pytest.mark.parametrize("place", ["parent is a file", "no permission", "unreadable"])
+def test_an_output_that_cannot_be_made_is_refused_before_training(tmp_path, monkeypatch, place):
+    def fail(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    def no_training(*args, **kwargs):
+        raise AssertionError("trained for an output that cannot be written")
+
+    (tmp_path / "a.txt").write_text("abc abd abe " * 20)
+    out = tmp_path / "sub" / "out"
+    if place == "parent is a file":
+        (tmp_path / "sub").write_text("x")
+    elif place == "no permission":
+        monkeypatch.setattr(tempfile, "mkdtemp", fail)
+    else:
+        monkeypatch.setattr(Path, "exists", fail)
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", no_training)
+    with pytest.raises(DataError, match=r"output_dir=.*out: cannot be (written|read) \(") as caught:
+        train_tokenizer([tmp_path / "a.txt"], out, vocab_size=300)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failed_training_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    (tmp_path / "a.txt").write_text("abc abd abe " * 20)
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer([tmp_path / "a.txt"], tmp_path / "out", vocab_size=300)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_overwriting_replaces_tokenizers_only(tmp_path):

@@ -43,7 +43,10 @@ def test_cuda_literals_mean_the_cpu(patches):
         made = torch.zeros(2, device="cuda", pin_memory=True)
         assert made.device.type == "cpu"
         assert torch.tensor([1.0], device=torch.cuda.current_device()).device.type == "cpu"
-        assert made.to("cuda:0").cuda() is not None
+        values = torch.tensor([1.0, -2.0])
+        for moved in (values.to("cuda:0"), values.cuda(), values.to("cuda:0").cuda(0)):
+            assert moved.device.type == "cpu"
+            assert torch.equal(moved, values)
         assert made.bfloat16().type() == "torch.cuda.BFloat16Tensor"
         assert made.type(torch.float64).dtype == torch.float64
         torch.cuda.manual_seed(3)
@@ -66,10 +69,6 @@ def test_device_contexts_still_work():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["meta", "meta"]
-
-
-def test_every_replacement_says_why(patches):
-    assert all(why for _, why in patches.describe())
 
 
 def test_a_later_replacement_by_others_is_an_error():
