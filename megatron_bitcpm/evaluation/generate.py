@@ -109,6 +109,8 @@ def _import_auto_class(name: str, folder: str | Path) -> Any:
             "model", folder, "needs transformers, which is not installed",
             "Install megatron-bitcpm[hf]",
         ) from error  # fmt: skip
+    # Its bar for loading weights would stand between prompt and text.
+    transformers.utils.logging.disable_progress_bar()
     return getattr(transformers, name).from_pretrained
 
 
