@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -80,10 +81,12 @@ class MetricsWriter:
 
         Args:
             iteration: optimizer steps done.
-            **values: numbers by metric name; units in the names where they have one.
+            **values: numbers by metric name; units in the names where they have one. A number that
+                is not finite becomes null in the file, which has no other word for it.
         """
         kept = {key: value for key, value in values.items() if value is not None}
-        self._stream.write(json.dumps({"iteration": iteration, **kept}) + "\n")
+        line = {key: value if math.isfinite(value) else None for key, value in kept.items()}
+        self._stream.write(json.dumps({"iteration": iteration, **line}) + "\n")
         self._stream.flush()
         if self._tensorboard is not None:
             for key, value in kept.items():
@@ -143,8 +146,10 @@ def plot_losses(
     for index, (label, directory) in enumerate(runs.items()):
         lines = read_metrics(directory / METRICS_FILE)
         color = f"C{index}"
-        train = [(m["iteration"], m["loss"]) for m in lines if "loss" in m]
-        valid = [(m["iteration"], m["valid_loss"]) for m in lines if "valid_loss" in m]
+        train = [(m["iteration"], m["loss"]) for m in lines if m.get("loss") is not None]
+        valid = [
+            (m["iteration"], m["valid_loss"]) for m in lines if m.get("valid_loss") is not None
+        ]
         if train:
             axes.plot(*zip(*train, strict=True), color=color, alpha=0.35, linewidth=1)
         if valid:

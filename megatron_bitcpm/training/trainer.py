@@ -2,7 +2,8 @@
 
 `train` builds everything from the configuration, resumes if asked, and runs optimizer steps:
 Megatron's own forward-backward schedule, optimizer and learning-rate scheduler. Validation, logging
-and checkpoints happen at their intervals and at the end.
+and checkpoints happen at their intervals and at the end. What stands on Megatron is imported inside
+functions: it reads parts of torch at import, so the platform must be prepared before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,12 +305,7 @@ class Trainer:
             "checkpoint.directory",
             self.directory,
         )
-        if state.ternary:
-            with state.ternary.latents():
-                save_state(
-                    folder, state.model, state.optimizer, state.scheduler, vars(self.progress)
-                )
-        else:
+        with state.ternary.latents() if state.ternary else nullcontext():
             save_state(folder, state.model, state.optimizer, state.scheduler, vars(self.progress))
         torch.distributed.barrier()
         facts = {
