@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From text to a speaking ternary model, by the commands a user would type. Run again, it goes on
-# where it was interrupted; with other TEXT or ITERS it starts anew.
+# from the last checkpoint; another TEXT or ITERS needs another OUT. Nothing is ever deleted.
 set -euo pipefail
 TEXT="${TEXT:-stdlib:}"
 OUT="${OUT:-demo-output}"
@@ -14,12 +14,13 @@ text_state() { # names, sizes and times of the text's files
   [ "$TEXT" = "stdlib:" ] || find "$TEXT" -type f -exec ls -ln --time-style=+%s {} + 2>/dev/null | cksum
 }
 inputs="TEXT=$TEXT $(text_state) ITERS=$ITERS $(cksum < launch/configs/demo.yaml)"
+if [ "$TEXT" != "stdlib:" ] && [ ! -e "$TEXT" ]; then
+  echo "TEXT=$TEXT: no such file or folder. Check the path, or leave it out." >&2
+  exit 2
+fi
 if [ -d "$OUT" ] && [ "$(cat "$OUT/.inputs" 2>/dev/null)" != "$inputs" ]; then
-  if [ ! -f "$OUT/.inputs" ]; then
-    echo "OUT=$OUT: the folder exists and is not a demo's. Name another one." >&2
-    exit 2
-  fi
-  rm -rf "$OUT"
+  echo "OUT=$OUT: the folder holds something else, or a demo of another text, length or configuration. Name another one (make demo OUT=folder), or remove it." >&2
+  exit 2
 fi
 mkdir -p "$OUT"
 printf '%s' "$inputs" > "$OUT/.inputs"
@@ -28,6 +29,8 @@ cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)
 export OMP_NUM_THREADS=$(( cores / RANKS > 0 ? cores / RANKS : 1 ))
 # Libraries' notes about absent accelerators would bury the demo.
 export PYTHONWARNINGS=ignore
+
+trap 'echo "Stopped. The same command goes on from the last checkpoint (every 200 steps)." >&2' INT
 
 say "1. tokenizer (SentencePiece) from $TEXT"
 if [ ! -d "$OUT/tokenizer" ]; then
@@ -39,6 +42,18 @@ if [ ! -f "$OUT/data/text.json" ]; then
   run bitcpm data prepare --input "$TEXT" --tokenizer "$OUT/tokenizer" --output-prefix "$OUT/data/text"
 fi
 
+# The demo validates on 320 windows of 256 tokens; a small text has fewer, in global batches of 8.
+eval_iters=$(python - "$OUT/data/text.json" <<'PY'
+import json, sys
+tokens = json.load(open(sys.argv[1]))["splits"]["valid"]["tokens"]
+print(min(40, (tokens - 1) // 256 // 8))
+PY
+)
+if [ "$eval_iters" -lt 1 ]; then
+  echo "TEXT=$TEXT: too little text to validate on (8 windows of 256 tokens in 3 % of it). Give about 300 kB or more." >&2
+  exit 2
+fi
+
 train() { # folder, further settings
   local folder="$OUT/$1"; shift
   local resume=()
@@ -48,7 +63,8 @@ train() { # folder, further settings
     --set "checkpoint.save_interval=$ITERS"
   run torchrun --standalone --nproc_per_node "$RANKS" -m megatron_bitcpm train \
     --config launch/configs/demo.yaml --set "data.prefix=$OUT/data/text" \
-    --set "data.tokenizer=$OUT/tokenizer" --set "checkpoint.directory=$folder" "$@" "${resume[@]}"
+    --set "data.tokenizer=$OUT/tokenizer" --set "checkpoint.directory=$folder" \
+    --set "training.eval_iters=$eval_iters" "$@" "${resume[@]}"
 }
 
 say "3. ternary pretraining, tensor parallel over $RANKS ranks"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,7 +137,10 @@ def verify_command(
         Path | None, typer.Argument(help="Checkpoint or run that it was exported from.")
     ] = None,
 ) -> None:
-    """Prove that every group of a folder is ternary and equals the checkpoint, bit for bit."""
+    """Prove that every group of a folder is ternary and, with CHECKPOINT, equals it bit for bit.
+
+    Without CHECKPOINT a changed sign, norm or embedding cannot be noticed.
+    """
     from megatron_bitcpm.checkpoint.verify import verify
 
     _print_json(verify(folder, checkpoint))
@@ -213,6 +217,10 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True
     )
+    # Notes about absent accelerator libraries and names about to be renamed: nothing that a user can
+    # act on, and many of them on every rank.
+    for category in (UserWarning, DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\b")
     # Megatron logs its configuration objects at this level.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
@@ -220,8 +228,9 @@ def main(arguments: list[str] | None = None) -> None:
     except BitcpmError as error:
         lines = error.problems if isinstance(error, ConfigError) else [str(error)]
         prefix = f"[rank {rank}] " if world_size > 1 else ""
-        for line in lines:
-            print(f"{prefix}bitcpm: {line}", file=sys.stderr)
+        # One write, so that the lines of several ranks do not run together.
+        sys.stderr.write("".join(f"{prefix}bitcpm: {line}\n" for line in lines))
+        sys.stderr.flush()
         sys.exit(2)
 
 

@@ -39,7 +39,7 @@ def main() -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     table = Table(title="validation loss, nats per token")
-    for column in ("model", "loss", "peak learning rate", "beside ternary"):
+    for column in ("model", "loss", "peak learning rate", "minus ternary"):
         table.add_column(column)
     rates = result["learning_rate"]
     table.add_row("ternary", f"{ternary:.4f}", f"{rates['ternary']:g}", "")
@@ -48,6 +48,10 @@ def main() -> None:
     )
     table.add_row("bigram", f"{bigram:.4f}", "", f"{bigram - ternary:+.4f}")
     console.print(table)
+    if ternary > bigram:
+        console.print(
+            "Above the bigram model: too few steps or too little text to have learnt much."
+        )
 
     prompt = read_prompt(folder)
     console.print("\nA sample of the ternary model (transformers, from the Hugging Face folder):")
@@ -59,7 +63,8 @@ Hugging Face folder     {folder / "hf"}
 checkpoint              {folder / "ternary"}
 losses                  {plot} and {folder / "ternary" / "metrics.jsonl"}
 TensorBoard             tensorboard --logdir {folder}
-Next                    bitcpm generate --model {folder / "hf"} --prompt 'def '
+Next                    source .venv/bin/activate
+                        bitcpm generate --model {folder / "hf"} --prompt 'def '
                         torchrun --nproc_per_node 2 -m megatron_bitcpm train --config FILE""",
         markup=False,
     )

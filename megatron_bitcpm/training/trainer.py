@@ -116,6 +116,12 @@ class Trainer:
             self.load_checkpoint()
         training, checkpoint = self.config.training, self.config.checkpoint
         first_iter = self.progress.iteration
+        if first_iter >= training.train_iters:
+            logger.info(
+                "already at step %d of %d; raise training.train_iters to go on",
+                first_iter,
+                training.train_iters,
+            )
         on_main_rank(self._check_writable, "checkpoint.directory", self.directory)
         if not self.runtime.is_main:
             self._loop(None)
