@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True
     )
-    # Notes about absent accelerator libraries and names about to be renamed: nothing that a user can
+    # Notes about absent accelerator libraries and names soon to be renamed: nothing that a user can
     # act on, and many of them on every rank.
     for category in (UserWarning, DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(megatron|torch)\b")
