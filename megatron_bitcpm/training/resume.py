@@ -18,8 +18,9 @@ _MAY_CHANGE = (
     "training.train_iters",
     "training.eval_",
     "training.log_interval",
-    "training.max_skipped_steps",
     "training.recompute",
+    "training.exit_duration_in_mins",
+    "guard.",
     "checkpoint.",
 )
 

@@ -215,10 +215,10 @@ class Trainer:
     def _count_skip(self) -> None:
         self.progress.skipped_steps += 1
         self._skipped_in_a_row += 1
-        limit = self.config.training.max_skipped_steps
+        limit = self.config.guard.max_skipped_steps
         if self._skipped_in_a_row >= limit:
             raise TrainingError.of(
-                "training.max_skipped_steps", limit,
+                "guard.max_skipped_steps", limit,
                 f"{limit} steps in a row had non-finite gradients, the last at step "
                 f"{self.progress.iteration + 1}",
                 "Lower optimizer.lr or resume from an earlier checkpoint",

@@ -58,7 +58,7 @@ def tiny_config(corpus, directory, **overrides) -> dict:
     }
     for path, value in overrides.items():
         section, key = path.split("__", 1)
-        tree[section][key] = value
+        tree.setdefault(section, {})[key] = value
     return tree
 
 

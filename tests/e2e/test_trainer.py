@@ -132,11 +132,11 @@ def test_non_finite_gradients_stop_the_run(write_config, precision):
     config = write_config(
         training__precision=precision, quant__requantize="auto",
         optimizer__lr=1e30, optimizer__lr_warmup_iters=0, training__train_iters=30,
-        training__max_skipped_steps=3, training__eval_interval=30, checkpoint__save_interval=30,
+        guard__max_skipped_steps=3, training__eval_interval=30, checkpoint__save_interval=30,
     )  # fmt: skip
     code, message = train(1, config)[0]
     assert code == 2
-    assert "training.max_skipped_steps=3: 3 steps in a row had non-finite gradients" in message
+    assert "guard.max_skipped_steps=3: 3 steps in a row had non-finite gradients" in message
 
 
 def test_a_run_can_be_continued_with_another_schedule(write_config, tmp_path):

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from megatron_bitcpm.config import RunConfig, load_config, parse_config
+from megatron_bitcpm.config import (
+    BlendEntry,
+    RopeScalingConfig,
+    RunConfig,
+    load_config,
+    parse_config,
+)
 from megatron_bitcpm.errors import ConfigError
 
 BASE = {
@@ -58,9 +64,8 @@ def test_all_problems_at_once():
     )  # fmt: skip
     assert [line.split("=")[0] for line in found] == [
         "parallel.tensor_model_parallel_size",
-        "model.num_query_groups",
-        "data.seq_length",
         "training.global_batch_size",
+        "data.seq_length",
         "optimizer.min_lr",
         "quant.group_size",
     ]
@@ -84,7 +89,7 @@ def test_all_problems_at_once():
         ("optimizer.lr_warmup_iters=10", "is not shorter than training.train_iters 10"),
         ("optimizer.lr_wsd_decay_iters=11", "with the warm-up exceeds training.train_iters 10"),
         ("quant.full_precision_first_layers=2", "leaves none of 2 layers"),
-        ("training.precision=fp16", "must be 'bf16' or 'fp32'"),
+        ("training.precision=fp8", "must be 'bf16', 'fp16' or 'fp32'"),
         ("training.train_iters=x", "must be a valid integer"),
         ("training.train_iters=true", "train_iters=True: must be a number, not true or false."),
         ("checkpoint.save_interval=true", "must be a number, not true or false"),
@@ -94,7 +99,7 @@ def test_all_problems_at_once():
         ("optimizer.adam_eps=.nan", "optimizer.adam_eps=nan: must be a finite number"),
         ("quant.eps=.inf", "quant.eps=inf: must be a finite number"),
         ("data.prefix=2026-13-45", "--set=data.prefix=2026-13-45: the value is not YAML"),
-        ('training.precision="a\\nb"', "training.precision=a b: must be 'bf16' or 'fp32'"),
+        ('training.precision="a\\nb"', "training.precision=a b: must be 'bf16', 'fp16' or 'fp32'"),
         ('data.prefx="a\\nb"', "data.prefx=a b: unknown key. Did you mean prefix."),
         (
             "optimizer.lr_warmup_iters=9",
@@ -176,6 +181,138 @@ def test_missing_keys_are_named():
 
 
 def test_every_field_is_described():
-    for section in RunConfig.model_fields.values():
-        for name, field in section.annotation.model_fields.items():
+    sections = [section.annotation for section in RunConfig.model_fields.values()]
+    for section in [*sections, BlendEntry, RopeScalingConfig]:
+        for name, field in section.model_fields.items():
             assert field.description, name
+
+
+LAYOUT = ["model.num_layers=8", "model.num_attention_heads=8", "training.global_batch_size=64"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "expected"),
+    [
+        (
+            ["parallel.pipeline_model_parallel_size=2", "parallel.context_parallel_size=2"], 6,
+            "parallel=tp 1 x pp 2 x cp 2: 4 does not divide the world size 6. "
+            "Start a multiple of 4 ranks.",
+        ),
+        (["parallel.pipeline_model_parallel_size=3"], 3, "is not a multiple of the 3 pipeline"),
+        (
+            ["parallel.virtual_pipeline_model_parallel_size=2"], 1,
+            "has no effect with pipeline_model_parallel_size 1",
+        ),
+        (
+            ["parallel.pipeline_model_parallel_size=2", "training.global_batch_size=6",
+             "parallel.virtual_pipeline_model_parallel_size=2"], 2,
+            "gives 3 micro-batches, the interleaved schedule needs a multiple of pp 2",
+        ),
+        (["parallel.sequence_parallel=true"], 1, "has no effect with tensor_model_parallel_size 1"),
+        (["parallel.overlap_param_gather=true"], 2, "without use_distributed_optimizer"),
+        (
+            ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=true"], 2,
+            "needs overlap_grad_reduce. Set parallel.overlap_grad_reduce=true.",
+        ),
+        (["parallel.ddp_bucket_size=100"], 2, "has no effect without overlap_grad_reduce"),
+        (
+            ["parallel.context_parallel_size=2", "data.seq_length=62"], 2,
+            "cannot be cut into 4 equal pieces (context_parallel_size 2, sequence_parallel false)",
+        ),
+        (
+            ["parallel.tensor_model_parallel_size=4", "model.num_query_groups=8",
+             "model.num_attention_heads=8", "parallel.sequence_parallel=true",
+             "data.seq_length=62"], 4, "cannot be cut into 4 equal pieces",
+        ),
+        (["model.num_query_groups=4", "model.num_attention_heads=24", "model.kv_channels=16",
+          "parallel.tensor_model_parallel_size=6"], 6,
+         "model.num_query_groups=4: neither divides nor is divided by"),
+    ],
+)  # fmt: skip
+def test_layouts_that_cannot_be(overrides, world, expected):
+    found = problems(LAYOUT + overrides, world)
+    assert any(expected in line for line in found), found
+
+
+def test_more_tensor_ranks_than_query_groups_are_allowed():
+    overrides = [*LAYOUT, "model.num_query_groups=2", "parallel.tensor_model_parallel_size=4"]
+    assert parse_config(yaml.safe_dump(BASE), overrides, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.scale_emb=12", "has no effect with architecture llama. Remove it, or use minicpm."),
+        ("model.architecture=minicpm", "model.scale_emb=(absent): is required by"),
+        ("optimizer.initial_loss_scale=4", "has no effect with training.precision bf16"),
+        ("guard.max_spikes=4", "has no effect without guard.loss_spike_threshold"),
+        ("guard.max_rollbacks=4", "has no effect with guard.action stop"),
+        ("guard.action=rollback", "there is no checkpoint to return to before the last step"),
+        ("checkpoint.keep_every_n=4", "has no effect without checkpoint.keep_last_n"),
+        ("data.prefix=null", "exactly one of data.prefix and data.blend names the training data"),
+        ("data.blend=[{prefix: a, weight: 1}]", "exactly one of data.prefix and data.blend"),
+        ("data.blend=[{prefx: a, weight: 1}]", "data.blend.0.prefx=a: unknown key. Did you mean"),
+        ("data.valid={a b: x}", "should match pattern"),
+        ("model.rope_scaling={}", "model.rope_scaling.short_factor=(absent): is required"),
+        ("model.rope_scaling={hf_config: absent.json}", "No such file or directory"),
+    ],
+)
+def test_settings_that_need_others(override, expected):
+    found = problems([override])
+    assert any(expected in line for line in found), found
+
+
+def test_keep_every_n_must_be_saved():
+    found = problems(["checkpoint.keep_every_n=5", "checkpoint.keep_last_n=1",
+                      "checkpoint.save_interval=2"])  # fmt: skip
+    assert found == [
+        "checkpoint.keep_every_n=5: is not a multiple of checkpoint.save_interval 2. "
+        "Use a multiple."
+    ]
+
+
+def test_a_blend_names_its_validation_sets():
+    tree = {**BASE, "data": {**BASE["data"]}}
+    del tree["data"]["prefix"]
+    tree["data"]["blend"] = [{"prefix": "x/a", "weight": 1}, {"prefix": "y/b", "weight": 3}]
+    config = parse_config(yaml.safe_dump(tree))
+    assert config.data.valid_sets == {"a": "x/a", "b": "y/b"}
+    assert parse_config(config.to_yaml()) == config
+    tree["data"]["blend"][1]["prefix"] = "y/a"
+    assert "two prefixes end in the same name" in problems([], text=yaml.safe_dump(tree))[0]
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_rope_factors_come_from_a_hugging_face_config(tmp_path, key):
+    import json
+
+    factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32, "rope_type": "longrope"}
+    hf = {key: factors, "original_max_position_embeddings": 48}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    override = f"model.rope_scaling={{hf_config: {tmp_path / 'config.json'}}}"
+    config = parse_config(yaml.safe_dump(BASE), [override])
+    rope = config.model.rope_scaling
+    assert rope.long_factor == (2.0,) * 32 and rope.original_max_position_embeddings == 48
+    assert rope.source == str(tmp_path / "config.json")
+    # The resolved configuration needs the file no more.
+    (tmp_path / "config.json").unlink()
+    assert parse_config(config.to_yaml()) == config
+
+
+@pytest.mark.parametrize(
+    ("hf", "expected"),
+    [
+        ("[1]", "hf_config="),
+        ('{"rope_scaling": {"rope_type": "yarn"}}', "rope_type is yarn, not longrope"),
+        ('{"rope_scaling": {"rope_type": "longrope"}}', "has no short_factor"),
+        ('{"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1], '
+         '"original_max_position_embeddings": 8}}', "(1 numbers): one for each pair of"),
+        ('{"rope_scaling": {"rope_type": "longrope", "short_factor": [0], "long_factor": [1], '
+         '"original_max_position_embeddings": 8}}', "must be greater than 0"),
+    ],
+)  # fmt: skip
+def test_other_hugging_face_configs_are_refused(tmp_path, hf, expected):
+    (tmp_path / "config.json").write_text(hf)
+    found = problems([f"model.rope_scaling={{hf_config: {tmp_path / 'config.json'}}}"])
+    assert any(expected in line for line in found), found
+    assert not any("\n" in line for line in found)
