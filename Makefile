@@ -6,13 +6,15 @@ TEXT ?= stdlib:
 ITERS ?=
 
 BIN := $(VENV)/bin
+# The second environment of the tests: the first one with an older megatron-core in front of it.
+CORE_0_12 := $(VENV)-core-0.12.1
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help demo test lint bench clean setup
+.PHONY: help demo test test-core-0.16 test-core-0.12 lint bench clean setup setup-core-0.12
 
 help:
 	@echo "make demo [TEXT=file-or-folder] [OUT=folder]   text -> ternary training -> Hugging Face -> speech"
-	@echo "make test                                      all tests"
+	@echo "make test                                      all tests, with megatron-core 0.16.1 and 0.12.1"
 	@echo "make lint | bench | clean"
 
 # The environment: the pinned lock, then this package with its C++ operator.
@@ -29,11 +31,32 @@ $(VENV)/.built: $(VENV)/.locked setup.py pyproject.toml $(SOURCES)
 
 setup: $(VENV)/.built
 
+# Without dependencies: 0.12.1 declares many that it does not need. Its own packages come first on
+# the path, then everything of the first environment.
+$(CORE_0_12)/.built: requirements/megatron-0.12.1.txt $(VENV)/.built
+	$(BIN)/python -m venv --clear --without-pip $(CORE_0_12)
+	$(BIN)/pip --python $(CORE_0_12)/bin/python install -qq --disable-pip-version-check --no-deps -r $<
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(CORE_0_12)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first_environment.pth"
+	@touch $@
+
+setup-core-0.12: $(CORE_0_12)/.built
+
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" TEXT="$(TEXT)" OUT="$(OUT)" ITERS="$(ITERS)" bash launch/demo.sh
 
-test: setup
+# Both run to their end; each prints its versions and its summary.
+test: setup setup-core-0.12
+	@status=0; \
+	$(MAKE) --no-print-directory test-core-0.16 || status=1; \
+	$(MAKE) --no-print-directory test-core-0.12 || status=1; \
+	exit $$status
+
+test-core-0.16: setup
 	$(BIN)/python -m pytest -m "not npu and not gpu" --durations=10
+
+test-core-0.12: setup-core-0.12
+	$(CORE_0_12)/bin/python -m pytest -m "both_versions and not npu and not gpu" --durations=5
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,4 +68,4 @@ bench: setup
 	$(BIN)/bitcpm bench train
 
 clean:
-	rm -rf $(VENV) build *.egg-info megatron_bitcpm/*.so demo-output
+	rm -rf $(VENV) $(CORE_0_12) build *.egg-info megatron_bitcpm/*.so demo-output

@@ -57,8 +57,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a model; start it under torchrun for more than one rank."""
-    from megatron_bitcpm.config import load_config
-    from megatron_bitcpm.training.runtime import env_world_size
+    from megatron_bitcpm.config import env_world_size, load_config
     from megatron_bitcpm.training.trainer import train as run
 
     run(load_config(config, set_, env_world_size()), resume)
@@ -201,6 +200,18 @@ def compare_command(
     _print_json(compare_runs(runs, plot))
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check what is installed and whether it works; name the fix of each problem."""
+    from megatron_bitcpm.doctor import diagnose, exit_code, render_json, render_table
+
+    findings = diagnose()
+    typer.echo(render_json(findings) if as_json else render_table(findings))
+    raise typer.Exit(exit_code(findings))
+
+
 @app.command("config-schema")
 def config_schema() -> None:
     """Print the JSON schema of the YAML file, for editors."""
@@ -211,7 +222,7 @@ def config_schema() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `bitcpm` command."""
-    from megatron_bitcpm.training.runtime import env_rank, env_world_size
+    from megatron_bitcpm.config import env_rank, env_world_size
 
     rank, world_size = env_rank(), env_world_size()
     logging.basicConfig(

@@ -41,9 +41,14 @@ def sync_tree(folder: Path) -> None:
 def write_text_atomically(path: Path, text: str) -> None:
     """Replace a text file: the old or the new content is there, never a part."""
     scratch = path.with_name(f".tmp-{path.name}")
-    scratch.write_text(text, encoding="utf-8")
-    sync(scratch)
-    scratch.replace(path)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        sync(scratch)
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def publish_folder(scratch: Path, target: Path) -> None:
@@ -60,10 +65,12 @@ def publish_folder(scratch: Path, target: Path) -> None:
     old = scratch.with_name(f".old{scratch.name}")
     try:
         if target.exists():
+            if old.exists():  # left by a crash, after which the target came into being anew
+                shutil.rmtree(old)
             os.rename(target, old)
         os.rename(scratch, target)
     except BaseException:
-        if old.exists():
+        if old.exists() and not target.exists():
             os.rename(old, target)
         raise
     sync(target.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ import torch
 # Megatron and torch warn about absent accelerators at import; nothing here depends on them.
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|deprecated).*")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_report_header():
+    return ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch", "numpy"))
 
 
 @pytest.fixture(autouse=True)

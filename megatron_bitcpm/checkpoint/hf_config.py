@@ -161,6 +161,23 @@ def _read_vocabulary(folder: Path) -> tuple[dict[Any, int], dict[str, Any]]:
     return ids, special
 
 
+def check_expressible(model: ModelConfig) -> None:
+    """Refuse a model that a Llama's config.json cannot describe: it would load and compute wrongly.
+
+    Raises:
+        CheckpointError: names the setting.
+    """
+    for field, value in (
+        ("architecture", None if model.architecture == "llama" else model.architecture),
+        ("rope_scaling", model.rope_scaling and model.rope_scaling.rope_type),
+    ):
+        if value is not None:
+            raise CheckpointError.of(
+                f"model.{field}", value, "has no Hugging Face folder yet",
+                "Export a Llama without rope_scaling",
+            )  # fmt: skip
+
+
 def llama_config(
     model: ModelConfig, dtype: torch.dtype, vocab_size: int, ids: TokenizerIds
 ) -> dict[str, Any]:
@@ -172,6 +189,7 @@ def llama_config(
         vocab_size: rows of the embedding.
         ids: of the tokenizer that goes with the model.
     """
+    check_expressible(model)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

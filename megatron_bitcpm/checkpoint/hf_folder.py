@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from megatron_bitcpm.checkpoint.hf_config import (
     CONFIG_FILE,
     GENERATION_FILE,
+    check_expressible,
     generation_config,
     llama_config,
     read_tokenizer_ids,
@@ -72,6 +73,7 @@ def export_hf(
     """
     output = Path(os.path.realpath(output))
     reader = CheckpointReader(checkpoint)
+    check_expressible(reader.config.model)
     _check_output(output, overwrite)
     tokenizer_folder = _check_tokenizer(reader, tokenizer)
     if max_shard_bytes < 1:

@@ -9,61 +9,22 @@ What does not live here: names and layouts of other formats, see `megatron_to_hf
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from megatron_bitcpm.checkpoint.agree import describe
+from megatron_bitcpm.checkpoint.safe_load import read_metadata
 from megatron_bitcpm.checkpoint.store import find_checkpoint, read_config, read_state
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.errors import CheckpointError
 
-METADATA_FILE = ".metadata"
 _LAYERS = "decoder.layers."
-_TORCH_CHECKPOINT = "torch.distributed.checkpoint."
-_ALLOWED = {
-    "torch.serialization": {"_get_layout"},
-    _TORCH_CHECKPOINT + "metadata": {
-        "_MEM_FORMAT_ENCODING",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-    },
-    _TORCH_CHECKPOINT + "filesystem": {"_StorageInfo"},
-    _TORCH_CHECKPOINT + "planner": {
-        "BytesIOWriteData",
-        "SavePlan",
-        "TensorWriteData",
-        "WriteItem",
-        "WriteItemType",
-    },
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
-    "collections": {"OrderedDict", "defaultdict"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads torch's index of a checkpoint, which is a pickle, without running foreign code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch":
-            value = getattr(torch, name, None)
-            if value is torch.Size or isinstance(value, torch.dtype):
-                return value
-        elif name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint needs")
 
 
 class CheckpointReader:
@@ -85,7 +46,7 @@ class CheckpointReader:
         self.folder = find_checkpoint(checkpoint)
         self.state: dict[str, Any] = read_state(self.folder)
         self.config: RunConfig = read_config(self.folder)
-        self._metadata = _read_metadata(self.folder / METADATA_FILE)
+        self._metadata = read_metadata(self.folder)
         self._entries = {
             name: entry
             for name, entry in self._metadata.state_dict_metadata.items()
@@ -159,7 +120,7 @@ class CheckpointReader:
             self._storage.read_data(LoadPlan(items), planner).wait()
         # A damaged file can raise nearly anything while its pickle is decoded.
         except Exception as error:
-            raise self._damaged(name, _first_line(error)) from error
+            raise self._damaged(name, describe(error)) from error
         return result
 
     def _plan(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> list[ReadItem]:
@@ -202,24 +163,3 @@ class CheckpointReader:
         )  # fmt: skip
         assert isinstance(error, CheckpointError)
         return error
-
-
-def _read_metadata(path: Path) -> Metadata:
-    try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise pickle.UnpicklingError("is not the index of a torch_dist checkpoint")
-    # A damaged pickle raises nearly anything: EOFError, IndexError, UnicodeDecodeError, ...
-    except Exception as error:
-        raise CheckpointError.of(
-            "checkpoint", path, _first_line(error), "The checkpoint is damaged; use another one"
-        ) from error
-    return metadata
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        where = f" ({Path(error.filename).name})" if error.filename else ""
-        return error.strerror + where
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".")

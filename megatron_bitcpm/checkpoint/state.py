@@ -1,24 +1,199 @@
-"""What a training checkpoint holds, and how it comes back.
+"""What a training checkpoint holds, and how it comes back at any layout.
 
-Saved with `megatron.core.dist_checkpointing`: the latent weights, the optimizer (fp32 main
-parameters and moments), the schedule, every rank's random state, and the data position.
+Saved in Megatron's torch_dist format: the latent weights, the optimizer (fp32 main parameters and
+moments), the schedule, every rank's random state, and the position in the data. Weights and
+optimizer are stored by their place in the full model, so that another tensor-, pipeline-, data- or
+context-parallel size finds its part; random states only fit the layout that wrote them.
 """
 
 from __future__ import annotations
 
+import logging
 import random
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint.api import CheckpointException
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.checkpoint.agree import on_all_ranks
+from megatron_bitcpm.checkpoint.safe_load import (
+    check_common,
+    find_damage,
+    load_sharded,
+    read_metadata,
+)
+from megatron_bitcpm.checkpoint.writer import PlannedSave, plan_save
+from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.parallel.optimizer_state import optimizer_sharded_state_dict
+
+logger = logging.getLogger(__name__)
 
 _GROUP_SETTINGS = ("betas", "eps", "max_lr", "min_lr", "wd_mult")
+
+
+def begin_save(
+    folder: Path,
+    chunks: Sequence[Any],
+    optimizer: Any,
+    scheduler: Any,
+    progress: dict[str, Any],
+) -> PlannedSave:
+    """Plan Megatron's part of a checkpoint on the live tensors; collective over all ranks.
+
+    The caller then runs `PlannedSave.write` on every rank, before training goes on or after
+    `PlannedSave.copy_tensors` in any thread, and `PlannedSave.commit` on all.
+
+    Args:
+        folder: an empty folder that every rank sees.
+        chunks: this rank's model chunks, holding latent weights; wrapped or not.
+        optimizer: Megatron's optimizer.
+        scheduler: OptimizerParamScheduler.
+        progress: plain numbers that resume needs (iteration, consumed samples).
+
+    Raises:
+        CheckpointError: on every rank, when one cannot write.
+    """
+    state = {
+        **_model_state(chunks),
+        "opt_param_scheduler": scheduler.state_dict(),
+        "rng_state": _sharded_random_state(),
+        "progress": dict(progress),
+    }
+    state["optimizer"] = optimizer_sharded_state_dict(optimizer, _models(state))
+    return plan_save(folder, state)
+
+
+def save_state(
+    folder: Path,
+    chunks: Sequence[Any],
+    optimizer: Any,
+    scheduler: Any,
+    progress: dict[str, Any],
+) -> None:
+    """Write Megatron's part of a checkpoint; arguments and errors as in `begin_save`."""
+    planned = begin_save(folder, chunks, optimizer, scheduler, progress)
+    planned.write()
+    planned.commit()
+
+
+def load_state(
+    folder: Path, chunks: Sequence[Any], optimizer: Any, scheduler: Any, seed: int = 0
+) -> dict[str, Any]:
+    """Restore everything `save_state` wrote; collective over all ranks.
+
+    Args:
+        folder: the checkpoint.
+        chunks, optimizer, scheduler: as in `begin_save`, at any layout.
+        seed: the run's; seeds the random states where the layout is another.
+
+    Returns:
+        The `progress` that was saved.
+
+    Raises:
+        CheckpointError: on every rank: the files are damaged, refused as unsafe, or belong to
+            another model or another kind of optimizer.
+    """
+    metadata = _check_files(folder)
+    state = {
+        **_model_state(chunks),
+        "opt_param_scheduler": scheduler.state_dict(),
+        "rng_state": _sharded_random_state(),
+        "progress": {},
+    }
+    state["optimizer"] = optimizer_sharded_state_dict(optimizer, _models(state), is_loading=True)
+    same_layout = _first_random_state() in metadata.state_dict_metadata
+    if not same_layout:
+        del state["rng_state"]
+    _check_entries(folder, state, metadata)
+    loaded = load_sharded(state, folder)
+    _load_models(chunks, loaded)
+    _load_optimizer(optimizer, loaded["optimizer"])
+    scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    progress = dict(loaded["progress"])
+    if same_layout:
+        _restore_random_state(loaded["rng_state"])
+    else:
+        _seed_random_state(seed + progress.get("iteration", 0))
+        logger.info("%s was written at another layout: random states are seeded anew", folder.name)
+    return progress
+
+
+def load_weights(folder: Path, chunks: Sequence[Any]) -> None:
+    """Take only the model's tensors from a checkpoint of any layout and type; collective.
+
+    Call the optimizer's `reload_model_params` afterwards: its main parameters are copies.
+
+    Args:
+        folder: the checkpoint, ternary or full precision.
+        chunks: this rank's model chunks; values are cast to their type.
+
+    Raises:
+        CheckpointError: on every rank: damaged, unsafe, or another architecture.
+    """
+    metadata = _check_files(folder)
+    state = _model_state(chunks)
+    _check_entries(folder, state, metadata)
+    _load_models(chunks, load_sharded(state, folder))
+
+
+# -- the parts of a state ----------------------------------------------------------------------
+
+
+def _unwrap(chunk: Any) -> Any:
+    """Return the model inside DistributedDataParallel and Float16Module."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _model_keys(chunks: Sequence[Any]) -> list[str]:
+    """Return Megatron's names: ``model``, or ``model0``, ``model1``, ... of virtual stages."""
+    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+
+
+def _models(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key.startswith("model")}
+
+
+def _model_state(chunks: Sequence[Any]) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    state = {}
+    for stage, (key, chunk) in enumerate(zip(_model_keys(chunks), chunks, strict=True)):
+        if len(chunks) > 1:
+            # 0.12 asks this global which chunk it is.
+            parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
+        state[key] = _unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": group})
+    return state
+
+
+def _load_models(chunks: Sequence[Any], loaded: dict[str, Any]) -> None:
+    for key, chunk in zip(_model_keys(chunks), chunks, strict=True):
+        _unwrap(chunk).load_state_dict(loaded[key])
+
+
+def _load_optimizer(optimizer: Any, loaded: Any) -> None:
+    # Megatron restores the hyperparameters with the moments; this run's configuration decides them.
+    settings = [
+        {key: group[key] for key in _GROUP_SETTINGS if key in group}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(loaded)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+
+
+# -- random states -----------------------------------------------------------------------------
 
 
 def _random_state() -> dict[str, Any]:
@@ -43,89 +218,116 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _sharded_random_state() -> ShardedObject:
-    pp = parallel_state.get_pipeline_model_parallel_world_size()
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    dp = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+def _seed_random_state(seed: int) -> None:
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    seed %= 2**32
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _layout() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Return the (pipeline, tensor, data x context) sizes and this rank's place in them."""
+    sizes = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    )
     place = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
+    return sizes, place
+
+
+def _sharded_random_state() -> ShardedObject:
+    sizes, place = _layout()
     # Every rank its own entry: data-parallel ranks may differ too.
-    return ShardedObject("rng_state", _random_state(), (pp, tp, dp), place, replica_id=0)
+    return ShardedObject("rng_state", _random_state(), sizes, place, replica_id=0)
 
 
-def _sharded_state(
-    model: Any, optimizer: Any, scheduler: Any, progress: dict[str, Any], is_loading: bool
-) -> dict[str, Any]:
-    model_state = model.sharded_state_dict(
-        metadata={"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+def _first_random_state() -> str:
+    """Return the name of the first rank's entry in a checkpoint of this layout."""
+    key: str = ShardedObject("rng_state", None, _layout()[0], (0, 0, 0)).unique_key
+    return key
+
+
+# -- what is there, and what is asked for ------------------------------------------------------
+
+
+def _check_files(folder: Path) -> Metadata:
+    """Return a checkpoint's index after a first look at all its files; collective."""
+
+    def check() -> Metadata:
+        metadata = read_metadata(folder)
+        if damage := find_damage(folder):
+            raise _refusal(folder, f"is incomplete: {damage}", "Use another checkpoint")
+        check_common(folder)
+        return metadata
+
+    metadata = on_all_ranks(
+        check, lambda reason: _refusal(folder, f"cannot be read: {reason}", "Name another folder")
     )
-    return {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading),
-        "opt_param_scheduler": scheduler.state_dict(),
-        "rng_state": _sharded_random_state(),
-        "progress": progress,
-    }
+    assert metadata is not None
+    return metadata
 
 
-def _last_words(error: BaseException) -> str:
-    """Return the end of an error's message on one line; torch puts the cause last."""
-    return " ".join(str(error).split())[-300:].rstrip(".") or type(error).__name__
+def _check_entries(folder: Path, state: dict[str, Any], metadata: Metadata) -> None:
+    """Refuse a checkpoint of another model or optimizer, naming the first tensor; collective."""
+
+    def check() -> None:
+        wanted = {tensor.key: tensor for tensor in _tensors(state)}
+        # The model comes first: where it fits, a state that does not is another optimizer's.
+        for key, tensor in wanted.items():
+            kind = "optimizer" if key.startswith("optimizer.") else "model"
+            if key not in metadata.state_dict_metadata:
+                raise _refusal(folder, f"has no tensor {key}", _FIXES[kind])
+            found, shape = _stored_shape(metadata, tensor), list(tensor.global_shape)
+            if found is None:
+                raise _refusal(folder, f"{key} is stored in another form", _FIXES[kind])
+            if found != shape:
+                raise _refusal(
+                    folder, f"{key} has shape {found}, the {kind}'s has {shape}", _FIXES[kind]
+                )
+        kinds = {_optimizer_part(key) for key in wanted}
+        for key in metadata.state_dict_metadata if len(kinds) > 1 else ():
+            if _optimizer_part(key) not in kinds:
+                raise _refusal(folder, f"has {key} of another optimizer", _FIXES["optimizer"])
+
+    on_all_ranks(check, lambda reason: _refusal(folder, reason, "Use another checkpoint"))
 
 
-def save_state(
-    folder: Path, model: Any, optimizer: Any, scheduler: Any, progress: dict[str, Any]
-) -> None:
-    """Write Megatron's part of a checkpoint; collective over all ranks.
-
-    Args:
-        folder: an empty folder that every rank sees.
-        model: the GPTModel, holding latent weights.
-        optimizer: Megatron's optimizer.
-        scheduler: OptimizerParamScheduler.
-        progress: plain numbers that resume needs (iteration, consumed samples).
-    """
-    state = _sharded_state(model, optimizer, scheduler, progress, is_loading=False)
-    try:
-        dist_checkpointing.save(state, str(folder))
-    except (OSError, RuntimeError, CheckpointException) as error:
-        raise CheckpointError.of(
-            "checkpoint.directory", folder.parent, f"cannot be written: {_last_words(error)}",
-            "Free space or name another folder; earlier checkpoints are as they were",
-        ) from error  # fmt: skip
+_FIXES = {
+    "model": "Use the model section of its bitcpm_config.yaml",
+    "optimizer": "Use the precision and use_distributed_optimizer of its bitcpm_config.yaml, and "
+    "with the latter the megatron-core that wrote it",
+}
 
 
-def load_state(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """Restore everything `save_state` wrote; collective over all ranks.
+def _optimizer_part(key: str) -> str | None:
+    """Return what of the optimizer a tensor is (``exp_avg``, ...), None for other tensors."""
+    match = re.match(r"optimizer\.state\.(\w+)\.", key)
+    return match[1] if match else None
 
-    Returns:
-        The `progress` that was saved.
 
-    Raises:
-        CheckpointError: the files are damaged, or belong to another model or layout.
-    """
-    state = _sharded_state(model, optimizer, scheduler, {}, is_loading=True)
-    try:
-        loaded = dist_checkpointing.load(state, str(folder))
-    except (Exception, CheckpointException) as error:
-        # Damaged files fail inside torch's, zip's or pickle's code with whatever these raise; torch
-        # collects the failures of all ranks in a BaseException of its own.
-        raise CheckpointError.of(
-            "checkpoint", folder, f"cannot be loaded: {_last_words(error)}",
-            "Use the configuration in the folder's bitcpm_config.yaml and the same layout",
-        ) from error  # fmt: skip
-    model.load_state_dict(loaded["model"])
-    # Megatron restores the hyperparameters with the moments; this run's configuration decides them.
-    settings = [
-        {key: group[key] for key in _GROUP_SETTINGS if key in group}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(loaded["optimizer"])
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
-    scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    _restore_random_state(loaded["rng_state"])
-    return dict(loaded["progress"])
+def _stored_shape(metadata: Metadata, tensor: ShardedTensor) -> list[int] | None:
+    """Return the full shape of a tensor in a checkpoint, None where it is of another kind."""
+    if getattr(tensor, "flattened_range", None) is None:
+        return list(metadata.state_dict_metadata[tensor.key].size)
+    # 0.12 stores the flat pieces of the distributed optimizer in a form of their own.
+    facts = getattr(metadata, "mcore_data", {}).get(tensor.key, {})
+    shape = facts.get("nd_reformulated_orig_global_shape")
+    return None if shape is None else list(shape)
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    for value in nested_values(state):
+        parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
+        yield from (part for part in parts if isinstance(part, ShardedTensor))
+
+
+def _refusal(folder: Path, rule: str, fix: str) -> BitcpmError:
+    return CheckpointError.of("checkpoint", folder, rule, fix)

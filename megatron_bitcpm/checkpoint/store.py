@@ -2,6 +2,8 @@
 
 A checkpoint is written to ``.tmp-iter_0000100`` and renamed to ``iter_0000100`` when every file is
 on disk; the newest is named in ``latest_checkpointed_iteration.txt`` (Megatron's tracker file).
+Between the two renames ``.next_checkpoint`` says what is about to be published after what, so that
+a crash there loses nothing, and an older checkpoint that a user names in the tracker is respected.
 Beside Megatron's own files it holds ``bitcpm_config.yaml`` (the resolved configuration) and
 ``bitcpm_state.json`` (iteration, data position and quantiser stamp, readable without Megatron).
 """
@@ -9,17 +11,19 @@ Beside Megatron's own files it holds ``bitcpm_config.yaml`` (the resolved config
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.config import RunConfig, parse_config
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
-from megatron_bitcpm.files import publish_folder, write_text_atomically
+from megatron_bitcpm.files import sync, sync_tree, write_text_atomically
 
 TRACKER = "latest_checkpointed_iteration.txt"
+NEXT_FILE = ".next_checkpoint"
 CONFIG_FILE = "bitcpm_config.yaml"
 STATE_FILE = "bitcpm_state.json"
 FORMAT_VERSION = 1
@@ -31,9 +35,14 @@ def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def scratch_folder(run_dir: Path, iteration: int) -> Path:
+    """Return where a checkpoint is written before it is complete."""
+    return run_dir / f".tmp-{iteration_name(iteration)}"
+
+
 def begin_checkpoint(run_dir: Path, iteration: int) -> Path:
     """Make the empty scratch folder of a checkpoint (rank 0 only)."""
-    scratch = run_dir / f".tmp-{iteration_name(iteration)}"
+    scratch = scratch_folder(run_dir, iteration)
     if scratch.exists():
         shutil.rmtree(scratch)
     scratch.mkdir(parents=True)
@@ -56,9 +65,50 @@ def publish_checkpoint(
     text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2)
     (scratch / STATE_FILE).write_text(text + "\n", encoding="utf-8")
     target = run_dir / iteration_name(iteration)
-    publish_folder(scratch, target)
+    old = replaced_folder(target)
+    sync_tree(scratch)
+    try:
+        if target.exists():
+            os.rename(target, old)
+        # From here to the tracker a crash leaves a note that is true once the folder has its name.
+        note = f"{iteration} after {_tracker_text(run_dir)}\n"
+        write_text_atomically(run_dir / NEXT_FILE, note)
+        os.rename(scratch, target)
+    except BaseException:
+        (run_dir / NEXT_FILE).unlink(missing_ok=True)
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    sync(run_dir)
     write_text_atomically(run_dir / TRACKER, str(iteration))
+    (run_dir / NEXT_FILE).unlink()
+    shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def replaced_folder(target: Path) -> Path:
+    """Return the name that an earlier checkpoint of the same step has while it is replaced."""
+    return target.with_name(f".old-{target.name}")
+
+
+def list_checkpoints(run_dir: Path) -> Iterator[tuple[int, Path]]:
+    """Yield (iteration, folder) of a run's published checkpoints, newest first.
+
+    Links and folders that are not this package's are left out.
+    """
+    found = []
+    for path in run_dir.glob("iter_*") if run_dir.is_dir() else ():
+        number = path.name.removeprefix("iter_")
+        if not re.fullmatch("[0-9]{7,18}", number) or path.name != iteration_name(int(number)):
+            continue
+        if not path.is_symlink() and (path / STATE_FILE).is_file():
+            found.append((int(number), path))
+    yield from sorted(found, reverse=True)
+
+
+def has_checkpoints(run_dir: Path) -> bool:
+    """Whether a folder holds checkpoints or the traces of some: no place for a new run."""
+    return (run_dir / TRACKER).exists() or next(list_checkpoints(run_dir), None) is not None
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -68,28 +118,71 @@ def find_checkpoint(path: str | Path) -> Path:
         path: a checkpoint, or a run's folder (its newest checkpoint).
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is incomplete; then names the newest complete one.
     """
     path = Path(path)
     try:
         if (path / STATE_FILE).is_file():
             return path
+        pending = pending_checkpoint(path)
+        if pending is not None:
+            return path / iteration_name(pending)
         if not (path / TRACKER).is_file():
             raise CheckpointError.of(
                 "checkpoint", path, "is neither a checkpoint nor a run with one",
-                "Name the folder that holds latest_checkpointed_iteration.txt or an iter_* folder",
+                _name_newest(path)
+                or f"Name the folder that holds {TRACKER} or an iter_* folder",
             )  # fmt: skip
         target = path / _read_tracker(path / TRACKER)
-        if not (target / STATE_FILE).is_file():
+        if not target.exists() and replaced_folder(target).exists():
+            target = replaced_folder(target)
+        if damage := _damage(target):
             raise CheckpointError.of(
-                "checkpoint", target, f"named by {TRACKER} but incomplete or absent",
-                "Restore it, or write the number of another iter_* folder into that file",
+                "checkpoint", target, f"is named by {TRACKER} but incomplete or absent: {damage}",
+                _name_newest(path) or "Restore it; the run has no other complete checkpoint",
             )  # fmt: skip
         return target
     except OSError as error:
         raise CheckpointError.of(
             "checkpoint", path, f"cannot be read: {error.strerror}", "Name a readable folder"
         ) from error
+
+
+def pending_checkpoint(run_dir: Path) -> int | None:
+    """Return the iteration that a crash kept from being named in the tracker, if there is one."""
+    note = run_dir / NEXT_FILE
+    if not note.is_file():
+        return None
+    match = re.fullmatch(r"([0-9]{1,18}) after (.{1,40})\n", note.read_text("ascii", "replace"))
+    if match is None or match[2] != _tracker_text(run_dir):
+        return None
+    iteration = int(match[1])
+    return None if _damage(run_dir / iteration_name(iteration)) else iteration
+
+
+def _tracker_text(run_dir: Path) -> str:
+    tracker = run_dir / TRACKER
+    return tracker.read_text("ascii", "replace").strip()[:40] if tracker.is_file() else "nothing"
+
+
+def _damage(folder: Path) -> str | None:
+    """Return what a checkpoint lacks, None when it is complete."""
+    from megatron_bitcpm.checkpoint.safe_load import find_damage
+
+    for name in (STATE_FILE, CONFIG_FILE):
+        if not (folder / name).is_file():
+            return f"no {name}" if folder.is_dir() else "no such folder"
+    try:
+        return find_damage(folder)
+    except CheckpointError as error:
+        return str(error).removeprefix(f"checkpoint={folder}/").split(". ")[0]
+
+
+def _name_newest(run_dir: Path) -> str | None:
+    for iteration, folder in list_checkpoints(run_dir):
+        if _damage(folder) is None:
+            return f"Write {iteration} into {TRACKER} to use {folder.name}, the newest complete one"
+    return None
 
 
 def _read_tracker(path: Path) -> str:

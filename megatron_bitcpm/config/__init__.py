@@ -6,7 +6,13 @@ or raises one `ConfigError` that lists every problem. A field's own range is che
 All environment variables of the package (``BITCPM_*``) are read in `environment`.
 """
 
-from megatron_bitcpm.config.environment import env_cpu_isa, env_platform
+from megatron_bitcpm.config.environment import (
+    env_cpu_isa,
+    env_local_rank,
+    env_platform,
+    env_rank,
+    env_world_size,
+)
 from megatron_bitcpm.config.load import load_config, parse_config
 from megatron_bitcpm.config.sections import (
     BlendEntry,
@@ -35,7 +41,10 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "env_cpu_isa",
+    "env_local_rank",
     "env_platform",
+    "env_rank",
+    "env_world_size",
     "load_config",
     "parse_config",
 ]

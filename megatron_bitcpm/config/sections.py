@@ -255,7 +255,10 @@ class OptimizerSettings(_Section):
     adam_eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     clip_grad: float = Field(1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
     initial_loss_scale: float | None = Field(
-        None, ge=1, description="fp16: the first dynamic loss scale; default 65536."
+        None,
+        gt=0,
+        description="fp16: the first dynamic scale of the loss, which is a sum over the tokens of "
+        "a micro-batch; default 65536 / those tokens.",
     )
 
     @property

@@ -1,13 +1,13 @@
-"""Training and validation samples: stock megatron.core GPTDataset, checked first, and their order.
+"""Training and validation samples of a run: checked first, blended, and their order.
 
-A sample is a window of seq_length + 1 tokens over the shuffled, concatenated documents; documents
-are not separated by attention or positions, only by the end-of-sequence token, and every token
-counts in the loss.
+A sample is a window of seq_length + 1 tokens over one shuffled epoch of concatenated documents,
+read by stock megatron.core GPTDataset (`index_cache`). Several training sets are merged by weight
+(`blend`); document boundaries become positions, masks and starts in `documents`.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,203 +15,191 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_bitcpm.data.indexed import (
-    IndexedFiles,
-    check_indexed_files,
-    check_token_range,
-    manifest_path,
-    read_manifest,
-)
+from megatron_bitcpm.config import DataConfig
+from megatron_bitcpm.data.blend import Blend
+from megatron_bitcpm.data.documents import add_document_fields
+from megatron_bitcpm.data.index_cache import fail_on_all_ranks, open_gpt_dataset
+from megatron_bitcpm.data.indexed import IndexedFiles
+from megatron_bitcpm.data.sets import check_train_sets, check_valid_sets, data_fingerprints
 from megatron_bitcpm.data.tokenizer import TextTokenizer
 from megatron_bitcpm.errors import DataError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
 
+__all__ = [
+    "VALIDATION_SEED",
+    "MicroBatchIterator",
+    "TrainDataset",
+    "Windows",
+    "build_train_dataset",
+    "build_valid_datasets",
+    "data_fingerprints",
+]
+
+logger = logging.getLogger(__name__)
+
 VALIDATION_SEED = 1234
 """Order of the validation windows; not the run's seed, so that runs can be compared."""
 
 
-def build_train_valid_datasets(
-    data_prefix: str,
-    seq_length: int,
-    train_samples: int,
-    valid_samples: int | None,
-    seed: int,
-    tokenizer: TextTokenizer,
-    cache_dir: str | None = None,
-) -> tuple[GPTDataset, GPTDataset]:
-    """Build both splits of `<data_prefix>_{train,valid}.{bin,idx}`, on every rank.
+def build_train_dataset(
+    data: DataConfig, num_samples: int, seed: int, tokenizer: TextTokenizer
+) -> TrainDataset:
+    """Check and open ``<prefix>_train`` of every training set and blend them by weight.
 
-    With torch.distributed initialised this is collective: all ranks must call it, rank 0 writes the
-    index caches. All ranks check the files themselves, so all raise or none.
-
-    The order of training samples depends on seed, seq_length, the documents and, beyond one epoch,
-    on train_samples: a resumed run must pass the train_samples it began with.
+    With torch.distributed initialised this is collective: all ranks call it, rank 0 writes index
+    caches, and an error of one rank is raised on all.
 
     Args:
-        data_prefix: the prefix given to `prepare`.
-        seq_length: tokens a sample, S.
-        train_samples: samples the whole run will consume; the split is repeated as needed.
-        valid_samples: validation windows needed, None for all. The dataset holds all of them in an
-            order that no argument but seq_length changes: evaluate on its first valid_samples.
-        seed: order of documents and windows of the train split.
+        data: the section ``data`` of the configuration.
+        num_samples: samples the whole run will read. It changes nothing, see `TrainDataset`; how
+            often each set will be repeated is logged.
+        seed: order of documents and windows within each set.
         tokenizer: the tokenizer of the run, see `tokenizer.load_tokenizer`.
-        cache_dir: folder for Megatron's index caches, default ``<data_prefix>_cache``. Each pair of
-            datasets has a folder of its own in it, named by the hash of its indexes.
-    Returns:
-        (train, valid), each indexable to a dict of tokens, labels, position_ids [S] int64 and
-        loss_mask [S] float32.
     Raises:
         DataError: missing, damaged or foreign files, another tokenizer, ids outside its vocabulary,
-            a split shorter than one sample, or fewer validation windows than asked for.
+            a set shorter than one sample, a set named twice, or an index cache that cannot be made.
     """
-    if seq_length < 1 or train_samples < 1:
-        raise DataError.of(
-            "train_samples" if seq_length >= 1 else "seq_length",
-            train_samples if seq_length >= 1 else seq_length,
-            "must be positive",
-            "Give 1 or more",
-        )
-    train, valid = check_data(data_prefix, seq_length, tokenizer)
-    windows = (valid.num_tokens - 1) // seq_length
-    if valid_samples is not None and not 1 <= valid_samples <= windows:
-        raise DataError.of(
-            "valid_samples",
-            valid_samples,
-            f"the valid split has {windows} windows of {seq_length} tokens",
-            f"Use 1 to {windows}, or prepare with more text or a larger valid_fraction",
-        )
-    cache = Path(cache_dir or f"{data_prefix}_cache") / f"{train.fingerprint}-{valid.fingerprint}"
-    _check_cache_folder(cache)
-    _remove_broken_caches(cache)
-    return (
-        _build_split("train", train.prefix, seq_length, train_samples, seed, tokenizer, cache),
-        # None: one epoch without repetition, whatever part of it is used
-        _build_split("valid", valid.prefix, seq_length, None, VALIDATION_SEED, tokenizer, cache),
-    )
+    with fail_on_all_ranks():
+        checked = check_train_sets(data, tokenizer)
+    windows = [Windows(data, files, True, seed, tokenizer) for files in checked.values()]
+    dataset = TrainDataset(windows, [entry.weight for entry in data.train_sets], seed)
+    for key, epochs in zip(checked, dataset.epochs(num_samples), strict=True):
+        logger.info("%s=%s: %.3g epochs", key, checked[key].prefix, epochs)
+    return dataset
 
 
-def check_data(
-    data_prefix: str, seq_length: int, tokenizer: TextTokenizer
-) -> tuple[IndexedFiles, IndexedFiles]:
-    """Check both splits and their manifest; return what their indexes say.
+def build_valid_datasets(
+    data: DataConfig, num_samples: int, tokenizer: TextTokenizer
+) -> dict[str, Windows]:
+    """Check and open ``<prefix>_valid`` of every validation set; collective like the training set.
 
-    Data without a manifest (written by Megatron's own tools) is accepted when every token id
-    looked at is in the vocabulary.
-
+    Args:
+        data: the section ``data`` of the configuration.
+        num_samples: windows that will be read of each set: its first ones, in an order that only
+            the files and seq_length decide.
+        tokenizer: the tokenizer of the run.
+    Returns:
+        name -> its windows, in the order of the configuration.
     Raises:
-        DataError: see `build_train_valid_datasets`.
+        DataError: as for training; or a set has fewer windows.
     """
-    manifest = read_manifest(data_prefix)
-    if manifest is not None and manifest["tokenizer_sha256"] != tokenizer.sha256:
-        raise DataError.of(
-            "tokenizer",
-            tokenizer.folder,
-            f"sha256 {tokenizer.sha256[:12]}..., {manifest_path(data_prefix)} was prepared with "
-            f"{manifest['tokenizer_sha256'][:12]}...",
-            "Use that tokenizer, or run prepare again",
+    with fail_on_all_ranks():
+        checked = check_valid_sets(data, num_samples, tokenizer)
+    return {
+        name: Windows(data, files, False, VALIDATION_SEED, tokenizer)
+        for name, files in checked.items()
+    }
+
+
+class Windows:
+    """One shuffled epoch of a split, as samples.
+
+    A sample is a dict of tokens, labels, position_ids [S] int64 and loss_mask [S] float32, and
+    with ``data.reset_attention_mask`` document_start [S] int64; see `documents`.
+
+    Args:
+        data: the section ``data`` of the configuration.
+        files: the split, checked.
+        is_train: which split it is.
+        seed: order of documents and windows.
+        tokenizer: the tokenizer of the run.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        files: IndexedFiles,
+        is_train: bool,
+        seed: int,
+        tokenizer: TextTokenizer,
+    ) -> None:
+        # beside the data: <prefix>_cache for <prefix>_train and <prefix>_valid
+        root = Path(
+            data.cache or files.prefix.removesuffix("_train").removesuffix("_valid") + "_cache"
         )
-    splits = []
-    for split in ("train", "valid"):
-        files = check_indexed_files(f"{data_prefix}_{split}")
-        if manifest is not None and files.num_tokens != manifest["splits"][split]["tokens"]:
-            raise DataError.of(
-                "data",
-                f"{files.prefix}.idx",
-                f"{files.num_tokens} tokens, the manifest says "
-                f"{manifest['splits'][split]['tokens']}",
-                "Run prepare again, or copy all five files from one run",
-            )
-        if files.num_tokens < seq_length + 1:
-            raise DataError.of(
-                "data",
-                files.prefix,
-                f"{files.num_tokens} tokens, one sample of seq_length {seq_length} needs "
-                f"{seq_length + 1}",
-                "Prepare more text, raise valid_fraction, or lower seq_length",
-            )
-        check_token_range(files, tokenizer.vocab_size)
-        splits.append(files)
-    return splits[0], splits[1]
+        self.stock: GPTDataset = open_gpt_dataset(
+            files, is_train, data.seq_length, seed, tokenizer, root
+        )
+        self._data, self._eod = data, tokenizer.eod
+
+    def __len__(self) -> int:
+        return len(self.stock)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self.stock[index]
+        return add_document_fields(
+            sample["tokens"],
+            sample["labels"],
+            self._eod,
+            reset_attention_mask=self._data.reset_attention_mask,
+            reset_position_ids=self._data.reset_position_ids,
+            eod_mask_loss=self._data.eod_mask_loss,
+        )
 
 
-def _build_split(
-    split: str,
-    prefix: str,
-    seq_length: int,
-    num_samples: int | None,
-    seed: int,
-    tokenizer: TextTokenizer,
-    cache: Path,
-) -> GPTDataset:
-    # imported late: Megatron takes two seconds
-    from megatron.core.datasets.blended_megatron_dataset_builder import (
-        BlendedMegatronDatasetBuilder,
-    )
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+class TrainDataset:
+    """The samples of a run, blended by weight; they never end.
 
-    blend = ([prefix], None)
-    is_train = split == "train"
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        blend_per_split=[blend if is_train else None, None if is_train else blend, None],
-        path_to_cache=str(cache),
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-    )
-    sizes = [num_samples if is_train else 0, 0 if is_train else num_samples, 0]
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config)
-    return builder.build()[0 if is_train else 1]
+    Sample i depends on i, the seed, the files and the weights: not on the ranks, and not on how
+    many samples a run reads. Each set is read from its beginning to its end and then again, the
+    windows of each further epoch in a new order.
 
+    Args:
+        sets: the training sets.
+        weights: their shares of the samples, in any unit.
+        seed: order of the windows from the second epoch on.
+    """
 
-def _check_cache_folder(folder: Path) -> None:
-    """Make the folder on every rank: were only rank 0 to fail, the others would wait for it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError.of(
-            "cache_dir", folder, f"cannot be made ({error.strerror})", "Give a writable folder"
-        ) from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError.of("cache_dir", folder, "not writable", "Give a writable folder")
+    def __init__(self, sets: list[Windows], weights: list[float], seed: int) -> None:
+        self.sets = sets
+        self.blend = Blend(weights)
+        self.seed = seed
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        which, number = self.blend.locate(index)
+        epoch, window = divmod(number, len(self.sets[which]))
+        return self.sets[which][self._shuffled(which, epoch, window)]
 
-def _remove_broken_caches(folder: Path) -> None:
-    """Delete index caches cut by an interrupted run; Megatron would fail on them, not rebuild."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_rank() != 0:
-        return
-    for path in folder.glob("*.npy"):
-        try:
-            np.load(path, mmap_mode="r")
-        except (ValueError, EOFError, OSError):
-            path.unlink(missing_ok=True)
+    def epochs(self, num_samples: int) -> list[float]:
+        """Return how often the first num_samples samples read each set."""
+        counts = self.blend.counts(num_samples)
+        return [count / len(windows) for count, windows in zip(counts, self.sets, strict=True)]
+
+    def _shuffled(self, which: int, epoch: int, window: int) -> int:
+        """The first epoch is in the order of the index, which is shuffled already."""
+        if epoch == 0:
+            return window
+        if self._orders.get(which, (0,))[0] != epoch:
+            # RandomState, because its numbers are the same in all versions of numpy.
+            random = np.random.RandomState([self.seed, epoch])
+            order = random.permutation(len(self.sets[which])).astype(np.uint32)
+            self._orders[which] = (epoch, order)
+        return int(self._orders[which][1][window])
 
 
 class MicroBatchIterator:
-    """Micro-batches of one data-parallel rank, in an order that resumes exactly.
+    """Micro-batches of one data-parallel rank, in an order that resumes exactly; never ends.
 
     A global batch is the samples [c, c + global_batch_size) of the dataset, c = samples consumed so
     far, whatever the number of ranks. As in Megatron's own sampler, micro-batch m of rank r holds
-    the contiguous samples from ``c + (m * dp_size + r) * micro_batch_size``. Only whole global
-    batches are given; iteration ends when the dataset has no further one.
+    the contiguous samples from ``c + (m * dp_size + r) * micro_batch_size``. A dataset with a
+    length is read again from its beginning after its last sample; a TrainDataset has none and goes
+    on by itself, also when a run reads on past what it was planned for, after a rollback.
 
     Args:
-        dataset: a GPTDataset, or anything with len() and samples that are dicts of tensors.
+        dataset: a TrainDataset or Windows, or anything with samples that are dicts of tensors.
         consumed_samples: samples of the dataset that earlier steps used up.
         micro_batch_size: samples a micro-batch, B.
         global_batch_size: samples a step over all ranks; a multiple of B * dp_size.
         dp_rank: data-parallel rank.
         dp_size: data-parallel ranks.
     Yields:
-        dict(tokens, labels, position_ids [B, S] int64, loss_mask [B, S] float32), on the CPU.
+        dict of the samples' tensors, [B, S], on the CPU, see `Windows`.
     Raises:
-        DataError: the batch sizes do not fit each other, or the start is outside the dataset.
+        DataError: the batch sizes do not fit each other, or the start is negative.
     """
 
     def __init__(
@@ -230,12 +218,9 @@ class MicroBatchIterator:
                 f"not a multiple of micro_batch_size {micro_batch_size} x data parallel {dp_size}",
                 "Change one of them",
             )
-        if not 0 <= consumed_samples <= len(dataset):
+        if consumed_samples < 0:
             raise DataError.of(
-                "consumed_samples",
-                consumed_samples,
-                f"the dataset has {len(dataset)} samples",
-                "Resume with the train_samples the run began with",
+                "consumed_samples", consumed_samples, "is negative", "Give 0 or more"
             )
         assert 0 <= dp_rank < dp_size
         self.dataset = dataset
@@ -244,6 +229,7 @@ class MicroBatchIterator:
         self.global_batch_size = global_batch_size
         self.dp_rank = dp_rank
         self.dp_size = dp_size
+        self._length = len(dataset) if hasattr(dataset, "__len__") else None
         self._offset = 0
 
     @property
@@ -255,16 +241,19 @@ class MicroBatchIterator:
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        if self.consumed_samples + self.global_batch_size > len(self.dataset):
-            raise StopIteration
         first = (
             self.consumed_samples
             + self._offset * self.dp_size * self.micro_batch_size
             + self.dp_rank * self.micro_batch_size
         )
-        samples = [self.dataset[i] for i in range(first, first + self.micro_batch_size)]
+        samples = [self._sample(i) for i in range(first, first + self.micro_batch_size)]
         self._offset += 1
         if self._offset == self.micro_batches_per_step:
             self._offset = 0
             self.consumed_samples += self.global_batch_size
         return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+    def _sample(self, index: int) -> dict[str, torch.Tensor]:
+        at = index if self._length is None else index % self._length
+        sample: dict[str, torch.Tensor] = self.dataset[at]
+        return sample

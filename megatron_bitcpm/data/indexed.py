@@ -25,6 +25,8 @@ _HEADER = struct.Struct("<9sQBQQ")
 _TOKEN_DTYPES: dict[int, Any] = {4: np.int32, 5: np.int64, 8: np.uint16}
 _CHECK_BLOCK = 1 << 22
 _MAX_SCANNED_TOKENS = 1 << 28
+_MAX_CHECKED_DOCUMENTS = 1 << 16
+_HASHED_BLOCKS, _HASHED_BLOCK_BYTES = 64, 1 << 16
 _PREPARE_AGAIN = "Run prepare again, or copy both files from one run"
 
 
@@ -37,7 +39,8 @@ class IndexedFiles:
         dtype: dtype of the token ids in the data file.
         sequence_lengths: [documents] int32, tokens of each document.
         num_tokens: tokens in the data file.
-        fingerprint: hash of the index file; equal for equal document lengths in equal order.
+        fingerprint: hash of the index file and of up to 64 evenly spread blocks of 64 KiB of the
+            data file: smaller files count whole.
     """
 
     prefix: str
@@ -51,30 +54,41 @@ class IndexedFiles:
         return np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r")
 
 
-def check_indexed_files(prefix: str | os.PathLike[str]) -> IndexedFiles:
+def check_indexed_files(prefix: str | os.PathLike[str], field: str = "data") -> IndexedFiles:
     """Read the index at `prefix` and check that the two files belong together.
 
+    Args:
+        prefix: path without ``.bin`` and ``.idx``.
+        field: configuration key that named it, for messages.
     Raises:
         DataError: a file is missing, empty, cut, of another format, or sizes contradict each other.
     """
-    prefix = os.fspath(prefix)
+    try:
+        return _read_index(os.fspath(prefix), field)
+    except OSError as error:
+        raise DataError.of(
+            field, prefix, f"cannot be read ({error.strerror})", "Check the files' permissions"
+        ) from error
+
+
+def _read_index(prefix: str, field: str) -> IndexedFiles:
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (idx_path, bin_path):
         if not path.is_file():
-            raise DataError.of("data", path, "no such file", "Run prepare, or check the prefix")
+            raise DataError.of(field, path, "no such file", "Run prepare, or check the prefix")
     idx_size = idx_path.stat().st_size
     if idx_size < _HEADER.size:
-        raise DataError.of("data", idx_path, f"cut off at {idx_size} bytes", _PREPARE_AGAIN)
+        raise DataError.of(field, idx_path, f"cut off at {idx_size} bytes", _PREPARE_AGAIN)
     # mapped, not read: the ranks of a node share the pages of an index of gigabytes
     raw = np.memmap(idx_path, dtype=np.uint8, mode="r").data
     magic, version, code, sequences, marks = _HEADER.unpack_from(raw)
     if magic != INDEX_MAGIC or version != 1:
         raise DataError.of(
-            "data", idx_path, "not a Megatron index (wrong magic or version)", _PREPARE_AGAIN
+            field, idx_path, "not a Megatron index (wrong magic or version)", _PREPARE_AGAIN
         )
     if code not in _TOKEN_DTYPES:
         raise DataError.of(
-            "data",
+            field,
             idx_path,
             f"dtype code {code} is no token id type (uint16, int32 or int64)",
             _PREPARE_AGAIN,
@@ -83,15 +97,15 @@ def check_indexed_files(prefix: str | os.PathLike[str]) -> IndexedFiles:
     # a multimodal index has one more byte a sequence: not ours either
     if len(raw) != expected:
         raise DataError.of(
-            "data", idx_path, f"{len(raw)} bytes, its header says {expected}", _PREPARE_AGAIN
+            field, idx_path, f"{len(raw)} bytes, its header says {expected}", _PREPARE_AGAIN
         )
     lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size)
     offsets = np.frombuffer(raw, np.int64, sequences, _HEADER.size + 4 * sequences)
     ends = np.frombuffer(raw, np.int64, marks, _HEADER.size + 12 * sequences)
     dtype = np.dtype(_TOKEN_DTYPES[code])
     num_tokens = int(lengths.sum(dtype=np.int64))
-    if sequences == 0:
-        raise DataError.of("data", prefix, "holds no document", "Give more text to prepare")
+    if num_tokens == 0:
+        raise DataError.of(field, prefix, "holds no token", "Give more text to prepare")
     consistent = (
         lengths.min() >= 0
         and marks > 0
@@ -101,26 +115,42 @@ def check_indexed_files(prefix: str | os.PathLike[str]) -> IndexedFiles:
     )
     if not consistent:
         raise DataError.of(
-            "data", idx_path, "lengths and offsets contradict each other", _PREPARE_AGAIN
+            field, idx_path, "lengths and offsets contradict each other", _PREPARE_AGAIN
         )
     size = bin_path.stat().st_size
     if size != num_tokens * dtype.itemsize:
         raise DataError.of(
-            "data",
+            field,
             bin_path,
             f"{size} bytes, its index says {num_tokens} {dtype.name} tokens, "
             f"{num_tokens * dtype.itemsize} bytes",
             _PREPARE_AGAIN,
         )
-    fingerprint = hashlib.sha256(raw).hexdigest()[:16]
-    return IndexedFiles(prefix, dtype, lengths, num_tokens, fingerprint)
+    return IndexedFiles(prefix, dtype, lengths, num_tokens, _fingerprint(raw, bin_path, size))
 
 
-def check_token_range(files: IndexedFiles, vocab_size: int) -> None:
+def _fingerprint(index: memoryview, bin_path: Path, size: int) -> str:
+    digest = hashlib.sha256(index)
+    blocks = -(-size // _HASHED_BLOCK_BYTES)
+    count = min(blocks, _HASHED_BLOCKS)
+    with open(bin_path, "rb") as stream:
+        for i in range(count):
+            # the first, the last and those between
+            block = i * (blocks - 1) // max(1, count - 1)
+            stream.seek(block * _HASHED_BLOCK_BYTES)
+            digest.update(stream.read(_HASHED_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def check_token_range(files: IndexedFiles, vocab_size: int, field: str = "data") -> None:
     """Check that every token id is in [0, vocab_size).
 
     Up to 2**28 tokens are all read (about a second); of more, evenly spread blocks.
 
+    Args:
+        files: the split.
+        vocab_size: of the tokenizer.
+        field: configuration key that named the data, for messages.
     Raises:
         DataError: an id is outside.
     """
@@ -132,11 +162,37 @@ def check_token_range(files: IndexedFiles, vocab_size: int) -> None:
         low, high = int(part.min()), int(part.max())
         if low < 0 or high >= vocab_size:
             raise DataError.of(
-                "data",
+                field,
                 f"{files.prefix}.bin",
                 f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}",
                 "Use the tokenizer the data was prepared with",
             )
+
+
+def check_documents_end(files: IndexedFiles, eod: int, field: str) -> None:
+    """Check that documents end with the end-of-document token, which marks them in a sample.
+
+    Looks at every document, or at evenly spread ones of more than 2**16.
+
+    Args:
+        files: the split.
+        eod: id of the token.
+        field: configuration key that named the data, for messages.
+    Raises:
+        DataError: a document ends otherwise.
+    """
+    lengths = files.sequence_lengths
+    step = -(-len(lengths) // _MAX_CHECKED_DOCUMENTS)
+    last = np.cumsum(lengths, dtype=np.int64)[::step] - 1
+    bad = np.flatnonzero((files.tokens()[last] != eod) & (lengths[::step] > 0))
+    if len(bad):
+        raise DataError.of(
+            field,
+            files.prefix,
+            f"document {bad[0] * step} does not end with the end-of-document token {eod}, so "
+            "reset_attention_mask, reset_position_ids and eod_mask_loss cannot see its end",
+            "Prepare it with that token at the end of documents, or leave these options out",
+        )
 
 
 def manifest_path(data_prefix: str | os.PathLike[str]) -> Path:
@@ -144,7 +200,9 @@ def manifest_path(data_prefix: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(data_prefix)}.json")
 
 
-def read_manifest(data_prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
+def read_manifest(
+    data_prefix: str | os.PathLike[str], field: str = "data"
+) -> dict[str, Any] | None:
     """Return the manifest of prepared data, or None for data that other tools wrote.
 
     Raises:
@@ -162,6 +220,6 @@ def read_manifest(data_prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
                 raise TypeError(f"splits.{split}.tokens")
         return dict(manifest)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError.of("data", path, f"not a manifest ({error!r})", "Run prepare again") from (
+        raise DataError.of(field, path, f"not a manifest ({error!r})", "Run prepare again") from (
             error
         )

@@ -95,10 +95,12 @@ def prepare(
         report=report,
     )
     every = round(1 / valid_fraction)
+    size = text_source.total_bytes(files)
     scratch = make_scratch_folder("output_prefix", prefix)
     try:
-        with PrepareProgress(text_source.total_bytes(files), show_progress) as progress:
-            writer = _SplitWriter(scratch, prefix.name, tokenizer, every)
+        # Before the clock of the progress starts: this imports Megatron.
+        writer = _SplitWriter(scratch, prefix.name, tokenizer, every)
+        with PrepareProgress(size, show_progress) as progress:
             try:
                 for ids in _encode(documents, tokenizer, threads or os.cpu_count() or 1):
                     writer.add(ids)

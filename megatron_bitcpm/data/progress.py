@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _PLAIN_INTERVAL_S = 5.0
 _LIVE_INTERVAL_S = 0.1
+_BAR_COLUMNS = 10
 
 
 class PrepareProgress:
@@ -27,22 +28,24 @@ class PrepareProgress:
     def __init__(self, total_bytes: int, enabled: bool = True) -> None:
         self._total = max(1, total_bytes)
         self._enabled = enabled
-        self._start = self._last = time.monotonic()
         self._bar: Progress | None = None
         self._latest: tuple[ReadReport, int] | None = None
 
     def __enter__(self) -> PrepareProgress:
+        self._start = self._last = time.monotonic()
         if self._enabled and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
                 TextColumn("prepare"),
-                BarColumn(),
+                BarColumn(bar_width=_BAR_COLUMNS),
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
+            # what is beside the text: "prepare", the bar, the time left, and blanks
+            self._columns = self._bar.console.width - len("prepare") - _BAR_COLUMNS - 7 - 3
             self._task = self._bar.add_task("starting", total=self._total)
             self._bar.start()
         return self
@@ -70,11 +73,17 @@ class PrepareProgress:
     def _write(self, report: ReadReport, tokens: int) -> None:
         self._last = time.monotonic()
         rate = tokens / max(1e-9, self._last - self._start)
-        line = (
-            f"{report.lines:,} lines  {report.bytes_read / 1e6:,.1f} of {self._total / 1e6:,.1f} MB"
-            f"  {report.documents:,} documents  {tokens:,} tokens  {rate:,.0f} tokens/s"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=report.bytes_read, description=line)
-        else:
-            print(f"prepare: {line}", file=sys.stderr, flush=True)
+        # the most important last; a narrow terminal leaves out the first
+        parts = [
+            f"{report.lines:,} lines",
+            f"{report.documents:,} documents",
+            f"{tokens:,} tokens",
+            f"{report.bytes_read / 1e6:,.1f} of {self._total / 1e6:,.1f} MB",
+            f"{rate:,.0f} tokens/s",
+        ]
+        if self._bar is None:
+            print(f"prepare: {'  '.join(parts)}", file=sys.stderr, flush=True)
+            return
+        while len(parts) > 1 and len("  ".join(parts)) > self._columns:
+            parts.pop(0)
+        self._bar.update(self._task, completed=report.bytes_read, description="  ".join(parts))

@@ -12,6 +12,7 @@ import logging
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -144,7 +145,8 @@ def iter_documents(
         max_bad_lines: JSON lines that may be left out before the run stops.
         report: counters to update while reading.
     Raises:
-        DataError: an input is missing, or more than `max_bad_lines` lines are bad.
+        DataError: an input is missing, fails while it is read, or more than `max_bad_lines` lines
+            are bad.
     """
     if document_chars < 16:
         raise DataError.of("document_chars", document_chars, "too small", "Use 16 or more")
@@ -162,7 +164,7 @@ def iter_documents(
             if is_json
             else _iter_text_pieces(path, document_chars, report)
         )
-        for text in pieces:
+        while (text := _next_piece(pieces, path)) is not None:
             if text.strip():
                 report.documents += 1
                 report.chars += len(text)
@@ -170,8 +172,34 @@ def iter_documents(
 
 
 def total_bytes(files: Sequence[Path]) -> int:
-    """Return the summed size of `files`, in bytes."""
-    return sum(path.stat().st_size for path in files)
+    """Return the summed size of `files`, in bytes.
+
+    Raises:
+        DataError: a file is gone.
+    """
+    size = 0
+    for path in files:
+        with _reading(path):
+            size += path.stat().st_size
+    return size
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name an input that fails while it is read; otherwise it would look like a failed output."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or f"not UTF-8 any more, {error}"
+        raise DataError.of(
+            "input", path, f"cannot be read to its end ({reason})",
+            "Check the disk, and that nothing changes the file meanwhile",
+        ) from error  # fmt: skip
+
+
+def _next_piece(pieces: Iterator[str], path: Path) -> str | None:
+    with _reading(path):
+        return next(pieces, None)
 
 
 def _why_not_readable(path: Path) -> str | None:

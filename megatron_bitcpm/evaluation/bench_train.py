@@ -123,15 +123,17 @@ def _tokens(device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
 def _step(state: Any, device: torch.device) -> None:
     from megatron_bitcpm.training.step import build_forward_step, run_schedule
 
-    state.chunk.zero_grad_buffer()
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     run_schedule(
-        state.chunk,
+        state.chunks,
         build_forward_step(device),
         _tokens(device),
         num_microbatches=MICRO_BATCHES,
         micro_batch_size=1,
         seq_length=SEQ_LENGTH,
+        device=device,
     )
     state.optimizer.step()
 

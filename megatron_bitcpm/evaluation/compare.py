@@ -34,8 +34,10 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
     checkpoints = {label: find_checkpoint(folder) for label, folder in folders.items()}
     configs = {label: read_config(folder) for label, folder in checkpoints.items()}
     first = next(iter(configs))
-    for label, config in configs.items():
-        if _windows(config) != _windows(configs[first]):
+    states = {label: read_state(folder) for label, folder in checkpoints.items()}
+    windows = {label: _windows(configs[label], states[label]) for label in configs}
+    for label in configs:
+        if windows[label] != windows[first]:
             raise ConfigError(
                 format_problem(
                     label, checkpoints[label] / CONFIG_FILE,
@@ -43,7 +45,6 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
                     "Compare runs with the same data, seq_length, eval_iters and global_batch_size",
                 )
             )  # fmt: skip
-    states = {label: read_state(folder) for label, folder in checkpoints.items()}
     for label, state in states.items():
         if state["valid_loss"] is None:
             raise ConfigError(
@@ -54,7 +55,7 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
             )  # fmt: skip
     bigram = _bigram(configs[first])
     if plot is not None:
-        plot_losses(folders, plot, {"bigram model": bigram})
+        plot_losses(folders, plot, {"bigram model": bigram} if bigram is not None else {})
     return {
         "validation_loss": {label: state["valid_loss"] for label, state in states.items()},
         "learning_rate": {label: config.optimizer.lr for label, config in configs.items()},
@@ -72,28 +73,29 @@ def _split(run: str) -> tuple[str, Path]:
     return label, Path(folder)
 
 
-def _windows(config: RunConfig) -> tuple[str, int, int]:
-    training = config.training
-    samples = training.eval_iters * training.global_batch_size
-    return str(Path(config.data.prefix).resolve()), config.data.seq_length, samples
+def _windows(config: RunConfig, state: dict[str, Any]) -> tuple[Any, ...]:
+    """Return all that decides on which windows a run validated, and what counts in them."""
+    training, data = config.training, config.data
+    sets = {key: value for key, value in state.items() if key.startswith("valid_data.")}
+    options = data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss
+    return sets, data.seq_length, training.eval_iters * training.global_batch_size, options
 
 
-def _bigram(config: RunConfig) -> float:
+def _bigram(config: RunConfig) -> float | None:
+    """Loss of the bigram model of the training set; None for a blend, which has no one such."""
+    if config.data.blend:
+        return None
     current_platform().prepare()
-    from megatron_bitcpm.data.dataset import build_train_valid_datasets
+    from megatron_bitcpm.data.dataset import build_valid_datasets
     from megatron_bitcpm.evaluation.bigram import bigram_loss
 
     data, training = config.data, config.training
     tokenizer = load_tokenizer(data.tokenizer)
     samples = training.eval_iters * training.global_batch_size
-    _, valid = build_train_valid_datasets(
-        data.prefix,
-        data.seq_length,
-        train_samples=training.train_iters * training.global_batch_size,
-        valid_samples=samples,
-        seed=training.seed,
-        tokenizer=tokenizer,
-        cache_dir=data.cache,
-    )
-    windows = (valid[index] for index in range(samples))
-    return bigram_loss(f"{data.prefix}_train", windows, tokenizer.vocab_size)
+    losses = [
+        bigram_loss(
+            f"{data.prefix}_train", map(valid.__getitem__, range(samples)), tokenizer.vocab_size
+        )
+        for valid in build_valid_datasets(data, samples, tokenizer).values()
+    ]
+    return sum(losses) / len(losses)

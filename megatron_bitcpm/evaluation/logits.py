@@ -49,12 +49,15 @@ def megatron_model(checkpoint: str | Path) -> Iterator[torch.nn.Module]:
 
     reader = CheckpointReader(checkpoint)
     with start_runtime(ParallelConfig(), seed=0) as runtime:
-        from megatron_bitcpm.models.llama import build_llama, build_transformer_config
+        from megatron_bitcpm.models.decoder import build_model, build_transformer_config
 
         model = reader.config.model
         padded_vocab_size = reader.shape("embedding.word_embeddings.weight")[0]
-        built = build_llama(
-            build_transformer_config(model, torch.float32), model, padded_vocab_size
+        built = build_model(
+            build_transformer_config(model, ParallelConfig(), torch.float32),
+            model,
+            padded_vocab_size,
+            reader.config.data.seq_length,
         )
         _fill(built, reader)
         yield built.to(runtime.device).eval()

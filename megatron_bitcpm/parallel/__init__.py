@@ -5,7 +5,10 @@
 * `requantize`: when weights are quantised: in every forward, or in place after each step.
 * `scale_sync`: scales of rows that are sharded over tensor-parallel ranks.
 * `weight_stats`: zero and flip rates of the codes.
+* `megatron_api`: calls that differ between releases of megatron-core; `version`: the tested ones.
+* `optimizer_state`: the optimizer's part of a checkpoint, loadable in other layouts.
 * `adam_step`: a guard for optimizers loaded without Apex and Transformer Engine.
+* `every_step_check`: whether an optimizer allows quantising in place.
 
 Only this folder and `platforms` touch names of Megatron that are not public.
 """

@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.utils import get_pg_size
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig, RunConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.linear import TernarySite, ternary_class
-from megatron_bitcpm.parallel.requantize import Requantizer
+from megatron_bitcpm.parallel.megatron_api import tensor_parallel_group
+from megatron_bitcpm.parallel.requantize import Requantizer, first_reason
 from megatron_bitcpm.parallel.version import check_megatron_version
 from megatron_bitcpm.quant.groups import resolve_sharded_groups
 from megatron_bitcpm.quant.selection import is_excluded
@@ -38,12 +39,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TernaryModel:
-    """What `ternarize_` returns: the report, and the handle on the quantisation state."""
+    """What `ternarize_` returns: the report, and the handle on the quantisation state.
+
+    Attributes:
+        sites: the ternary linears of all chunks on this rank; none where `ternarize_` was told so.
+        excluded: names of linears that stay in full precision.
+        tp_size: ranks that share each layer.
+    """
 
     quant: QuantConfig
     sites: list[TernarySite]
     excluded: list[str]
     requantizer: Requantizer
+    tp_size: int
 
     def attach_optimizer(self, optimizer: Any) -> None:
         """Choose the mode and follow the optimizer's steps, see `Requantizer.attach_optimizer`.
@@ -75,9 +83,10 @@ class TernaryModel:
             way = "row" if row_parallel else "column"
             lines.append(f"  {count:4d} x {kind:<12} {way:<6} {list(shape)}")
         lines += [f"  full precision by configuration: {name}" for name in self.excluded]
-        device = self.sites[0].weight.device.type
-        backend = ops.backend_report()["cpu" if device == "cpu" else "other"]
-        lines.append(f"  operators: {backend['backend']} on {device} ({backend['reason']})")
+        if self.sites:
+            device = self.sites[0].weight.device.type
+            backend = ops.backend_report()["cpu" if device == "cpu" else "other"]
+            lines.append(f"  operators: {backend['backend']} on {device} ({backend['reason']})")
         return "\n".join(lines)
 
     def stamp(self) -> dict[str, Any]:
@@ -85,7 +94,7 @@ class TernaryModel:
         return {
             **self.quant.model_dump(mode="json", exclude={"enabled", "backend", "requantize"}),
             "numerics": "fp32",
-            "tensor_model_parallel_size": max((s.tp_size for s in self.sites), default=1),
+            "tensor_model_parallel_size": self.tp_size,
             "megatron_bitcpm": __version__,
         }
 
@@ -97,19 +106,21 @@ def ternarize_(
 ) -> TernaryModel:
     """Swap the linears of a built Megatron model to ternary ones, in place.
 
-    Embeddings, the output layer, norms, routers and biases are left alone.
+    Embeddings, the output layer, norms, routers and biases are left alone. Collective over all
+    ranks.
 
     Args:
         model: a model, or the list of its (virtual) pipeline chunks; wrapped or not.
         config: the quantiser's configuration.
-        expected: ternary linears that must result on this rank; None does not check.
+        expected: ternary linears that must result on this rank; 0 allows a pipeline stage without
+            any, None means at least one.
 
     Returns:
         The handle: call `attach_optimizer` once the optimizer exists.
 
     Raises:
         ModelError: a layer that cannot be ternary, a group size that does not divide, no linear at
-            all, or another count than expected. The model is unchanged then.
+            all, or another count than expected, on any rank. The model is unchanged then.
     """
     quant = config.quant if isinstance(config, RunConfig) else config
     if not quant.enabled:
@@ -117,33 +128,61 @@ def ternarize_(
             "quant.enabled", False, "there is nothing to swap", "Do not call ternarize_"
         )
     check_megatron_version()
+    chunks = model if isinstance(model, list) else [model]
     requantizer = Requantizer(quant.requantize)
+    sites: list[TernarySite] = []
+    excluded: list[str] = []
+    problem = None
+    try:
+        sites, excluded = _plan(chunks, quant, requantizer, expected)
+    except ModelError as error:
+        problem = str(error)
+    # Stages hold different layers; what one of them cannot do stops all, or the others would wait.
+    problem = first_reason(problem)
+    if problem:
+        raise ModelError(problem)
+    if sites:
+        ops.use_backend(quant.backend, sites[0].weight.device.type)
+    for site in sites:
+        site.module.__class__ = ternary_class(type(site.module))
+        site.module.ternary = site
+        requantizer.add_site(site)
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    return TernaryModel(quant, sites, excluded, requantizer, tp_size)
+
+
+def _plan(
+    chunks: list[torch.nn.Module],
+    quant: QuantConfig,
+    requantizer: Requantizer,
+    expected: int | None,
+) -> tuple[list[TernarySite], list[str]]:
+    """Return the sites to make and the names of the linears left out; nothing is changed yet."""
     excluded: list[str] = []
     sites: list[TernarySite] = []
-    chunks = model if isinstance(model, list) else [model]
     matrices = [entry for chunk in chunks for entry in _matrices(chunk)]
-    _check_patterns(quant, matrices)
+    if matrices:
+        _check_patterns(quant, matrices)
     for name, module, layer, num_layers in matrices:
         if is_excluded(name, layer, num_layers, quant):
             excluded.append(name)
         else:
             sites.append(_make_site(name, module, quant, requantizer))
-    if not sites:
+    if not sites and expected != 0:
         raise ModelError.of(
-            "model", type(model).__name__, "has no linear to make ternary",
+            "model", _class_name(chunks), "has no linear to make ternary",
             "Check quant.exclude and the full-precision layers",
         )  # fmt: skip
     if expected is not None and len(sites) != expected:
         raise ModelError.of(
-            "model", type(model).__name__,
+            "model", _class_name(chunks),
             f"{len(sites)} ternary linears, expected {expected}", "Check the layer spec",
         )  # fmt: skip
-    ops.use_backend(quant.backend, sites[0].weight.device.type)
-    for site in sites:
-        site.module.__class__ = ternary_class(type(site.module))
-        site.module.ternary = site
-        requantizer.add_site(site)
-    return TernaryModel(quant, sites, excluded, requantizer)
+    return sites, excluded
+
+
+def _class_name(chunks: list[torch.nn.Module]) -> str:
+    return "+".join(type(chunk).__name__ for chunk in chunks)
 
 
 def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, int, int]]:
@@ -194,12 +233,13 @@ def _check_patterns(
 def _make_site(
     name: str, module: torch.nn.Module, quant: QuantConfig, requantizer: Requantizer
 ) -> TernarySite:
+    tp_group = tensor_parallel_group(module)
     site = TernarySite(
         name=name,
         module=module,
         quant=quant,
-        tp_group=module.tp_group,
-        tp_size=get_pg_size(module.tp_group),
+        tp_group=tp_group,
+        tp_size=tp_group.size(),
         row_parallel=isinstance(module, RowParallelLinear),
         requantizer=requantizer,
     )

@@ -98,6 +98,16 @@ def rewrite_model_params(optimizer: Any) -> None:
     for leaf in leaf_optimizers(optimizer):
         if not leaf.is_stub_optimizer:
             leaf._copy_main_params_to_model_params()
+    gather_model_params(optimizer)
+
+
+def gather_model_params(optimizer: Any) -> None:
+    """Complete the model parameters that distributed optimizers have written in part.
+
+    While gathers overlap with the forward, parameters are incomplete between a step and the next
+    forward: whoever reads them there, a checkpoint for example, must call this first. Collective
+    over the data-parallel ranks; nothing happens with other optimizers.
+    """
     for chunk in model_chunks(optimizer):
         if not chunk.ddp_config.use_distributed_optimizer:
             continue

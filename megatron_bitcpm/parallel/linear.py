@@ -22,6 +22,7 @@ import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_bitcpm import ops
+from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.quant.groups import ShardedGroups
 
 if TYPE_CHECKING:
@@ -57,6 +58,13 @@ class TernarySite:
     ran: bool = False
     scales_OG: torch.Tensor | None = None
     groups: ShardedGroups | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TernarySite:
+        # A copy would share the optimizer and the process groups, and mark the original's weight.
+        raise ModelError.of(
+            "model", self.name, "a ternary linear cannot be copied",
+            "Build the model again and load the state_dict taken within latents()",
+        )  # fmt: skip
 
     @property
     def weight(self) -> torch.nn.Parameter:

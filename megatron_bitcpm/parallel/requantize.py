@@ -151,7 +151,7 @@ class Requantizer:
         assert self._optimizer is None, "one optimizer per model"
         reason = None
         if self.requested != "every_forward":
-            reason = _agree(reason_against_every_step(optimizer, self.sites))
+            reason = first_reason(reason_against_every_step(optimizer, self.sites))
             if reason and self.requested == "every_step":
                 raise ModelError.of(
                     "quant.requantize", "every_step", reason, "Use every_forward or auto"
@@ -268,8 +268,12 @@ class Requantizer:
             site.fresh = False
 
 
-def _agree(reason: str | None) -> str | None:
-    """Return the first rank's reason, so that all ranks choose the same mode."""
+def first_reason(reason: str | None) -> str | None:
+    """Return the first rank's reason, so that all ranks decide alike; collective.
+
+    Args:
+        reason: this rank's; None has none.
+    """
     reasons: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(reasons, reason)
     return next((r for r in reasons if r), None)

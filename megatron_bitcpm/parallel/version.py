@@ -6,7 +6,12 @@ from importlib.metadata import version
 
 from megatron_bitcpm.errors import ModelError
 
-TESTED = ("0.16.",)
+TESTED = ("0.12.1", "0.16.")
+
+
+def is_tested_version() -> bool:
+    """Whether the internals that this package relies on were checked on the installed release."""
+    return version("megatron-core").startswith(TESTED)
 
 
 def check_megatron_version() -> None:
@@ -15,9 +20,8 @@ def check_megatron_version() -> None:
     Raises:
         ModelError: another version is installed.
     """
-    installed = version("megatron-core")
-    if not installed.startswith(TESTED):
+    if not is_tested_version():
         raise ModelError.of(
-            "megatron-core", installed, f"is not one of the tested versions {', '.join(TESTED)}x",
-            "Install megatron-core==0.16.1",
+            "megatron-core", version("megatron-core"),
+            "is not one of the tested versions 0.12.1 and 0.16.x", "Install megatron-core==0.16.1",
         )  # fmt: skip

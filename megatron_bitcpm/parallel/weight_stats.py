@@ -1,20 +1,63 @@
-"""How the codes of a model move: fraction of zeros, fraction flipped since the last look.
+"""How the codes of a model move and what they cost: statistics of each layer and of the model.
 
-Looks at a fixed sample of whole rows, at most `MAX_WEIGHTS` weights of each layer, so that its cost
-does not grow with the width of the model.
+Looks at a fixed sample of whole rows, at most `MAX_WEIGHTS` weights of each layer. Everything is
+measured on latent weights, inside `TernaryModel.latents`, and the sampled rows are quantised with
+the very operator and scales of the forward: so the codes are exactly those of the next forward in
+both modes, under the distributed optimizer and while parameter gathers overlap with the forward.
+Where weights are quantised in place that costs one more rewrite of them, the tail of a step.
+
+Shape suffixes: R sampled rows, I input features of the local shard, G groups per row.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
+from megatron_bitcpm import ops
 from megatron_bitcpm.parallel.convert import TernaryModel
 from megatron_bitcpm.parallel.linear import TernarySite
+from megatron_bitcpm.parallel.scale_sync import update_shared_scales
 
 MAX_WEIGHTS = 1_000_000
 """Largest sample of one layer, in weights over all its linears and ranks."""
+
+# Stands for the code of a weight that is not finite: not zero, and equal to itself.
+_NO_CODE = 2.0
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What was measured on the sample of one layer, or of the whole model.
+
+    Attributes:
+        zero_fraction: codes that are 0, of all codes.
+        flip_fraction: codes that differ from those of the look before; None at the first look.
+        mean_scale: mean over weights of the scale of each, in units of the weight.
+        quant_error: ||w - wq|| / ||w|| (Frobenius) of the latent weight w in the model's dtype and
+            the quantised weight wq; NaN where a weight is not finite.
+    """
+
+    zero_fraction: float
+    flip_fraction: float | None
+    mean_scale: float
+    quant_error: float
+
+
+@dataclass(frozen=True)
+class CodeStatistics:
+    """Statistics of one moment; the same on all ranks of a model.
+
+    Attributes:
+        total: over the samples of all layers.
+        layers: by global layer number, from 0, in order; layers without ternary linears are absent.
+    """
+
+    total: LayerStatistics
+    layers: dict[int, LayerStatistics]
 
 
 class CodeSampler:
@@ -28,39 +71,99 @@ class CodeSampler:
             id(site): _spread_rows(site, MAX_WEIGHTS // (per_layer[_layer_of(site)] * site.tp_size))
             for site in ternary.sites
         }
-        self._before: dict[int, torch.Tensor] = {}
+        self._codes_before: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
-    def measure(self) -> tuple[float | None, float | None]:
-        """Return (zero fraction, fraction flipped since the last call; None at the first).
+    def measure(self) -> CodeStatistics:
+        """Look at the weights as they are now, between two steps.
 
-        Collective over the model-parallel ranks: every rank returns the same numbers. While
-        parameter gathers overlap with the forward the weights are incomplete between steps, and
-        both are None.
+        Collective over all ranks. The ranks that together hold one model (tensor and pipeline
+        parallel) put their sums together in rank order; data-parallel ranks hold the same weights.
         """
-        from megatron.core import parallel_state
+        sites, first_look = self._ternary.sites, not self._codes_before
+        with self._ternary.latents():
+            update_shared_scales(sites)
+            looks = torch.stack([self._look_at(site) for site in sites])
+        mine: dict[int, _Sums] = {}
+        # To the host in one piece: one wait for the device.
+        for site, numbers in zip(sites, looks.tolist(), strict=True):
+            mine.setdefault(_layer_of(site), _Sums()).add(_Sums(*numbers))
+        layers: dict[int, _Sums] = {}
+        for part in _gather_from_model_parallel_ranks(mine):
+            for layer, sums in part.items():
+                layers.setdefault(layer, _Sums()).add(sums)
+        total = _Sums()
+        for sums in layers.values():
+            total.add(sums)
+        return CodeStatistics(
+            total.statistics(first_look),
+            {layer: layers[layer].statistics(first_look) for layer in sorted(layers)},
+        )
 
-        requantizer, sites = self._ternary.requantizer, self._ternary.sites
-        requantizer.refresh()
-        if not all(site.fresh for site in sites):
-            return None, None
-        before, self._before = self._before, {}
-        counts = torch.zeros(3, dtype=torch.int64, device=sites[0].weight.device)
-        for site in sites:
-            rows, w_OI = self._rows[id(site)], site.weight.detach()
-            in_place = requantizer.mode == "every_step"
-            codes_OI = (w_OI[rows] if in_place else site.fake_quantize(w_OI, rows)).sign()
-            self._before[id(site)] = codes_OI
-            counts[0] += (codes_OI == 0).sum()
-            counts[1] += (codes_OI != before[id(site)]).sum() if before else 0
-            counts[2] += codes_OI.numel()
-        torch.distributed.all_reduce(counts, group=parallel_state.get_model_parallel_group())
-        zeros, flips, total = counts.tolist()
-        return zeros / total, flips / total if before else None
+    def _look_at(self, site: TernarySite) -> torch.Tensor:
+        """Return the fields of `_Sums` for one linear's rows, float32, and keep their codes.
+
+        Counts are exact: a sample is far smaller than 2**24.
+        """
+        rows = self._rows[id(site)]
+        w_RI, wq_RI = site.weight.detach()[rows], site.fake_quantize(site.weight.detach(), rows)
+        if site.shares_scales:
+            assert site.scales_OG is not None
+            scales_RG = site.scales_OG[rows]
+        else:
+            scales_RG = ops.quantize(w_RI, site.quant.group_size, site.quant.eps)[1]
+        codes_RI = wq_RI.sign().nan_to_num(nan=_NO_CODE).to(torch.int8)
+        before_RI = self._codes_before.get(id(site), codes_RI)
+        self._codes_before[id(site)] = codes_RI
+        numbers = [
+            (codes_RI == 0).sum(),
+            (codes_RI != before_RI).sum(),
+            torch.tensor(codes_RI.numel()),
+            # Each scale counts once for each of its weights on this rank.
+            scales_RG.sum() * (codes_RI.shape[1] // scales_RG.shape[1]),
+            (w_RI.float() - wq_RI.float()).square().sum(),
+            w_RI.float().square().sum(),
+        ]
+        return torch.stack([number.to(w_RI.device, torch.float32) for number in numbers])
 
 
-def _layer_of(site: TernarySite) -> str:
-    return ".".join(site.name.split(".")[:3])
+@dataclass
+class _Sums:
+    """What adds up over linears, ranks and layers."""
+
+    zeros: float = 0.0
+    flips: float = 0.0
+    weights: float = 0.0
+    scale: float = 0.0
+    error_squared: float = 0.0
+    norm_squared: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def statistics(self, first_look: bool) -> LayerStatistics:
+        norm = self.norm_squared
+        return LayerStatistics(
+            zero_fraction=self.zeros / self.weights,
+            flip_fraction=None if first_look else self.flips / self.weights,
+            mean_scale=self.scale / self.weights,
+            quant_error=0.0 if norm == 0 else math.sqrt(self.error_squared / norm),
+        )
+
+
+def _gather_from_model_parallel_ranks(mine: dict[int, _Sums]) -> list[dict[int, _Sums]]:
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_model_parallel_group()
+    parts: list[dict[int, _Sums]] = [{} for _ in range(group.size())]
+    torch.distributed.all_gather_object(parts, mine, group=group)
+    return parts
+
+
+def _layer_of(site: TernarySite) -> int:
+    # decoder.layers.3.mlp.linear_fc2, counted over the whole model
+    return int(site.name.split(".")[2])
 
 
 def _spread_rows(site: TernarySite, max_weights: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """What differs between a CPU, a GPU and an NPU: device, collectives, preparation of Megatron.
 
 `current_platform` finds out; `Platform.prepare` is the one visible call that makes Megatron run
-there. On a GPU it changes nothing, on an NPU it is Ascend's own ``transfer_to_npu``, on a CPU the
-reversible list of `megatron_bitcpm.platforms.cpu`.
+there. On an NPU it is Ascend's own ``transfer_to_npu``, on a CPU the reversible list of
+`megatron_bitcpm.platforms.cpu`, and everywhere the few corrections of `platforms.megatron`.
 """
 
 from __future__ import annotations
@@ -59,22 +59,24 @@ class Platform:
 
     def prepare(self) -> None:
         """Make stock megatron-core run on this platform; may be called again."""
-        if self.name == "cpu":
-            from megatron_bitcpm.platforms.cpu import cpu_patches
-
-            patches = cpu_patches()
+        if self.name == "npu":
+            importlib.import_module("torch_npu.contrib.transfer_to_npu")
+        for patches in self._patch_sets():
             if not patches.is_applied:
                 patches.apply()
-                logger.info("platform cpu: %d symbols replaced", len(patches.patches))
-        elif self.name == "npu":
-            importlib.import_module("torch_npu.contrib.transfer_to_npu")
+                logger.info("%s: %d symbols replaced", patches.name, len(patches.patches))
 
     def restore(self) -> None:
-        """Undo `prepare` where that is possible (CPU; `transfer_to_npu` cannot be undone)."""
-        if self.name == "cpu":
-            from megatron_bitcpm.platforms.cpu import cpu_patches
+        """Undo `prepare`, except for `transfer_to_npu`, which cannot be undone."""
+        for patches in reversed(self._patch_sets()):
+            patches.revert()
 
-            cpu_patches().revert()
+    def _patch_sets(self) -> list[PatchSet]:
+        from megatron_bitcpm.platforms.cpu import cpu_patches
+        from megatron_bitcpm.platforms.megatron import megatron_patches
+
+        # Megatron is imported by its own patches, and must see the prepared torch then.
+        return [*([cpu_patches()] if self.name == "cpu" else []), megatron_patches()]
 
 
 @functools.cache

@@ -193,4 +193,4 @@ def cpu_patches() -> PatchSet:
     # `with torch.device(...)` knows the factories by identity, from a list made at its first use;
     # made after our wrappers are in place it would miss the originals that they call.
     _device_constructors()
-    return PatchSet("cpu", _cpu_patches())
+    return PatchSet("platform cpu", _cpu_patches())

@@ -1,20 +1,24 @@
 """A reversible replacement of one symbol, as data.
 
-`Patch` names a symbol, its replacement and the reason; `PatchSet` applies and reverts a list of
-them. Reverting checks that the symbol still is what we put there, so that two parties that patch
-the same place are noticed instead of silently undone.
+`Patch` names a symbol, its replacement, the reason and the releases of megatron-core that need it;
+`PatchSet` applies and reverts a list of them. A symbol that is missing in a release where it is
+listed is an error: a change of Megatron must not make a replacement useless unnoticed. Reverting
+checks that the symbol still is what we put there, so that two parties that patch the same place
+are noticed instead of silently undone.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.errors import BackendError, BitcpmError
 
 _ABSENT = object()
 
@@ -36,12 +40,18 @@ class Patch:
         why: the reason, one line.
         instead_of_absent: the symbol may be missing (the replacement is then added, and removed
             again by `PatchSet.revert`). False: a missing symbol is an error.
+        versions: the releases of megatron-core that need it, as (major, minor); empty means all.
     """
 
     target: str
     make: Callable[[Any], Any]
     why: str
     instead_of_absent: bool = False
+    versions: tuple[tuple[int, int], ...] = ()
+
+    def applies_to(self, version: tuple[int, int]) -> bool:
+        """Whether a release of megatron-core, as (major, minor), needs this."""
+        return not self.versions or version in self.versions
 
     def resolve(self) -> tuple[Any, str]:
         """Return the object that holds the symbol, and the symbol's name in it."""
@@ -53,12 +63,34 @@ class Patch:
         return holder, name
 
 
-class PatchSet:
-    """A list of patches that are applied and reverted together."""
+@functools.cache
+def megatron_version() -> tuple[int, int]:
+    """Return (major, minor) of the installed megatron-core, which is not imported for it.
 
-    def __init__(self, name: str, patches: list[Patch]) -> None:
+    Raises:
+        BackendError: there is none.
+    """
+    try:
+        installed = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise BackendError.of(
+            "megatron-core", "(absent)", "is not installed", "Install megatron-core==0.16.1"
+        ) from None
+    major, minor = installed.split(".")[:2]
+    return int(major), int(minor)
+
+
+class PatchSet:
+    """Patches that are applied and reverted together.
+
+    Attributes:
+        name: for messages.
+        patches: those of the catalogue that the installed megatron-core needs.
+    """
+
+    def __init__(self, name: str, catalogue: list[Patch]) -> None:
         self.name = name
-        self.patches = patches
+        self.patches = [patch for patch in catalogue if patch.applies_to(megatron_version())]
         self._applied: list[tuple[Patch, Any, str, Any, Any]] = []
 
     @property
@@ -72,22 +104,29 @@ class PatchSet:
             return
         try:
             for patch in self.patches:
-                holder, name = patch.resolve()
+                try:
+                    holder, name = patch.resolve()
+                except (ImportError, AttributeError):
+                    raise self._missing(patch) from None
                 own = _own_attribute(holder, name)
                 original = getattr(holder, name, _ABSENT)
                 if original is _ABSENT and not patch.instead_of_absent:
-                    raise BitcpmError.of(
-                        "platform",
-                        self.name,
-                        f"{patch.target} does not exist",
-                        "Report the version",
-                    )
+                    raise self._missing(patch)
                 replacement = patch.make(None if original is _ABSENT else original)
                 setattr(holder, name, replacement)
                 self._applied.append((patch, holder, name, own, replacement))
         except BaseException:
             self.revert()
             raise
+
+    def _missing(self, patch: Patch) -> BitcpmError:
+        installed = importlib.metadata.version("megatron-core")
+        return BitcpmError.of(
+            "platform",
+            self.name,
+            f"{patch.target} does not exist beside megatron-core {installed} ({patch.why})",
+            "Report the version",
+        )
 
     def revert(self) -> None:
         """Restore every original, last patch first.

@@ -5,6 +5,7 @@ Only the main rank creates a `MetricsWriter`. Keys are the same everywhere.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -76,21 +77,42 @@ class MetricsWriter:
         """Move the progress bar."""
         self._progress.update(self._task, completed=iteration)
 
-    def record(self, iteration: int, **values: Any) -> None:
+    def record(
+        self,
+        iteration: int,
+        layers: dict[int, dict[str, float | None]] | None = None,
+        **values: Any,
+    ) -> None:
         """Write the values of one moment; None values are left out.
 
         Args:
             iteration: optimizer steps done.
+            layers: layer number -> numbers by metric name; one key in the file, in TensorBoard
+                ``layers/<number>/<name>``.
             **values: numbers by metric name; units in the names where they have one. A number that
                 is not finite becomes null in the file, which has no other word for it.
         """
         kept = {key: value for key, value in values.items() if value is not None}
-        line = {key: value if math.isfinite(value) else None for key, value in kept.items()}
+        line: dict[str, Any] = _finite_or_null(kept)
+        for number, of_layer in (layers or {}).items():
+            found = {key: value for key, value in of_layer.items() if value is not None}
+            line.setdefault("layers", {})[str(number)] = _finite_or_null(found)
+            kept.update({f"layers/{number:02d}/{key}": value for key, value in found.items()})
         self._stream.write(json.dumps({"iteration": iteration, **line}) + "\n")
         self._stream.flush()
         if self._tensorboard is not None:
             for key, value in kept.items():
                 self._tensorboard.add_scalar(key, value, iteration)
+
+    def rewind(self, iteration: int) -> None:
+        """Forget what was recorded after an iteration, to which the run returned."""
+        self._stream.close()
+        self._forget_after(iteration)
+        self._stream = self._path.open("a", encoding="utf-8")
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", iteration)
+        self.advance(iteration)
 
     def _forget_after(self, iteration: int) -> None:
         """Drop lines that a run resumed from an earlier checkpoint will write again."""
@@ -99,6 +121,10 @@ class MetricsWriter:
         lines = [line for line in read_metrics(self._path) if line["iteration"] <= iteration]
         text = "".join(json.dumps(line) + "\n" for line in (lines if iteration else []))
         write_text_atomically(self._path, text)
+
+
+def _finite_or_null(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -144,21 +170,12 @@ def plot_losses(
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=110)
     for index, (label, directory) in enumerate(runs.items()):
-        lines = read_metrics(directory / METRICS_FILE)
-        color = f"C{index}"
-        train = [(m["iteration"], m["loss"]) for m in lines if m.get("loss") is not None]
-        valid = [
-            (m["iteration"], m["valid_loss"]) for m in lines if m.get("valid_loss") is not None
-        ]
-        if train:
-            axes.plot(*zip(*train, strict=True), color=color, alpha=0.35, linewidth=1)
-        if valid:
-            axes.plot(*zip(*valid, strict=True), color=color, marker="o", markersize=3, label=label)
+        _draw_run(axes, label, f"C{index}", read_metrics(directory / METRICS_FILE))
     for index, (label, value) in enumerate((levels or {}).items()):
         style = {"color": "0.4", "linestyle": ("--", ":")[index % 2]}
         axes.axhline(value, label=f"{label} {value:.2f}", **style)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats per token (thin: training, dots: validation)")
+    axes.set_ylabel("loss, nats per token (pale: training, dots: validation)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -171,3 +188,26 @@ def plot_losses(
     finally:
         pyplot.close(figure)
     return True
+
+
+def _draw_run(axes: Any, label: str, color: str, lines: list[dict[str, Any]]) -> None:
+    """Draw one run; of several validation sets each is a broken line beside their mean."""
+
+    def draw(key: str, **style: Any) -> None:
+        points = [(m["iteration"], m[key]) for m in lines if m.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, **style)
+
+    draw("loss", alpha=0.35, linewidth=1)
+    draw("valid_loss", marker="o", markersize=3, label=label)
+    sets = {key: None for line in lines for key in line if key.startswith("valid_loss/")}
+    for key, dash in zip(sets, itertools.cycle(("--", ":", "-."))):
+        name = key.removeprefix("valid_loss/")
+        draw(key, linestyle=dash, linewidth=1, label=f"{label}, {name}")
+
+
+def format_duration(seconds: float) -> str:
+    """Return ``hours:minutes:seconds``, the progress bar's form; hours may exceed a day."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -9,9 +9,13 @@ from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.errors import ConfigError, format_problem
 
 _MAY_CHANGE = (
+    "model.rope_scaling.source",  # a note; the factors themselves are compared
     "quant.requantize",  # both modes compute the same
     "quant.backend",  # so do all backends
+    "parallel.",  # checkpoints fit every layout, but for `_MUST_STAY`
     "data.prefix",  # files move; their contents are compared by `check_same_data`
+    "data.blend",
+    "data.valid",
     "data.tokenizer",
     "data.cache",
     "optimizer.",  # the schedule may be continued differently, for example a longer stable phase
@@ -19,9 +23,14 @@ _MAY_CHANGE = (
     "training.eval_",
     "training.log_interval",
     "training.recompute",
+    "training.micro_batch_size",  # the order of samples depends on global_batch_size only
     "training.exit_duration_in_mins",
     "guard.",
     "checkpoint.",
+)
+
+_MUST_STAY = (
+    "parallel.use_distributed_optimizer",  # the two keep their state in different forms
 )
 
 
@@ -45,10 +54,28 @@ def check_resumable(config: RunConfig, saved: RunConfig, folder: Path) -> None:
             "Use that value, or start a new run in another folder",
         )
         for key in now
-        if now[key] != then[key] and not key.startswith(_MAY_CHANGE)
+        if now[key] != then[key] and (key in _MUST_STAY or not key.startswith(_MAY_CHANGE))
     ]
+    problems += _local_scale_problems(config, saved, folder)
     if problems:
         raise ConfigError(problems)
+
+
+def _local_scale_problems(config: RunConfig, saved: RunConfig, folder: Path) -> list[str]:
+    """With scales of shards another tensor-parallel size is another quantiser."""
+    quant = saved.quant
+    tp, saved_tp = (c.parallel.tensor_model_parallel_size for c in (config, saved))
+    if tp == saved_tp or not quant.enabled or quant.scale_sync != "local" or quant.group_size > 0:
+        return []
+    return [
+        format_problem(
+            "parallel.tensor_model_parallel_size",
+            tp,
+            f"the checkpoint {folder.name} was trained with {saved_tp} and quant.scale_sync local, "
+            "whose scales depend on it",
+            f"Use {saved_tp}, or start a new run with init_from",
+        )
+    ]
 
 
 def check_same_data(
@@ -58,26 +85,28 @@ def check_same_data(
 
     Args:
         config: for the names of the files.
-        facts: fingerprints of what is there now, see the trainer.
+        facts: from `data_fingerprints`: what is there now. Validation sets may change.
         saved: the checkpoint's state, which holds those of the training.
         folder: the checkpoint, for the message.
 
     Raises:
         ConfigError: one line for each difference.
     """
+    data = config.data
     fields = {
-        "tokenizer_sha256": ("data.tokenizer", config.data.tokenizer),
-        "train_data": ("data.prefix", f"{config.data.prefix}_train"),
-        "valid_data": ("data.prefix", f"{config.data.prefix}_valid"),
+        "tokenizer_sha256": ("data.tokenizer", data.tokenizer),
+        "train_data": ("data.blend", [f"{entry.weight:g} {entry.prefix}" for entry in data.blend])
+        if data.blend
+        else ("data.prefix", f"{data.prefix}_train"),
     }
     problems = [
         format_problem(
             *fields[key],
             f"is not what the checkpoint {folder.name} was trained with",
-            "Use the same files, or start a new run in another folder",
+            "Use the same files and weights, or start a new run in another folder",
         )
-        for key, value in facts.items()
-        if saved.get(key) != value
+        for key in fields
+        if saved.get(key) != facts[key]
     ]
     if problems:
         raise ConfigError(problems)

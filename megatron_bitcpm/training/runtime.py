@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_bitcpm.config import ParallelConfig
+from megatron_bitcpm.config import ParallelConfig, env_local_rank, env_rank, env_world_size
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.platforms import Platform, current_platform
 
@@ -28,6 +27,9 @@ class Runtime:
     world_size: int
     tp_rank: int
     tp_size: int
+    pp_rank: int
+    pp_size: int
+    cp_size: int
     dp_rank: int
     dp_size: int
 
@@ -65,16 +67,6 @@ def on_main_rank(action: Callable[[], T], field: str, value: Any) -> T:
     return result
 
 
-def env_world_size() -> int:
-    """torchrun's WORLD_SIZE; 1 when started by hand."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def env_rank() -> int:
-    """torchrun's RANK; 0 when started by hand."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextmanager
 def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
     """Initialise torch.distributed and Megatron's parallel state; tear both down at the end.
@@ -95,13 +87,16 @@ def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = platform.device(env_local_rank())
     owns_group = not torch.distributed.is_initialized()
     if owns_group:
         _start_process_group(platform)
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
         )
         torch.manual_seed(seed)
         model_parallel_cuda_manual_seed(seed)
@@ -112,6 +107,9 @@ def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
             world_size=torch.distributed.get_world_size(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+            cp_size=parallel_state.get_context_parallel_world_size(),
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
         )

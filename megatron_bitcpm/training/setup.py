@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,28 +10,30 @@ import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import (
-    MegatronOptimizer,
-    OptimizerConfig,
-    get_megatron_optimizer,
-    get_standard_config_overrides,
-)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_bitcpm.config import OptimizerSettings, RunConfig
-from megatron_bitcpm.models.llama import (
-    build_llama,
-    build_transformer_config,
-    count_ternary_linears,
-    pad_vocab_size,
-)
-from megatron_bitcpm.parallel.adam_step import keep_adam_steps_apart
+from megatron_bitcpm.config import ParallelConfig, RunConfig
+from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+from megatron_bitcpm.models.size import count_ternary_linears, layers_of_stage, pad_vocab_size
 from megatron_bitcpm.parallel.convert import TernaryModel, ternarize_
+from megatron_bitcpm.parallel.megatron_api import (
+    build_pipeline_chunks,
+    check_pipeline_config,
+    finalize_gradients,
+    get_optimizer,
+)
+from megatron_bitcpm.training.initialize import initialize_weights_
 from megatron_bitcpm.training.runtime import Runtime
+from megatron_bitcpm.training.schedule import build_scheduler
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MEAN_LOSS_SCALE = 65536.0
+"""fp16: first scale of a mean loss."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class TrainState:
     """The live objects of a run on this rank.
 
     Attributes:
-        model: the GPTModel itself, inside Float16Module and DDP.
-        chunk: the DDP-wrapped model, what Megatron's schedules take.
+        models: the GPTModels themselves, one for each virtual pipeline stage.
+        chunks: the same inside Float16Module and DDP, what Megatron's schedules take.
         ternary: handle on the ternary linears, None in full precision.
     """
 
-    model: GPTModel
-    chunk: DistributedDataParallel
+    models: list[GPTModel]
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     ternary: TernaryModel | None
@@ -52,44 +55,99 @@ class TrainState:
 
 
 def build_train_state(config: RunConfig, runtime: Runtime, vocab_size: int) -> TrainState:
-    """Build model, optimizer and schedule on this rank.
+    """Build model, optimizer and schedule on this rank; collective over all ranks.
 
     Args:
         config: the run.
         runtime: this rank's place.
         vocab_size: ids of the tokenizer.
     """
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.training.precision]
     padded_vocab_size = pad_vocab_size(vocab_size, config.model)
     transformer = build_transformer_config(
-        config.model, dtype, runtime.tp_size, config.training.recompute
+        config.model, config.parallel, dtype, config.training.recompute
     )
-    # The random state of initialisation must not depend on what ran before in this process.
-    torch.manual_seed(config.training.seed)
-    model = build_llama(transformer, config.model, padded_vocab_size).to(runtime.device)
+    check_pipeline_config(transformer)
+    models = build_model_chunks(config, transformer, runtime, padded_vocab_size)
     ternary = None
     if config.quant.enabled:
-        ternary = ternarize_(
-            model, config.quant, expected=count_ternary_linears(config.model, config.quant)
-        )
-    wrapped = Float16Module(transformer, model) if transformer.bf16 else model
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
-    chunk = DistributedDataParallel(transformer, ddp_config, wrapped)
-    optimizer = build_optimizer(config.optimizer, dtype, chunk)
+        layers = layers_of_stage(config.model, config.parallel, runtime.pp_rank)
+        expected = count_ternary_linears(config.model, config.quant, layers)
+        ternary = ternarize_(models, config.quant, expected)
+    chunks = wrap_chunks(models, transformer, config.parallel)
+    optimizer = build_optimizer(config, dtype, chunks)
     if ternary is not None:
         ternary.attach_optimizer(optimizer)
-    transformer.finalize_model_grads_func = finalize_model_grads
-    transformer.grad_scale_func = optimizer.scale_loss
+    connect_schedule(transformer, chunks, optimizer)
     scheduler = build_scheduler(config, optimizer)
-    return TrainState(model, chunk, optimizer, scheduler, ternary, padded_vocab_size)
+    return TrainState(models, chunks, optimizer, scheduler, ternary, padded_vocab_size)
+
+
+def build_model_chunks(
+    config: RunConfig, transformer: TransformerConfig, runtime: Runtime, padded_vocab_size: int
+) -> list[GPTModel]:
+    """Build this rank's pipeline chunks, with weights that do not depend on the layout."""
+    build = functools.partial(
+        build_model, transformer, config.model, padded_vocab_size, config.data.seq_length
+    )
+    models = [model.to(runtime.device) for model in build_pipeline_chunks(build)]
+    for model in models:
+        initialize_weights_(model, config.training.seed)
+    return models
+
+
+def wrap_chunks(
+    models: list[GPTModel], transformer: TransformerConfig, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
+    """Wrap the chunks for mixed precision and data parallelism."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.ddp_bucket_size,
+    )
+    half = transformer.bf16 or transformer.fp16
+    return [
+        DistributedDataParallel(
+            transformer,
+            ddp_config,
+            Float16Module(transformer, model) if half else model,
+            # Later chunks communicate while earlier ones compute: one bucket is enough.
+            disable_bucketing=index > 0,
+        )
+        for index, model in enumerate(models)
+    ]
+
+
+def connect_schedule(
+    transformer: TransformerConfig, chunks: list[Any], optimizer: MegatronOptimizer
+) -> None:
+    """Give Megatron's schedules the functions that they call during a step."""
+
+    def of_chunks(name: str) -> Any:
+        functions = [getattr(chunk, name) for chunk in chunks]
+        return functions if len(functions) > 1 else functions[0]
+
+    transformer.finalize_model_grads_func = finalize_gradients
+    transformer.grad_scale_func = optimizer.scale_loss
+    ddp_config = chunks[0].ddp_config
+    if ddp_config.overlap_grad_reduce:
+        transformer.no_sync_func = of_chunks("no_sync")
+        transformer.grad_sync_func = of_chunks("start_grad_sync")
+    if ddp_config.overlap_param_gather and len(chunks) > 1:
+        transformer.param_sync_func = of_chunks("start_param_sync")
 
 
 def build_optimizer(
-    settings: OptimizerSettings, dtype: torch.dtype, chunk: DistributedDataParallel
+    config: RunConfig, dtype: torch.dtype, chunks: list[DistributedDataParallel]
 ) -> MegatronOptimizer:
-    """Build Megatron's AdamW for one wrapped model; vectors and biases do not decay."""
-    bf16 = dtype == torch.bfloat16
-    config = OptimizerConfig(
+    """Build Megatron's AdamW for the wrapped chunks; vectors and biases do not decay."""
+    settings = config.optimizer
+    # The loss that is scaled is a sum over so many tokens.
+    tokens = config.training.micro_batch_size * config.data.seq_length
+    fp16, bf16 = dtype == torch.float16, dtype == torch.bfloat16
+    optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
         min_lr=settings.min_lr,
@@ -99,36 +157,12 @@ def build_optimizer(
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
         bf16=bf16,
+        fp16=fp16,
         params_dtype=dtype,
         # Megatron checks bf16 gradients for inf and NaN only under a loss scale.
         loss_scale=1.0 if bf16 else None,
+        initial_loss_scale=settings.initial_loss_scale or MEAN_LOSS_SCALE / tokens,
+        min_loss_scale=1 / tokens,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(config, [chunk], get_standard_config_overrides(config))
-    keep_adam_steps_apart(optimizer)
-    return optimizer
-
-
-def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Build Megatron's learning-rate schedule; its steps are optimizer steps.
-
-    A resumed run takes only the number of steps from its checkpoint: the schedule is always the
-    configuration's, so that a run can be continued with another one.
-    """
-    settings, iters = config.optimizer, config.training.train_iters
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters,
-        lr_decay_steps=iters,
-        lr_decay_style=settings.lr_decay_style,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=iters,
-        wd_incr_style="constant",
-        wsd_decay_steps=settings.wsd_decay_iters(iters),
-        lr_wsd_decay_style=settings.wsd_decay_style,
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
+    return get_optimizer(optimizer_config, chunks)

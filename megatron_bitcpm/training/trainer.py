@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,25 @@ import torch
 
 from megatron_bitcpm.checkpoint.hf_config import read_tokenizer_ids
 from megatron_bitcpm.config import RunConfig
+from megatron_bitcpm.data.dataset import (
+    MicroBatchIterator,
+    build_train_dataset,
+    build_valid_datasets,
+    data_fingerprints,
+)
 from megatron_bitcpm.data.tokenizer import load_tokenizer
-from megatron_bitcpm.errors import ConfigError, TrainingError, format_problem
+from megatron_bitcpm.errors import TrainingError
+from megatron_bitcpm.training.checkpointing import Checkpointer, check_run_folder
+from megatron_bitcpm.training.exit import ExitRequest
+from megatron_bitcpm.training.guard import LossGuard, Verdict
 from megatron_bitcpm.training.metrics import MetricsWriter, plot_losses
-from megatron_bitcpm.training.resume import check_resumable, check_same_data
-from megatron_bitcpm.training.runtime import Runtime, on_main_rank, start_runtime
+from megatron_bitcpm.training.progress import Progress
+from megatron_bitcpm.training.report import StepReport
+from megatron_bitcpm.training.runtime import Runtime, start_runtime
 
 logger = logging.getLogger(__name__)
+
+Batches = Iterator[dict[str, torch.Tensor]]
 
 
 def train(config: RunConfig, resume: bool = False) -> None:
@@ -40,44 +50,15 @@ def train(config: RunConfig, resume: bool = False) -> None:
     Raises:
         BitcpmError: an input that cannot be used, or a run that had to stop.
     """
-    _check_directory(Path(config.checkpoint.directory), resume)
+    check_run_folder(config, resume)
     with start_runtime(config.parallel, config.training.seed) as runtime:
         Trainer(config, runtime).run(resume)
-
-
-def _check_directory(directory: Path, resume: bool) -> None:
-    """Refuse to mix two runs in one folder; decided alike on all ranks, before any writes."""
-    from megatron_bitcpm.checkpoint.store import TRACKER, find_checkpoint
-
-    if resume:
-        find_checkpoint(directory)
-    elif (directory / TRACKER).exists():
-        raise ConfigError(
-            format_problem(
-                "checkpoint.directory",
-                directory,
-                "holds checkpoints of an earlier run",
-                "Use --resume to continue it, or another folder",
-            )
-        )
-
-
-@dataclass
-class _Progress:
-    """What resume must know beside model and optimizer."""
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    skipped_steps: int = 0
 
 
 class Trainer:
     """One run on this rank."""
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
-        from megatron_bitcpm.data.dataset import build_train_valid_datasets
-        from megatron_bitcpm.data.indexed import check_indexed_files
-        from megatron_bitcpm.parallel.weight_stats import CodeSampler
         from megatron_bitcpm.training.setup import build_train_state
         from megatron_bitcpm.training.step import build_forward_step
 
@@ -85,36 +66,33 @@ class Trainer:
         self.runtime = runtime
         training, data = config.training, config.data
         self.directory = Path(config.checkpoint.directory)
-        self.tokenizer = load_tokenizer(data.tokenizer)
+        tokenizer = load_tokenizer(data.tokenizer)
         # A tokenizer that cannot be exported is refused before the training, not after it.
-        read_tokenizer_ids(data.tokenizer, self.tokenizer.vocab_size)
-        self.train_data, self.valid_data = build_train_valid_datasets(
-            data.prefix,
-            data.seq_length,
-            train_samples=training.train_iters * training.global_batch_size,
-            valid_samples=training.eval_iters * training.global_batch_size,
-            seed=training.seed,
-            tokenizer=self.tokenizer,
-            cache_dir=data.cache,
+        read_tokenizer_ids(data.tokenizer, tokenizer.vocab_size)
+        batch = training.global_batch_size
+        self.train_data = build_train_dataset(
+            data, training.train_iters * batch, training.seed, tokenizer
         )
-        self._data_facts = {
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "train_data": check_indexed_files(f"{data.prefix}_train").fingerprint,
-            "valid_data": check_indexed_files(f"{data.prefix}_valid").fingerprint,
-        }
-        self.state = build_train_state(config, runtime, self.tokenizer.vocab_size)
-        self.sampler = CodeSampler(self.state.ternary) if self.state.ternary else None
-        self.progress = _Progress()
+        self.valid_data = build_valid_datasets(data, training.eval_iters * batch, tokenizer)
+        self.state = build_train_state(config, runtime, tokenizer.vocab_size)
+        self.progress = Progress()
+        self.guard = LossGuard(config.guard)
+        self.checkpointer = Checkpointer(
+            config, runtime, self.state, data_fingerprints(data, tokenizer), tokenizer.vocab_size
+        )
         self._forward_step = build_forward_step(runtime.device)
-        self._skipped_in_a_row = 0
 
     # -- the run ---------------------------------------------------------------------------------
 
     def run(self, resume: bool) -> None:
         """Train from the start or the newest checkpoint to ``training.train_iters``."""
+        training = self.config.training
+        self.checkpointer.prepare_folder()
         if resume:
-            self.load_checkpoint()
-        training, checkpoint = self.config.training, self.config.checkpoint
+            self.progress = self.checkpointer.load()
+            self.guard = LossGuard.from_state(self.config.guard, self.progress.guard)
+        elif self.config.checkpoint.init_from:
+            self.checkpointer.initialize(self.config.checkpoint.init_from)
         first_iter = self.progress.iteration
         if first_iter >= training.train_iters:
             logger.info(
@@ -122,57 +100,93 @@ class Trainer:
                 first_iter,
                 training.train_iters,
             )
-        on_main_rank(self._check_writable, "checkpoint.directory", self.directory)
-        if not self.runtime.is_main:
-            self._loop(None)
-            return
         title = "ternary" if self.state.ternary else "full precision"
-        with MetricsWriter(self.directory, first_iter, training.train_iters, title) as writer:
-            writer.say(self.describe())
-            self._loop(writer)
-        plot_losses({title: self.directory}, self.directory / "loss.png")
-        logger.info("done; checkpoints in %s", checkpoint.directory)
+        with ExitStack() as stack:
+            writer = None
+            if self.runtime.is_main:
+                writer = stack.enter_context(
+                    MetricsWriter(self.directory, first_iter, training.train_iters, title)
+                )
+                writer.say(self.describe())
+            exit_request = stack.enter_context(
+                ExitRequest(training.exit_duration_in_mins, self.runtime.device)
+            )
+            self._loop(StepReport(self.config, self.runtime, self.state, writer), exit_request)
+        if self.runtime.is_main:
+            plot_losses({title: self.directory}, self.directory / "loss.png")
+            logger.info("done; checkpoints in %s", self.directory)
 
-    def _check_writable(self) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        probe = self.directory / ".tmp-writable"
-        probe.write_text("x", encoding="utf-8")
-        probe.unlink()
-
-    def _loop(self, writer: MetricsWriter | None) -> None:
+    def _loop(self, report: StepReport, exit_request: ExitRequest) -> None:
         training = self.config.training
         batches = self._batches(self.train_data, self.progress.consumed_samples)
-        meter = _Meter()
-        while self.progress.iteration < training.train_iters:
+        reason = None
+        report.restart_clock()
+        while self.progress.iteration < training.train_iters and reason is None:
             loss, grad_norm = self.step(batches)
+            verdict = self.guard.observe(self.progress.iteration, loss, grad_norm is not None)
+            report.add(loss, grad_norm, self.progress)
+            if verdict.act:
+                report.log(self.progress)
+                batches = self._roll_back(verdict, report)
+                continue
+            reason = exit_request.reason()
+            self._after_step(report, reason is not None)
+        report.published(self.checkpointer.finish())
+        if reason is not None:
             iteration = self.progress.iteration
-            meter.add(loss)
-            valid_loss: float | None = None
-            is_last = iteration == training.train_iters
-            if writer:
-                writer.advance(iteration)
-            if iteration % training.log_interval == 0 or is_last:
-                self._log(writer, meter, grad_norm)
-                meter = _Meter()
-            if iteration % training.eval_interval == 0 or is_last:
-                valid_loss = self.evaluate()
-                if writer:
-                    writer.record(iteration, valid_loss=valid_loss)
-                    writer.say(f"step {iteration:6d}  validation loss {valid_loss:.4f}")
-                meter.restart_clock()
-            interval = self.config.checkpoint.save_interval
-            if is_last or (interval and iteration % interval == 0):
-                self.save_checkpoint(valid_loss)
-                meter.restart_clock()
+            report.say(f"stopped at step {iteration} by {reason}; --resume goes on from here")
+
+    def _after_step(self, report: StepReport, stopping: bool) -> None:
+        """Log, validate and save as is due."""
+        training, iteration = self.config.training, self.progress.iteration
+        is_last = iteration == training.train_iters
+        if iteration % training.log_interval == 0 or is_last or stopping:
+            report.log(self.progress)
+        valid_loss: float | None = None
+        # A signal leaves little time: what it cuts short is the validation.
+        if is_last or (iteration % training.eval_interval == 0 and not stopping):
+            valid_loss = self._validate(report)
+        interval = self.config.checkpoint.save_interval
+        due = interval is not None and iteration % interval == 0
+        # A rollback must not lead into the middle of what it flees from.
+        if due and self.config.guard.action == "rollback" and self.guard.in_trouble:
+            due = False
+        if is_last or stopping or due:
+            self.progress.guard = self.guard.state()
+            report.published(self.checkpointer.save(self.progress, valid_loss))
+            report.restart_clock()
+        report.published(self.checkpointer.poll())
+
+    def _roll_back(self, verdict: Verdict, report: StepReport) -> Batches:
+        """Return to the newest checkpoint, and to later data; return the new batches.
+
+        Raises:
+            TrainingError: the run has to stop instead.
+        """
+        bad_iteration, consumed = self.progress.iteration, self.progress.consumed_samples
+        report.published(self.checkpointer.finish())
+        self.guard.begin_rollback(verdict)
+        if not self.checkpointer.has_checkpoint():
+            raise TrainingError.of(
+                "guard.action", "rollback",
+                f"{verdict.reason}; the run had no checkpoint to return to",
+                "Lower optimizer.lr, or save more often (checkpoint.save_interval)",
+            )  # fmt: skip
+        self.progress = self.checkpointer.load()
+        self.guard.rewind(self.progress.guard)
+        # The same samples in the same order would lead to the same place.
+        self.progress.consumed_samples = consumed
+        report.rolled_back(bad_iteration, self.progress, verdict.reason, self.guard.rollbacks)
+        return self._batches(self.train_data, consumed)
 
     def describe(self) -> str:
         """Return the layout and the size of the model; what is ternary was logged by then."""
-        place, model = self.runtime, self.state.model
-        parameters = sum(p.numel() for p in model.parameters())
+        place = self.runtime
+        parameters = sum(p.numel() for model in self.state.models for p in model.parameters())
         lines = [
             f"{place.platform.name}: {place.world_size} rank(s), tp {place.tp_size}, "
-            f"dp {place.dp_size}; {self.config.model.architecture}, "
-            f"{parameters:,} parameters on this rank",
+            f"pp {place.pp_size}, cp {place.cp_size}, dp {place.dp_size}; "
+            f"{self.config.model.architecture}, {parameters:,} parameters on this rank",
         ]
         if not self.state.ternary:
             lines.append("full precision (quant.enabled is false)")
@@ -180,82 +194,76 @@ class Trainer:
 
     # -- steps -----------------------------------------------------------------------------------
 
-    def step(self, batches: Iterator[dict[str, torch.Tensor]]) -> tuple[float, float | None]:
+    def step(self, batches: Batches) -> tuple[float, float | None]:
         """Do one optimizer step; return (mean loss in nats per token, gradient norm).
 
         The norm is None when the step was skipped for non-finite gradients.
         """
         training, state = self.config.training, self.state
-        state.chunk.zero_grad_buffer()
+        for chunk in state.chunks:
+            chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        loss = self._run_schedule(batches, training.global_batch_size, forward_only=False)
+        loss = self._run_schedule(batches, forward_only=False)
         updated, grad_norm = False, None
         if self._gradients_are_usable():
             updated, grad_norm, _ = state.optimizer.step()
         if updated:
             state.scheduler.step(1)
-            self._skipped_in_a_row = 0
         else:
-            self._count_skip()
+            self.progress.skipped_steps += 1
         self.progress.iteration += 1
         self.progress.consumed_samples += training.global_batch_size
         return loss, float(grad_norm) if updated else None
 
     def _gradients_are_usable(self) -> bool:
         """Whether the step may be tried; in fp32 Megatron's optimizer itself does not look."""
-        from megatron.core import parallel_state
-
         if self.config.training.precision != "fp32":
             return True
-        buffers = self.state.chunk.buffers
-        bad = torch.stack([(~b.grad_data.isfinite()).any() for b in buffers]).any().int()
-        torch.distributed.all_reduce(bad, group=parallel_state.get_model_parallel_group())
+        gradients = [b.grad_data for chunk in self.state.chunks for b in chunk.buffers]
+        bad = torch.stack([(~g.isfinite()).any() for g in gradients]).any().int()
+        torch.distributed.all_reduce(bad)
         return int(bad) == 0
 
-    def _count_skip(self) -> None:
-        self.progress.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        limit = self.config.guard.max_skipped_steps
-        if self._skipped_in_a_row >= limit:
-            raise TrainingError.of(
-                "guard.max_skipped_steps", limit,
-                f"{limit} steps in a row had non-finite gradients, the last at step "
-                f"{self.progress.iteration + 1}",
-                "Lower optimizer.lr or resume from an earlier checkpoint",
-            )  # fmt: skip
-
-    def _run_schedule(
-        self, batches: Iterator[dict[str, torch.Tensor]], samples: int, forward_only: bool
-    ) -> float:
+    def _run_schedule(self, batches: Batches, forward_only: bool) -> float:
         from megatron_bitcpm.training.step import run_schedule
 
         training = self.config.training
+        samples = training.micro_batch_size * self.runtime.dp_size
         return run_schedule(
-            self.state.chunk,
+            self.state.chunks,
             self._forward_step,
             batches,
-            num_microbatches=samples // (training.micro_batch_size * self.runtime.dp_size),
+            num_microbatches=training.global_batch_size // samples,
             micro_batch_size=training.micro_batch_size,
             seq_length=self.config.data.seq_length,
+            device=self.runtime.device,
             forward_only=forward_only,
         )
 
+    def _validate(self, report: StepReport) -> float:
+        losses = self.evaluate()
+        mean = math.fsum(losses.values()) / len(losses)
+        report.validated(self.progress.iteration, mean, losses)
+        return mean
+
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Return the validation loss in nats per token, always over the same windows."""
-        training = self.config.training
-        self.state.chunk.eval()
-        batches = self._batches(self.valid_data, 0)
-        losses = [
-            self._run_schedule(batches, training.global_batch_size, forward_only=True)
-            for _ in range(training.eval_iters)
-        ]
-        self.state.chunk.train()
-        return math.fsum(losses) / len(losses)
+    def evaluate(self) -> dict[str, float]:
+        """Return each validation set's loss in nats per token, always over the same windows."""
+        for chunk in self.state.chunks:
+            chunk.eval()
+        losses = {}
+        for name, dataset in self.valid_data.items():
+            batches = self._batches(dataset, 0)
+            each = [
+                self._run_schedule(batches, forward_only=True)
+                for _ in range(self.config.training.eval_iters)
+            ]
+            losses[name] = math.fsum(each) / len(each)
+        for chunk in self.state.chunks:
+            chunk.train()
+        return losses
 
-    def _batches(self, dataset: Any, consumed_samples: int) -> Iterator[dict[str, torch.Tensor]]:
-        from megatron_bitcpm.data.dataset import MicroBatchIterator
-
+    def _batches(self, dataset: Any, consumed_samples: int) -> Batches:
         training = self.config.training
         return MicroBatchIterator(
             dataset,
@@ -265,134 +273,3 @@ class Trainer:
             self.runtime.dp_rank,
             self.runtime.dp_size,
         )
-
-    def _log(self, writer: MetricsWriter | None, meter: _Meter, grad_norm: float | None) -> None:
-        zeros, flips = self.sampler.measure() if self.sampler else (None, None)
-        if writer is None:
-            return
-        training = self.config.training
-        tokens = meter.steps * training.global_batch_size * self.config.data.seq_length
-        learning_rate = max(g["lr"] for g in self.state.optimizer.param_groups)
-        writer.record(
-            self.progress.iteration,
-            loss=meter.mean_loss,
-            learning_rate=learning_rate,
-            grad_norm=grad_norm,
-            tokens_per_s=tokens / meter.seconds,
-            zero_fraction=zeros,
-            flip_fraction=flips,
-            skipped_steps=self.progress.skipped_steps,
-        )
-        steps_left = training.train_iters - self.progress.iteration
-        parts = [
-            f"step {self.progress.iteration:6d}/{training.train_iters}",
-            f"loss {meter.mean_loss:.4f}",
-            f"lr {learning_rate:.2e}",
-            "skipped" if grad_norm is None else f"grad {grad_norm:.3f}",
-            f"{tokens / meter.seconds:,.0f} tok/s",
-            f"eta {_clock(steps_left * meter.seconds / meter.steps)}",
-        ]
-        if zeros is not None:
-            parts.append(f"zeros {zeros:.1%}")
-        if flips is not None:
-            parts.append(f"flips {flips:.2%}")
-        writer.say("  ".join(parts))
-
-    # -- checkpoints -----------------------------------------------------------------------------
-
-    def save_checkpoint(self, valid_loss: float | None = None) -> None:
-        """Write a checkpoint of latent weights; collective, complete or absent."""
-        from megatron_bitcpm.checkpoint.state import save_state
-        from megatron_bitcpm.checkpoint.store import begin_checkpoint, publish_checkpoint
-
-        state, iteration = self.state, self.progress.iteration
-        folder = on_main_rank(
-            lambda: begin_checkpoint(self.directory, iteration),
-            "checkpoint.directory",
-            self.directory,
-        )
-        with state.ternary.latents() if state.ternary else nullcontext():
-            save_state(folder, state.model, state.optimizer, state.scheduler, vars(self.progress))
-        torch.distributed.barrier()
-        facts = {
-            **vars(self.progress),
-            **self._data_facts,
-            "world_size": self.runtime.world_size,
-            "vocab_size": self.tokenizer.vocab_size,
-            "padded_vocab_size": state.padded_vocab_size,
-            "valid_loss": valid_loss,
-            "quantizer": state.ternary.stamp() if state.ternary else None,
-        }
-        on_main_rank(
-            lambda: publish_checkpoint(folder, self.directory, iteration, self.config, facts),
-            "checkpoint.directory",
-            self.directory,
-        )
-
-    def load_checkpoint(self) -> None:
-        """Restore the newest checkpoint of the run's folder; collective."""
-        from megatron_bitcpm.checkpoint.state import load_state
-        from megatron_bitcpm.checkpoint.store import find_checkpoint, read_config, read_state
-
-        folder = find_checkpoint(self.directory)
-        check_resumable(self.config, read_config(folder), folder)
-        check_same_data(self.config, self._data_facts, read_state(folder), folder)
-        self._check_sample_order(read_config(folder))
-        state = self.state
-        progress = load_state(folder, state.model, state.optimizer, state.scheduler)
-        self.progress = _Progress(**progress)
-        logger.info("resumed from %s", folder)
-
-    def _check_sample_order(self, saved: RunConfig) -> None:
-        """Beyond one epoch the order of samples depends on the length of the run."""
-        samples, saved_samples = (
-            c.training.train_iters * c.training.global_batch_size for c in (self.config, saved)
-        )
-        tokens = int(self.train_data.dataset.sequence_lengths.sum())
-        samples_per_epoch = (tokens - 1) // self.config.data.seq_length
-        if samples != saved_samples and max(samples, saved_samples) > samples_per_epoch:
-            raise ConfigError(
-                format_problem(
-                    "training.train_iters",
-                    self.config.training.train_iters,
-                    f"the run was begun with {saved.training.train_iters} steps and reads its data "
-                    "more than once, in an order that depends on them",
-                    f"Use {saved.training.train_iters}, or start a new run",
-                )
-            )
-
-
-class _Meter:
-    """Mean loss and time since the last log line."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self._seconds = 0.0
-        self._start = time.perf_counter()
-
-    def add(self, loss: float) -> None:
-        self.losses.append(loss)
-        now = time.perf_counter()
-        self._seconds += now - self._start
-        self._start = now
-
-    def restart_clock(self) -> None:
-        self._start = time.perf_counter()
-
-    @property
-    def steps(self) -> int:
-        return len(self.losses)
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds
-
-    @property
-    def mean_loss(self) -> float:
-        return math.fsum(self.losses) / len(self.losses)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

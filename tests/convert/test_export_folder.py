@@ -179,3 +179,34 @@ def test_bad_checkpoints(trained, tmp_path):
     with pytest.raises(CheckpointError, match="has shape"):
         export_hf(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architecture": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16},
+            r"model\.architecture=minicpm: has no Hugging Face folder yet",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "short_factor": [1.0] * 16,
+                    "long_factor": [2.0] * 16,
+                    "original_max_position_embeddings": 40,
+                }
+            },
+            r"model\.rope_scaling=longrope: has no Hugging Face folder yet",
+        ),
+    ],
+)
+def test_models_that_are_no_llama(changes, message, trained, tmp_path):
+    source = CheckpointReader(trained(CASE).directory).folder
+    copy = shutil.copytree(source, tmp_path / source.name)
+    config = yaml.safe_load((copy / "bitcpm_config.yaml").read_text())
+    config["model"] |= changes
+    (copy / "bitcpm_config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        export_hf(copy, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import yaml
+from helpers.runs import tiny_config
 
 WORDS = [
     "one",
@@ -25,41 +26,6 @@ WORDS = [
     "is",
     "not",
 ]
-
-
-def tiny_config(corpus, directory, **overrides) -> dict:
-    """The YAML tree of a tiny run; overrides are ``section__key=value``."""
-    tree = {
-        "model": {
-            "num_layers": 2,
-            "hidden_size": 64,
-            "ffn_hidden_size": 128,
-            "num_attention_heads": 4,
-            "num_query_groups": 2,
-            "max_position_embeddings": 32,
-        },
-        "quant": {"requantize": "every_step"},
-        "parallel": {"tensor_model_parallel_size": 1},
-        "data": {
-            "prefix": str(corpus / "data" / "text"),
-            "tokenizer": str(corpus / "tokenizer"),
-            "seq_length": 32,
-        },
-        "optimizer": {"lr": 5e-3, "lr_warmup_iters": 2},
-        "training": {
-            "train_iters": 8,
-            "micro_batch_size": 2,
-            "global_batch_size": 8,
-            "eval_interval": 4,
-            "eval_iters": 1,
-            "log_interval": 1,
-        },
-        "checkpoint": {"directory": str(directory), "save_interval": 4},
-    }
-    for path, value in overrides.items():
-        section, key = path.split("__", 1)
-        tree.setdefault(section, {})[key] = value
-    return tree
 
 
 @pytest.fixture(scope="session")

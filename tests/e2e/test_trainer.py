@@ -2,67 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
-import shutil
-import sys
 
 import pytest
 import torch
-from helpers.ranks import run_ranks
-from torch.distributed.checkpoint import FileSystemReader
-
-from megatron_bitcpm.cli import main
-
-
-def call_cli(rank: int, arguments: list[str]) -> tuple[int, str]:
-    """Run the command in this rank; return (exit code, what it printed to stderr)."""
-    stream, sys.stderr = sys.stderr, io.StringIO()
-    try:
-        main(arguments)
-    except SystemExit as stop:
-        return int(stop.code or 0), sys.stderr.getvalue()
-    finally:
-        sys.stderr = stream
-    return 0, ""
-
-
-def train(world: int, config, *extra: str) -> list[tuple[int, str]]:
-    return run_ranks(world, call_cli, ["train", "--config", str(config), *extra])
-
-
-def train_well(world: int, config, *extra: str) -> None:
-    for code, message in train(world, config, *extra):
-        assert code == 0, message
-
-
-def metrics(folder) -> list[dict]:
-    """Every line, without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
-
-
-def tensors(checkpoint) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, optimizer included."""
-    reader = FileSystemReader(str(checkpoint))
-    found = {}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        if hasattr(entry, "size"):
-            found[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    torch.distributed.checkpoint.load(found, storage_reader=reader, no_dist=True)
-    return found
-
-
-def keep_only(source, target, iteration: int) -> None:
-    """Copy a run as it was right after the checkpoint of an iteration."""
-    name = f"iter_{iteration:07d}"
-    shutil.copytree(source / name, target / name)
-    (target / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    shutil.copy(source / "metrics.jsonl", target / "metrics.jsonl")
+from helpers.runs import keep_only, metrics, tensors, train, train_well
 
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def without_flips(folder) -> list[dict]:
+    """All metrics but those that compare with the line before, which a new process has not."""
+    lines = metrics(folder)
+    for line in lines:
+        for values in (line, *line.get("layers", {}).values()):
+            values.pop("flip_fraction", None)
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -84,11 +41,7 @@ def test_resume_equals_the_uninterrupted_run(
     resumed = write_config("resumed", **options)
     keep_only(tmp_path / "whole", tmp_path / "resumed", 4)
     train_well(world, resumed, "--resume", *resume_options)
-    drop_flips = [
-        [{k: v for k, v in line.items() if k != "flip_fraction"} for line in metrics(folder)]
-        for folder in (tmp_path / "whole", tmp_path / "resumed")
-    ]
-    assert drop_flips[0] == drop_flips[1]
+    assert without_flips(tmp_path / "whole") == without_flips(tmp_path / "resumed")
     whole = tensors(tmp_path / "whole" / "iter_0000008")
     again = tensors(tmp_path / "resumed" / "iter_0000008")
     assert whole.keys() == again.keys()
@@ -136,7 +89,9 @@ def test_non_finite_gradients_stop_the_run(write_config, precision):
     )  # fmt: skip
     code, message = train(1, config)[0]
     assert code == 2
-    assert "guard.max_skipped_steps=3: 3 steps in a row had non-finite gradients" in message
+    assert (
+        "guard.max_skipped_steps=3: 3 step(s) in a row had a non-finite loss or gradient" in message
+    )
 
 
 def test_a_run_can_be_continued_with_another_schedule(write_config, tmp_path):
@@ -165,7 +120,6 @@ def test_other_data_is_not_continued_with(write_config, corpus, tmp_path):
     code, message = train(1, tmp_path / "run.yaml", *arguments)[0]
     assert code == 2
     assert "other_train: is not what the checkpoint iter_0000008 was trained with" in message
-    assert "other_valid: is not what the checkpoint iter_0000008 was trained with" in message
 
 
 def test_a_folder_that_cannot_be_written_stops_every_rank(write_config, tmp_path):
@@ -175,44 +129,22 @@ def test_a_folder_that_cannot_be_written_stops_every_rank(write_config, tmp_path
         assert code == 2 and "checkpoint.directory=" in message and "File exists" in message
 
 
-def crash_while_saving(rank: int, arguments: list[str]) -> str:
-    from megatron_bitcpm.checkpoint import state
-
-    original = state.save_state
-
-    def dies(folder, *args):
-        original(folder, *args)
-        if folder.name.endswith("8"):
-            raise RuntimeError("killed")
-
-    state.save_state = dies
-    try:
-        main(arguments)
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        state.save_state = original
-    return "finished"
-
-
-def test_a_checkpoint_is_complete_or_absent(write_config, tmp_path):
-    config = write_config("run")
-    assert run_ranks(1, crash_while_saving, ["train", "--config", str(config)]) == ["killed"]
-    names = sorted(path.name for path in (tmp_path / "run").glob("*iter*"))
-    assert names == [".tmp-iter_0000008", "iter_0000004", "latest_checkpointed_iteration.txt"]
-    train_well(1, config, "--resume")
-    assert (tmp_path / "run" / "iter_0000008" / "bitcpm_state.json").exists()
-    assert not list((tmp_path / "run").glob(".tmp*"))
-
-
 BAD_INPUTS = {
-    "tp and heads": ({"model__num_query_groups": 1}, [], "model.num_query_groups=1: is not a mul"),
+    "tp and heads": (
+        {"model__num_attention_heads": 3, "model__num_query_groups": 1, "model__kv_channels": 16},
+        [],
+        "model.num_attention_heads=3: is not a mul",
+    ),
     "world": ({"parallel__tensor_model_parallel_size": 3}, [], "does not divide the world size 2"),
     "group": ({"quant__group_size": 48}, [], "quant.group_size=48: does not divide 64"),
     "data": ({"data__prefix": "/no/such"}, [], "/no/such"),
     "tokenizer": ({"data__tokenizer": "/no/such"}, [], "/no/such"),
     "nothing to resume": ({}, ["--resume"], "is neither a checkpoint nor a run with one"),
-    "validation": ({"training__eval_iters": 1000}, [], "valid_samples=8000: the valid split has"),
+    "validation": (
+        {"training__eval_iters": 1000},
+        [],
+        "/text: the valid split has 147 windows of 32 tokens, 8000 are needed",
+    ),
 }
 
 
@@ -241,4 +173,4 @@ def test_another_model_or_a_finished_folder_is_refused(write_config, tmp_path):
     code, message = train(1, tmp_path / "run.yaml", "--resume", "--set", "training.train_iters=9")[
         0
     ]
-    assert code == 2 and "iter_0000008: cannot be loaded" in message, message
+    assert code == 2 and "__0_0.distcp has 0 of " in message, message

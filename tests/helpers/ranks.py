@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["helpers.preload"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["helpers.preload"])
 # Python 3.11's fork server does not take over sys.path, and forgives a preload it cannot import.
 _TESTS = str(Path(__file__).parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([_TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -32,11 +32,11 @@ def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float =
         fn: a module-level function; its result must pickle.
         timeout_s: for the whole call; then all ranks are killed and the test fails.
     """
-    results: Any = _CONTEXT.Queue()
+    results: Any = CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         processes = [
-            _CONTEXT.Process(target=_run_rank, args=(rank, world, store, results, fn, args))
+            CONTEXT.Process(target=run_one_rank, args=(rank, world, store, results, fn, args))
             for rank in range(world)
         ]
         for process in processes:
@@ -73,7 +73,7 @@ def _collect(processes: list[Any], results: Any, world: int, timeout_s: float) -
     return [values[rank] for rank in range(world)]
 
 
-def _run_rank(
+def run_one_rank(
     rank: int, world: int, store: str, results: Any, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.setsid()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.tiny_models import SEQ, VOCAB
+from helpers.tiny_models import SEQ, VOCAB, model_parallel
 
-from megatron_bitcpm.config import ParallelConfig, QuantConfig
+from megatron_bitcpm.config import QuantConfig
+
+pytestmark = pytest.mark.both_versions
 
 
 def build(spec: str) -> torch.nn.Module:
@@ -35,9 +37,8 @@ def build(spec: str) -> torch.nn.Module:
 
 def ternarize_spec(rank: int, spec: str) -> tuple:
     from megatron_bitcpm.parallel.convert import ternarize_
-    from megatron_bitcpm.training.runtime import start_runtime
 
-    with start_runtime(ParallelConfig(), 1):
+    with model_parallel(seed=1):
         model = build(spec)
         ternary = ternarize_(model, QuantConfig())
         others = [

@@ -7,10 +7,12 @@ import hashlib
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.tiny_models import TinyRun, tiny_run
+from helpers.tiny_models import TinyRun, tiny_model_config, tiny_run
 
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.parallel.requantize import Requantizer
+
+pytestmark = pytest.mark.both_versions
 
 SKIPPED_STEP = 9
 
@@ -77,6 +79,27 @@ def test_dp2_distributed_optimizer(group_size, overlap):
         2, 16, {"skip": SKIPPED_STEP, "eval": 12, "save": 6, "toggle_hooks": overlap},
         distributed_optimizer=True, overlap=overlap, group_size=group_size,
         bucket_size=20_000 if overlap else None,
+    )  # fmt: skip
+    assert step == forward
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_virtual_pipeline_with_distributed_optimizer(overlap):
+    """Two chunks on each stage; with overlap the schedule starts each chunk's gather itself."""
+    step, forward = both_modes(
+        2, 14, {"skip": SKIPPED_STEP, "save": 6}, pp=2, vpp=2, micro_batches=4,
+        model=tiny_model_config(num_layers=4), distributed_optimizer=True, overlap=overlap,
+        bucket_size=20_000 if overlap else None,
+    )  # fmt: skip
+    assert step == forward
+
+
+@pytest.mark.slow
+def test_pp2_vpp2_dp2_with_overlap():
+    step, forward = both_modes(
+        4, 14, {"skip": SKIPPED_STEP, "save": 6}, pp=2, vpp=2, micro_batches=4,
+        model=tiny_model_config(num_layers=4), distributed_optimizer=True, overlap=True,
+        bucket_size=20_000,
     )  # fmt: skip
     assert step == forward
 

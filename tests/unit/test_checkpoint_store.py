@@ -6,7 +6,9 @@ import json
 import os
 
 import pytest
+import torch
 import yaml
+from torch.distributed.checkpoint import save
 
 from megatron_bitcpm.checkpoint import store
 from megatron_bitcpm.config import parse_config
@@ -29,12 +31,21 @@ CONFIG = {
 }
 
 
+def publish(run_dir, iteration):
+    """Publish a checkpoint of two ranks with a tensor in it."""
+    config = parse_config(yaml.safe_dump(CONFIG), world_size=2)
+    scratch = store.begin_checkpoint(run_dir, iteration)
+    save({"w": torch.arange(6.0)}, checkpoint_id=str(scratch), no_dist=True)
+    torch.save({}, scratch / "common.pt")
+    (scratch / "metadata.json").write_text("{}")
+    facts = {"iteration": iteration, "world_size": 2}
+    return store.publish_checkpoint(scratch, run_dir, iteration, config, facts)
+
+
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with one checkpoint, of step 7 and two ranks."""
-    config = parse_config(yaml.safe_dump(CONFIG), world_size=2)
-    scratch = store.begin_checkpoint(tmp_path, 7)
-    store.publish_checkpoint(scratch, tmp_path, 7, config, {"iteration": 7, "world_size": 2})
+    """A run's folder with one checkpoint, of step 7."""
+    publish(tmp_path, 7)
     return tmp_path
 
 
@@ -72,9 +83,73 @@ def test_a_damaged_tracker(content, run):
 
 def test_a_tracker_of_an_absent_checkpoint(run):
     (run / store.TRACKER).write_text("8\n")
-    refuse(lambda: store.find_checkpoint(run), "iter_0000008: named by .* but incomplete or absent")
+    refuse(
+        lambda: store.find_checkpoint(run),
+        "iter_0000008: is named by .* but incomplete or absent: no such folder",
+    )
     (run / store.TRACKER).write_text("iter_0000007")
     assert store.find_checkpoint(run).name == "iter_0000007"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (".metadata", "no .metadata"),
+        ("common.pt", "no common.pt"),
+        ("__0_0.distcp", "no __0_0.distcp"),
+        (store.STATE_FILE, f"no {store.STATE_FILE}"),
+        (store.CONFIG_FILE, f"no {store.CONFIG_FILE}"),
+    ],
+)
+def test_an_incomplete_newest_checkpoint_names_the_newest_complete_one(name, damage, run):
+    for iteration in (8, 9, 10):
+        publish(run, iteration)
+    (run / "iter_0000009" / "common.pt").unlink()
+    (run / "iter_0000010" / name).unlink()
+    message = (
+        f"iter_0000010: is named by {store.TRACKER} but incomplete or absent: {damage}. "
+        f"Write 8 into {store.TRACKER} to use iter_0000008, the newest complete one."
+    )
+    with pytest.raises(CheckpointError) as caught:
+        store.find_checkpoint(run)
+    assert str(caught.value).endswith(message)
+
+
+def test_a_newest_checkpoint_with_a_damaged_index(run):
+    publish(run, 8)
+    path = run / "iter_0000008" / ".metadata"
+    path.write_bytes(path.read_bytes()[:50])
+    refuse(lambda: store.find_checkpoint(run), r"\.metadata: cannot be loaded: .* Write 7 into")
+
+
+def test_without_a_tracker_the_newest_complete_one_is_named(run):
+    (run / store.TRACKER).unlink()
+    refuse(lambda: store.find_checkpoint(run), "neither a checkpoint nor a run .* Write 7 into")
+    assert store.has_checkpoints(run)
+
+
+def test_a_folder_without_checkpoints(tmp_path):
+    assert not store.has_checkpoints(tmp_path / "absent")
+    (tmp_path / "iter_0000001").mkdir()
+    assert not store.has_checkpoints(tmp_path)
+    refuse(lambda: store.find_checkpoint(tmp_path), "Name the folder that holds")
+
+
+def test_an_older_checkpoint_that_the_user_names_is_respected(run):
+    publish(run, 8)
+    (run / store.TRACKER).write_text("7")
+    assert store.find_checkpoint(run).name == "iter_0000007"
+    # Also where a crash left a note about what was to follow another one.
+    (run / store.NEXT_FILE).write_text("8 after 6\n")
+    assert store.find_checkpoint(run).name == "iter_0000007"
+
+
+def test_a_checkpoint_that_a_crash_kept_from_the_tracker(run):
+    publish(run, 8)
+    (run / store.TRACKER).write_text("7")
+    for note, name in (("8 after 7\n", "iter_0000008"), ("8 after 7", "iter_0000007")):
+        (run / store.NEXT_FILE).write_text(note)
+        assert store.find_checkpoint(run).name == name
 
 
 def test_a_folder_that_cannot_be_read(run, monkeypatch):

@@ -84,7 +84,8 @@ def test_loss_counts_exactly_the_unmasked_labels(tmp_path):
 
 
 def test_on_a_dataset_a_predictable_text_beats_a_random_one(tmp_path):
-    from megatron_bitcpm.data.dataset import build_train_valid_datasets
+    from megatron_bitcpm.config import DataConfig
+    from megatron_bitcpm.data.dataset import build_valid_datasets
     from megatron_bitcpm.data.prepare import prepare
     from megatron_bitcpm.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -102,7 +103,8 @@ def test_on_a_dataset_a_predictable_text_beats_a_random_one(tmp_path):
         prefix = tmp_path / name
         prepare([path], tmp_path / "tok", prefix, show_progress=False)
         tokenizer = load_tokenizer(tmp_path / "tok")
-        _, valid = build_train_valid_datasets(str(prefix), 32, 10, None, 0, tokenizer)
+        data = DataConfig(prefix=str(prefix), tokenizer=str(tmp_path / "tok"), seq_length=32)
+        valid = build_valid_datasets(data, 1, tokenizer)["valid"]
         losses[name] = bigram_loss(f"{prefix}_train", valid, tokenizer.vocab_size)
     assert losses["cycle"] < 0.3
     # 26 equally likely letters, one end token in 61

@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bitcpm.data.dataset import MicroBatchIterator, build_train_valid_datasets
+from megatron_bitcpm.config import DataConfig
+from megatron_bitcpm.data.dataset import (
+    MicroBatchIterator,
+    build_train_dataset,
+    build_valid_datasets,
+)
 from megatron_bitcpm.data.prepare import prepare
 from megatron_bitcpm.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_bitcpm.errors import DataError
 
+pytestmark = pytest.mark.both_versions
 S = 16
 
 
@@ -37,58 +43,62 @@ def data(source, tmp_path) -> Path:
     return tmp_path / "d"
 
 
-def build(prefix, tok, **options):
-    options = {"train_samples": 40, "valid_samples": 8, "seed": 3, "seq_length": S, **options}
-    return build_train_valid_datasets(str(prefix), tokenizer=load_tokenizer(tok), **options)
+def build(prefix, tok, train_samples=40, valid_samples=8, seed=3, seq_length=S, cache=None):
+    data = DataConfig(prefix=str(prefix), tokenizer=str(tok), seq_length=seq_length, cache=cache)
+    tokenizer = load_tokenizer(tok)
+    train = build_train_dataset(data, train_samples, seed, tokenizer)
+    return train, build_valid_datasets(data, valid_samples, tokenizer)["valid"]
 
 
-def tokens_of(dataset, count=None) -> torch.Tensor:
-    count = len(dataset) if count is None else count
+def tokens_of(dataset, count=40) -> torch.Tensor:
     return torch.stack([dataset[i]["tokens"] for i in range(count)])
 
 
 def test_samples_are_windows_of_the_shuffled_documents(source, data):
     """One epoch, un-shuffled, is the documents in some order, cut every S tokens."""
-    train, _ = build(data, source / "tok", train_samples=5)
+    train = build(data, source / "tok")[0].sets[0]
     raw = np.fromfile(f"{data}_train.bin", np.uint16).astype(np.int64)
     documents = np.split(raw, np.flatnonzero(raw == 2)[:-1] + 1)
-    stream = np.concatenate([documents[i] for i in train.document_index])
+    stream = np.concatenate([documents[i] for i in train.stock.document_index])
     assert len(stream) == len(raw)
     assert len(train) == (len(raw) - 1) // S
     for index in range(len(train)):
         sample = train[index]
-        start = int(train.shuffle_index[index]) * S
+        start = int(train.stock.shuffle_index[index]) * S
         assert sample["tokens"].tolist() == stream[start : start + S].tolist()
         assert sample["labels"].tolist() == stream[start + 1 : start + S + 1].tolist()
         assert sample["position_ids"].tolist() == list(range(S))
         assert sample["loss_mask"].tolist() == [1.0] * S
         assert sorted(sample) == ["labels", "loss_mask", "position_ids", "tokens"]
-    assert sorted(train.shuffle_index.tolist()) == list(range(len(train)))
+    assert sorted(train.stock.shuffle_index.tolist()) == list(range(len(train)))
 
 
 def test_every_label_counts_end_tokens_too_after_many_samples(source, data):
     """A pad id equal to eos makes megatron-core 0.12 drop ever more labels from the loss."""
     train, valid = build(data, source / "tok")
     for dataset in (train, valid):
-        masks = torch.stack([dataset[i]["loss_mask"] for i in range(len(dataset))])
-        labels = torch.stack([dataset[i]["labels"] for i in range(len(dataset))])
+        samples = [dataset[i] for i in range(len(valid))]
+        masks = torch.stack([sample["loss_mask"] for sample in samples])
+        labels = torch.stack([sample["labels"] for sample in samples])
         assert masks.eq(1).all()
         assert labels.eq(2).sum() > 10
 
 
-def test_epochs_are_added_as_needed(source, data):
-    one, _ = build(data, source / "tok", train_samples=1)
-    many, _ = build(data, source / "tok", train_samples=3 * len(one) + 1)
-    assert len(many) >= 3 * len(one) + 1
+def test_each_epoch_reads_every_window_once_in_another_order(source, data):
+    train, _ = build(data, source / "tok")
+    size = len(train.sets[0])
+    epochs = [[tuple(train[e * size + i]["tokens"].tolist()) for i in range(size)] for e in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1])
 
 
 def test_training_order_follows_the_seed_and_validation_does_not(source, data):
     train, valid = build(data, source / "tok", seed=3)
-    again, _ = build(data, source / "tok", seed=3, cache_dir=str(data) + "_elsewhere")
-    other, other_valid = build(data, source / "tok", seed=4, valid_samples=None)
+    again, _ = build(data, source / "tok", seed=3, cache=str(data) + "_elsewhere")
+    other, other_valid = build(data, source / "tok", seed=4, valid_samples=1)
     assert torch.equal(tokens_of(train), tokens_of(again))
-    assert not torch.equal(tokens_of(train, 40), tokens_of(other, 40))
-    assert torch.equal(tokens_of(valid), tokens_of(other_valid))
+    assert not torch.equal(tokens_of(train), tokens_of(other))
+    assert torch.equal(tokens_of(valid, len(valid)), tokens_of(other_valid, len(valid)))
 
 
 def test_new_data_under_an_old_name_does_not_meet_old_caches(source, data):
@@ -98,7 +108,7 @@ def test_new_data_under_an_old_name_does_not_meet_old_caches(source, data):
     corpus.write_text("\n".join(json.dumps({"text": t}) for t in texts))
     prepare([corpus], source / "tok", data, overwrite=True, show_progress=False)
     stale, _ = build(data, source / "tok")
-    fresh, _ = build(data, source / "tok", cache_dir=str(data.parent / "new"))
+    fresh, _ = build(data, source / "tok", cache=str(data.parent / "new"))
     assert torch.equal(tokens_of(stale), tokens_of(fresh))
 
 
@@ -107,7 +117,7 @@ def test_cut_caches_are_rebuilt(source, data):
     wanted = tokens_of(train).clone()
     del train
     caches = list(Path(f"{data}_cache").rglob("*.npy"))
-    assert len(caches) == 6
+    assert len(caches) == 6  # two splits, three each
     for path in caches:
         path.write_bytes(path.read_bytes()[:-3])
     assert torch.equal(tokens_of(build(data, source / "tok")[0]), wanted)
@@ -128,8 +138,10 @@ class Numbers:
 
 
 def numbers(consumed, micro, total, rank, size, count=100) -> list[list[int]]:
+    """The batches of all whole global batches of the dataset."""
     batches = MicroBatchIterator(Numbers(count), consumed, micro, total, rank, size)
-    return [batch["tokens"].flatten().tolist() for batch in batches]
+    steps = (count - consumed) // total * batches.micro_batches_per_step
+    return [next(batches)["tokens"].flatten().tolist() for _ in range(steps)]
 
 
 def test_order_of_micro_batches_by_hand():
@@ -155,13 +167,15 @@ def test_global_batches_do_not_depend_on_the_ranks(size, micro):
 
 def test_resume_continues_exactly(source, data):
     train, _ = build(data, source / "tok")
-    whole = [b["tokens"] for b in MicroBatchIterator(train, 0, 2, 8, 1, 2)]
+    batches = MicroBatchIterator(train, 0, 2, 8, 1, 2)
+    whole = [next(batches)["tokens"] for _ in range(10)]
     first = MicroBatchIterator(train, 0, 2, 8, 1, 2)
     for _ in range(3 * first.micro_batches_per_step):
         next(first)
     assert first.consumed_samples == 24
     rebuilt, _ = build(data, source / "tok")
-    rest = [b["tokens"] for b in MicroBatchIterator(rebuilt, first.consumed_samples, 2, 8, 1, 2)]
+    batches = MicroBatchIterator(rebuilt, first.consumed_samples, 2, 8, 1, 2)
+    rest = [next(batches)["tokens"] for _ in range(4)]
     assert torch.equal(torch.stack(whole[6:]), torch.stack(rest))
     assert rest[0].shape == (2, S)
     assert rest[0].dtype == torch.int64
@@ -170,16 +184,25 @@ def test_resume_continues_exactly(source, data):
 def test_consumed_samples_grow_by_whole_steps():
     iterator = MicroBatchIterator(Numbers(20), 0, 2, 8, 0, 1)
     seen = []
-    for _ in iterator:
+    for _ in range(8):
+        next(iterator)
         seen.append(iterator.consumed_samples)
     assert seen == [0, 0, 0, 8, 8, 8, 8, 16]
+
+
+def test_reading_past_the_end_goes_on_at_the_beginning():
+    iterator = MicroBatchIterator(Numbers(10), 6, 2, 4)
+    got = [next(iterator)["tokens"].flatten().tolist() for _ in range(5)]
+    assert got == [[6, 7], [8, 9], [0, 1], [2, 3], [4, 5]]
+    odd = MicroBatchIterator(Numbers(3), 0, 2, 2)
+    assert [next(odd)["tokens"].flatten().tolist() for _ in range(3)] == [[0, 1], [2, 0], [1, 2]]
 
 
 def test_iterator_errors():
     with pytest.raises(DataError, match=r"global_batch_size=10: not a multiple of .* 4 x .* 2"):
         MicroBatchIterator(Numbers(20), 0, 4, 10, 0, 2)
-    with pytest.raises(DataError, match="consumed_samples=21: the dataset has 20 samples"):
-        MicroBatchIterator(Numbers(20), 21, 1, 1)
+    with pytest.raises(DataError, match="consumed_samples=-1: is negative"):
+        MicroBatchIterator(Numbers(20), -1, 1, 1)
 
 
 def cut(path: Path, size: int) -> None:
@@ -250,7 +273,7 @@ def test_incomplete_manifests_are_refused(source, data, change):
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"data=.*d\.json: not a manifest \(") as caught:
+    with pytest.raises(DataError, match=r"data\.prefix=.*d\.json: not a manifest \(") as caught:
         build(data, source / "tok")
     assert "\n" not in str(caught.value)
 
@@ -258,7 +281,7 @@ def test_incomplete_manifests_are_refused(source, data, change):
 @pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
 def test_a_manifest_of_another_form_is_refused(source, data, content):
     Path(f"{data}.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"data=.*d\.json: not a manifest \(") as caught:
+    with pytest.raises(DataError, match=r"data\.prefix=.*d\.json: not a manifest \(") as caught:
         build(data, source / "tok")
     assert "\n" not in str(caught.value)
 
@@ -272,7 +295,7 @@ def test_both_files_of_another_run_are_refused(source, data):
 
 def test_another_tokenizer_is_refused(source, data, tmp_path):
     train_tokenizer([source / "a.jsonl"], tmp_path / "tok2", vocab_size=301)
-    with pytest.raises(DataError, match=r"tokenizer=.*tok2: sha256 .* was prepared with"):
+    with pytest.raises(DataError, match=r"data\.prefix=.*prepared with a tokenizer of .*tok2 has"):
         build(data, tmp_path / "tok2")
     data.with_name("d.json").write_text("{}")
     with pytest.raises(DataError, match=r"d\.json: not a manifest"):
@@ -286,36 +309,19 @@ def test_data_without_manifest_is_accepted(source, data):
 
 
 def test_requests_the_data_cannot_meet(source, data):
-    windows = len(build(data, source / "tok", valid_samples=None)[1])
-    with pytest.raises(DataError, match=f"valid_samples={windows + 1}: .* has {windows} windows"):
+    windows = len(build(data, source / "tok")[1])
+    with pytest.raises(DataError, match=f"data.prefix=.* has {windows} windows of 16 tokens, "):
         build(data, source / "tok", valid_samples=windows + 1)
     tokens = Path(f"{data}_valid.bin").stat().st_size // 2
     with pytest.raises(DataError, match=f"d_valid: {tokens} tokens, one sample .* needs"):
-        build(data, source / "tok", seq_length=tokens, valid_samples=None)
+        build(data, source / "tok", seq_length=tokens, valid_samples=1)
     build(data, source / "tok", seq_length=tokens - 1, valid_samples=1)
-    with pytest.raises(DataError, match="train_samples=0: must be positive"):
-        build(data, source / "tok", train_samples=0)
 
 
-def build_on_rank(rank: int, world: int, prefix: str, tok: str, store: str, out: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world
-    )
-    train, valid = build(prefix, tok)
-    torch.save((tokens_of(train, 40), tokens_of(valid, 8)), f"{out}{rank}")
-    torch.distributed.destroy_process_group()
+def test_files_that_cannot_be_opened(source, data, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
 
-
-@pytest.mark.slow
-def test_two_ranks_build_the_same_as_one(source, data, tmp_path):
-    torch.multiprocessing.spawn(
-        build_on_rank,
-        (2, str(data), str(source / "tok"), str(tmp_path / "store"), str(tmp_path / "out")),
-        nprocs=2,
-    )
-    shutil.rmtree(f"{data}_cache")
-    train, valid = build(data, source / "tok")
-    for rank in range(2):
-        got_train, got_valid = torch.load(tmp_path / f"out{rank}")
-        assert torch.equal(got_train, tokens_of(train, 40))
-        assert torch.equal(got_valid, tokens_of(valid, 8))
+    monkeypatch.setattr(np, "memmap", refuse)
+    with pytest.raises(DataError, match=r"d_train: cannot be read \(Permission denied\)"):
+        build(data, source / "tok")

@@ -1,7 +1,11 @@
 """Text to indexed datasets: contents, split, manifest, atomicity."""
 
+import io
 import json
+import re
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +210,99 @@ def test_progress_is_plain_lines_without_a_terminal(source, tmp_path, capsys):
     assert "1,000 documents" in captured.err
     assert "\r" not in captured.err
     assert "\x1b" not in captured.err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("columns", [60, 79, 100, 200])
+def test_progress_fits_the_terminal(source, tmp_path, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("megatron_bitcpm.data.progress._LIVE_INTERVAL_S", 0.0)
+    run(source, tmp_path, show_progress=True)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if "tokens/s" in line]
+    assert lines
+    for line in lines:
+        assert len(line) <= columns
+        # whole to its last word, the time left
+        assert re.search(r" [\d,]+ tokens/s \S+:\S+$", line), line
+    assert ("1,000 lines" in lines[-1]) == (columns == 200)
+
+
+def test_the_rate_does_not_count_the_import_of_megatron(source, tmp_path, monkeypatch, capsys):
+    init = prepare_module._SplitWriter.__init__
+
+    def slow(self, *args):
+        time.sleep(1.0)
+        init(self, *args)
+
+    monkeypatch.setattr(prepare_module._SplitWriter, "__init__", slow)
+    begin = time.monotonic()
+    manifest = run(source, tmp_path, show_progress=True)
+    seconds = time.monotonic() - begin
+    rate = re.search(r"([\d,]+) tokens/s", capsys.readouterr().err)
+    tokens = sum(count["tokens"] for count in manifest["splits"].values())
+    assert seconds > 1
+    assert int(rate[1].replace(",", "")) > tokens / (seconds - 0.9)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_an_input_that_fails_while_it_is_read_is_not_called_an_output(
+    source, tmp_path, monkeypatch, name
+):
+    (tmp_path / name).write_bytes((source / "a.jsonl").read_bytes())
+    real_open = open
+
+    class Failing:
+        def __init__(self, stream):
+            self.stream, self.reads = stream, 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.stream.close()
+
+        def _fail_later(self):
+            self.reads += 1
+            if self.reads > 2:
+                raise OSError(5, "Input/output error")
+
+        def read(self, size):
+            self._fail_later()
+            return self.stream.read(16)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self._fail_later()
+            return next(self.stream)
+
+    def failing_open(path, *args, **kwargs):
+        return Failing(real_open(path, *args, **kwargs))
+
+    monkeypatch.setattr("megatron_bitcpm.data.text._why_not_text", lambda path: None)
+    monkeypatch.setattr("megatron_bitcpm.data.text._why_not_readable", lambda path: None)
+    monkeypatch.setattr("megatron_bitcpm.data.text.open", failing_open, raising=False)
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=rf"input=.*{name}: cannot be read to its end \(Input/out"):
+        prepare([tmp_path / name], source / "tok", out / "d", show_progress=False)
+    assert names(out) == []
+
+
+def test_an_input_that_is_gone_or_changed_meanwhile(source, tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xff\xfe")
+    monkeypatch.setattr("megatron_bitcpm.data.text._why_not_text", lambda path: None)
+    with pytest.raises(DataError, match=r"input=.*a\.txt: .* \(not UTF-8 any more"):
+        prepare([path], source / "tok", tmp_path / "d", show_progress=False)
+    listed = prepare_module.text_source.list_input_files([path])
+    path.unlink()
+    with pytest.raises(DataError, match=r"input=.*a\.txt: .* \(No such file or directory\)"):
+        prepare_module.text_source.total_bytes(listed)

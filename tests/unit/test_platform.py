@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from megatron_bitcpm.errors import BackendError, BitcpmError
-from megatron_bitcpm.platforms import Patch, PatchSet, current_platform
+from megatron_bitcpm.errors import BackendError, BitcpmError, ModelError
+from megatron_bitcpm.parallel import version as version_module
+from megatron_bitcpm.platforms import Patch, PatchSet, Platform, current_platform
+from megatron_bitcpm.platforms import patch as patch_module
 from megatron_bitcpm.platforms.cpu import cpu_patches
-from megatron_bitcpm.platforms.patch import _own_attribute
+from megatron_bitcpm.platforms.megatron import CATALOGUE, megatron_patches
+from megatron_bitcpm.platforms.patch import _own_attribute, megatron_version
+
+pytestmark = pytest.mark.both_versions
+
+NEEDED = {
+    (0, 12): {
+        "product", "quantize_param_shard", "_write_item", "_get_param_groups",
+        "_set_main_param_and_optimizer_states",
+    },
+    (0, 16): {"_set_main_param_and_optimizer_states", "sharded_param_state_fully_reshardable"},
+}  # fmt: skip
 
 
 @pytest.fixture
 def patches():
-    was_applied = cpu_patches().is_applied
-    cpu_patches().revert()
+    sets = [cpu_patches(), megatron_patches()]
+    were_applied = [each.is_applied for each in sets]
+    for each in reversed(sets):
+        each.revert()
     yield cpu_patches()
-    cpu_patches().revert()
-    if was_applied:
-        cpu_patches().apply()
+    for each in reversed(sets):
+        each.revert()
+    for each, was_applied in zip(sets, were_applied, strict=True):
+        if was_applied:
+            each.apply()
 
 
-def test_apply_and_revert_restore_every_symbol(patches):
+@pytest.mark.parametrize("make_set", [cpu_patches, megatron_patches])
+def test_apply_and_revert_restore_every_symbol(patches, make_set):
+    cpu_patches().apply()  # megatron is imported by its patches and wants a prepared torch
+    if make_set is cpu_patches:
+        cpu_patches().revert()
+    patches = make_set()
     places = [patch.resolve() for patch in patches.patches]
     before = [_own_attribute(holder, name) for holder, name in places]
     patches.apply()
@@ -96,6 +119,46 @@ def test_a_missing_symbol_is_an_error_and_leaves_nothing_applied():
     with pytest.raises(BitcpmError, match="torch:no_such_symbol does not exist"):
         broken.apply()
     assert not broken.is_applied
+
+
+def test_the_installed_release_gets_the_patches_listed_for_it():
+    names = {re.split("[.:]", patch.target)[-1] for patch in CATALOGUE}
+    applied = {re.split("[.:]", patch.target)[-1] for patch in megatron_patches().patches}
+    assert applied == NEEDED[megatron_version()]
+    assert names == set.union(*NEEDED.values()), "a patch that no tested release needs"
+
+
+def test_a_patch_of_another_release_is_left_out(monkeypatch):
+    monkeypatch.setattr(patch_module, "megatron_version", lambda: (0, 16))
+    old = Patch("torch:no_such_symbol", lambda old: old, "a test", versions=((0, 12),))
+    both = Patch("torch:Tensor.type", lambda old: old, "a test", versions=((0, 12), (0, 16)))
+    assert PatchSet("some", [old, both]).patches == [both]
+
+
+def test_a_symbol_missing_where_it_is_listed_is_an_error():
+    listed = (megatron_version(),)
+    for target in ("megatron.core.no_such_module:symbol", "megatron.core:no_such.symbol"):
+        broken = PatchSet("broken", [Patch(target, lambda old: old, "a test", versions=listed)])
+        with pytest.raises(BitcpmError, match="does not exist beside megatron-core 0"):
+            broken.apply()
+        assert not broken.is_applied
+
+
+def test_prepare_and_restore_are_symmetric(patches):
+    platform = Platform("cpu", "gloo", 1)
+    platform.prepare()
+    platform.prepare()
+    assert cpu_patches().is_applied and megatron_patches().is_applied
+    platform.restore()
+    assert not cpu_patches().is_applied and not megatron_patches().is_applied
+
+
+def test_an_untested_release_is_refused(monkeypatch):
+    for installed, accepted in (("0.12.1", True), ("0.16.3", True), ("0.14.0", False)):
+        monkeypatch.setattr(version_module, "version", lambda name, v=installed: v)
+        assert version_module.is_tested_version() == accepted
+    with pytest.raises(ModelError, match=r"megatron-core=0\.14\.0: is not one of the tested"):
+        version_module.check_megatron_version()
 
 
 def test_platform_choice(monkeypatch):

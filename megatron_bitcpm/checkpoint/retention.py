@@ -1,0 +1,105 @@
+"""Which checkpoints of a run stay, and what a crash left behind.
+
+A checkpoint goes in two steps: it loses its name in one rename, then its files are removed. A crash
+in between leaves a hidden folder, never one that looks complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from megatron_bitcpm.checkpoint.store import (
+    NEXT_FILE,
+    TRACKER,
+    list_checkpoints,
+    pending_checkpoint,
+)
+from megatron_bitcpm.files import sync, write_text_atomically
+
+logger = logging.getLogger(__name__)
+
+_DELETED = ".deleted-"
+_REPLACED = ".old-"
+_SCRATCH = ".tmp-"
+
+
+def delete_surplus(
+    run_dir: Path,
+    newest: int,
+    keep_last_n: int | None,
+    keep_every_n: int | None,
+    protected: Collection[Path] = (),
+) -> list[int]:
+    """Delete the checkpoints of a run that its retention does not keep (rank 0 only).
+
+    Args:
+        run_dir: the run's folder; only its own ``iter_*`` folders are looked at.
+        newest: iteration just published. Later ones, of a course that was left, are not touched.
+        keep_last_n: newest checkpoints to keep; None keeps all.
+        keep_every_n: multiples of this are kept too; None keeps no others.
+        protected: folders that stay in any case, for example the one the run began from.
+
+    Returns:
+        The deleted iterations. A folder that cannot be removed is only logged: training goes on.
+    """
+    if keep_last_n is None:
+        return []
+    stays = {path.resolve() for path in protected}
+    candidates = [(n, path) for n, path in list_checkpoints(run_dir) if n <= newest]
+    deleted = []
+    for iteration, path in candidates[keep_last_n:]:
+        if iteration == newest or path.resolve() in stays:
+            continue
+        if keep_every_n is not None and iteration % keep_every_n == 0:
+            continue
+        try:
+            _delete(path)
+        except OSError as error:
+            logger.warning("%s cannot be deleted: %s", path, error.strerror)
+        else:
+            deleted.append(iteration)
+    return deleted
+
+
+def _delete(path: Path) -> None:
+    doomed = path.with_name(_DELETED + path.name)
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(path, doomed)
+    sync(path.parent)
+    shutil.rmtree(doomed)
+
+
+def clean_leftovers(run_dir: Path) -> None:
+    """Finish or undo what a crash interrupted (rank 0 only, before a run writes).
+
+    A published checkpoint gets into the tracker, one that was being replaced gets its name back,
+    and scratch files go. Nobody else may write into the folder.
+
+    Args:
+        run_dir: the run's folder; it need not exist.
+
+    Raises:
+        OSError: the folder cannot be changed.
+    """
+    if not run_dir.is_dir():
+        return
+    iteration = pending_checkpoint(run_dir)
+    if iteration is not None:
+        write_text_atomically(run_dir / TRACKER, str(iteration))
+    (run_dir / NEXT_FILE).unlink(missing_ok=True)
+    # Only after the note is gone: it speaks of the folder that did not get the name.
+    for path in sorted(run_dir.glob(_REPLACED + "iter_*")):
+        name = path.with_name(path.name.removeprefix(_REPLACED))
+        if not name.exists():
+            os.rename(path, name)
+    for prefix in (_DELETED, _REPLACED, _SCRATCH):
+        for path in run_dir.glob(prefix + "*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

@@ -1,0 +1,241 @@
+"""Loading a checkpoint that may come from elsewhere: no pickle in it can run code.
+
+Three kinds of pickle are in a torch_dist checkpoint: the index ``.metadata`` (read by torch with
+plain pickle), ``common.pt`` (megatron-core 0.12 reads it without restriction) and the byte entries
+inside the ``.distcp`` files (random states; torch reads them without restriction). Checking the
+files first and loading them afterwards would leave a moment in which they can be exchanged, and
+would have to find the same bytes as the loader. So the loader itself is restricted: within
+`restricted_unpickling` every `torch.load` is one with ``weights_only=True``, whatever the caller
+asked for, and the index goes through `MetadataUnpickler`. `load_sharded` also fixes the format:
+other formats of Megatron (zarr) have loaders of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megatron_bitcpm.checkpoint.agree import describe
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.platforms.patch import Patch, PatchSet
+
+METADATA_FILE = ".metadata"
+COMMON_FILE = "common.pt"
+_TORCH_CHECKPOINT = "torch.distributed.checkpoint."
+_ALLOWED = {
+    "torch.serialization": {"_get_layout"},
+    _TORCH_CHECKPOINT + "metadata": {
+        "_MEM_FORMAT_ENCODING",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+    },
+    _TORCH_CHECKPOINT + "filesystem": {"_StorageInfo", "_StoragePrefix"},
+    _TORCH_CHECKPOINT + "planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict", "defaultdict"},
+}
+_MEGATRON_RECORDS = {
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+}
+
+
+class _MegatronRecord:
+    """Stands for records that only 0.12 has; the index can be read without Megatron."""
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads torch's index of a checkpoint, which is a pickle, without running foreign code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of the few classes that an index is made of."""
+        if module == "torch":
+            value = getattr(torch, name, None)
+            if value is torch.Size or isinstance(value, torch.dtype):
+                return value
+        elif (module, name) in _MEGATRON_RECORDS:
+            return _MegatronRecord
+        elif name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint needs")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Return torch's index of a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: absent, damaged, or it refers to something that no checkpoint needs.
+    """
+    path = folder / METADATA_FILE
+    try:
+        metadata = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise pickle.UnpicklingError("is not the index of a torch_dist checkpoint")
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise pickle.UnpicklingError(f"refers to {info.relative_path}, another folder")
+    # A damaged pickle raises nearly anything: EOFError, IndexError, UnicodeDecodeError, ...
+    except Exception as error:
+        raise _unsafe(path, describe(error)) from error
+    return metadata
+
+
+def find_damage(folder: Path) -> str | None:
+    """Return what a checkpoint's Megatron part lacks, or None; sizes are checked, not contents.
+
+    Raises:
+        CheckpointError: the index cannot be read.
+    """
+    for name in (METADATA_FILE, COMMON_FILE, "metadata.json"):
+        if not (folder / name).is_file():
+            return f"no {name}"
+    ends: dict[str, int] = {}
+    for info in read_metadata(folder).storage_data.values():
+        name = info.relative_path
+        ends[name] = max(ends.get(name, 0), info.offset + info.length)
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None or size < end:
+            return f"no {name}" if size is None else f"{name} has {size} of {end} bytes"
+    return None
+
+
+def check_common(folder: Path) -> None:
+    """Refuse a ``common.pt`` that cannot be loaded without running code.
+
+    Raises:
+        CheckpointError: absent, damaged or malicious.
+    """
+    path = folder / COMMON_FILE
+    try:
+        with restricted_unpickling():
+            torch.load(path, map_location="cpu")
+    except Exception as error:
+        raise _unsafe(path, _shorten(error)) from error
+
+
+@contextmanager
+def restricted_unpickling() -> Iterator[None]:
+    """Within the block no pickle that torch or Megatron load from a file can run code."""
+    # Writing in another thread goes on undisturbed: only reading is replaced.
+    with torch.serialization.safe_globals(_numpy_globals()), _restrictions().applied():
+        yield
+
+
+def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Load a sharded state dict with Megatron's loader, restricted; collective.
+
+    Args:
+        state: what to read.
+        folder: a torch_dist checkpoint.
+
+    Raises:
+        CheckpointError: damaged, malicious, or of another format.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with restricted_unpickling():
+            loaded: dict[str, Any] = dist_checkpointing.load(
+                state, str(folder), TorchDistLoadShardedStrategy(), TorchCommonLoadStrategy()
+            )
+    # Damaged files fail inside torch's, zip's or pickle's code with whatever these raise; torch
+    # collects the failures of all ranks in a BaseException of its own.
+    except (Exception, CheckpointException) as error:
+        raise _unsafe(folder, _shorten(error)) from error
+    return loaded
+
+
+def _unsafe(path: Path, reason: str) -> Exception:
+    return CheckpointError.of(
+        "checkpoint", path, f"cannot be loaded: {reason}",
+        "The checkpoint is damaged or not of this package; use another one",
+    )  # fmt: skip
+
+
+def _shorten(error: BaseException) -> str:
+    """Return the reason in a refusal of torch, which is a page about its settings."""
+    if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"refers to {refused[1]}, which no checkpoint needs"
+    if reason := re.search(r"WeightsUnpickler error: (.+)", str(error)):
+        return reason[1].strip().rstrip(".")
+    return describe(error)
+
+
+def _numpy_globals() -> list[Any]:
+    """What numpy's random state, which is in the checkpoints of earlier versions, is made of."""
+    array = np.zeros(1, np.uint32)
+    rebuild = array.__reduce__()[0]
+    return [
+        np.ndarray,
+        np.dtype,
+        type(array.dtype),
+        # The name of the module differs between numpy 1 and 2, in the file and here.
+        rebuild,
+        (rebuild, "numpy.core.multiarray._reconstruct"),
+        (rebuild, "numpy._core.multiarray._reconstruct"),
+    ]
+
+
+def _weights_only(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load(file: Any, map_location: Any = None, **options: Any) -> Any:
+        mapped = {key: value for key, value in options.items() if key == "mmap"}
+        return original(file, map_location=map_location, weights_only=True, **mapped)
+
+    return load
+
+
+class _RestrictedPickle:
+    """Stands for the module `pickle` where torch reads the index."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("loads", "Unpickler"):
+            raise pickle.UnpicklingError(f"pickle.{name} is not restricted")
+        return getattr(self._original, name)
+
+    def load(self, file: Any) -> Any:
+        return MetadataUnpickler(file).load()
+
+
+@functools.cache
+def _restrictions() -> PatchSet:
+    return PatchSet(
+        "restricted unpickling",
+        [
+            Patch("torch:load", _weights_only, "asked for without restriction"),
+            Patch(_TORCH_CHECKPOINT + "filesystem:pickle", _RestrictedPickle, "reads the index"),
+        ],
+    )

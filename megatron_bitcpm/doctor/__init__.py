@@ -1,0 +1,14 @@
+"""`bitcpm doctor`: what is installed here, what works, and a fix for what does not.
+
+    diagnose()      -> list of `Finding`
+    render_table(), render_json(), exit_code()
+
+Imports neither torch nor Megatron, and survives both being broken: torch is asked in a process of
+its own (`torch_facts`), and a probe that fails becomes a finding itself. The probes are small
+functions of what they look at: `machine`, `ascend`, `software`.
+"""
+
+from megatron_bitcpm.doctor.diagnose import diagnose
+from megatron_bitcpm.doctor.finding import Finding, exit_code, render_json, render_table
+
+__all__ = ["Finding", "diagnose", "exit_code", "render_json", "render_table"]

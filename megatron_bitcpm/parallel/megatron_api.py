@@ -1,0 +1,165 @@
+"""Where releases of megatron-core differ: one call for both, so that no other file asks.
+
+Tested are 0.12.1, which MindSpeed stands on, and 0.16.1. Symbols of Megatron that must be
+*replaced* on a release are data in `platforms.megatron`; here is what is *called* differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megatron_bitcpm.errors import ModelError
+from megatron_bitcpm.parallel.adam_step import keep_adam_steps_apart
+from megatron_bitcpm.parallel.version import is_tested_version
+from megatron_bitcpm.platforms.patch import megatron_version
+
+__all__ = [
+    "build_pipeline_chunks",
+    "check_pipeline_config",
+    "finalize_gradients",
+    "get_optimizer",
+    "is_tested_version",
+    "megatron_version",
+    "sharded_state_dict_of_chunks",
+    "tensor_parallel_group",
+    "virtual_stage",
+]
+
+M = TypeVar("M")
+
+
+def tensor_parallel_group(linear: torch.nn.Module) -> torch.distributed.ProcessGroup:
+    """Return the process group over which a Column- or RowParallelLinear is sharded.
+
+    Args:
+        linear: the module; from 0.13 on it knows its group itself.
+    """
+    group = getattr(linear, "tp_group", None)
+    if group is not None:
+        return group
+    if getattr(linear, "is_expert", False):
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def get_optimizer(config: OptimizerConfig, chunks: list[Any]) -> MegatronOptimizer:
+    """Build Megatron's optimizer; biases and vectors do not decay, every parameter has its step.
+
+    Args:
+        config: its settings. ``overlap_param_gather``, which only newer releases have here, is
+            taken from the chunks.
+        chunks: the model chunks of this rank, wrapped in DistributedDataParallel.
+    """
+    if hasattr(config, "overlap_param_gather"):
+        config.overlap_param_gather = chunks[0].ddp_config.overlap_param_gather
+    # Both releases leave biases and vectors out of the decay when nothing else is asked for.
+    optimizer = get_megatron_optimizer(config, chunks)
+    keep_adam_steps_apart(optimizer)
+    return optimizer
+
+
+def finalize_gradients(
+    chunks: list[Any], num_tokens: torch.Tensor | None = None, **keywords: Any
+) -> None:
+    """Megatron's `finalize_model_grads`, dividing by the tokens of whole sequences.
+
+    0.12 adds up the tokens of data-parallel ranks only, so that with context parallelism every
+    gradient is too large by that size; clipping and Adam hide it in the loss.
+
+    Args:
+        chunks: the wrapped model chunks of this rank.
+        num_tokens: of this rank, int [1]; zero except on the last pipeline stage.
+        **keywords: what newer schedules pass on.
+    """
+    if megatron_version() < (0, 13) and num_tokens is not None:
+        torch.distributed.all_reduce(num_tokens, group=parallel_state.get_context_parallel_group())
+    finalize_model_grads(chunks, num_tokens, **keywords)
+
+
+def check_pipeline_config(config: Any) -> None:
+    """Refuse the pipeline settings that train wrongly without an error.
+
+    With virtual stages and batched point-to-point messages the sends and receives of two stages
+    meet in another order than they were meant, and gradients reach the wrong chunk. Megatron's own
+    command line refuses that; `megatron.core` does not look.
+
+    Args:
+        config: a finished TransformerConfig.
+
+    Raises:
+        ModelError: virtual stages without ``overlap_p2p_comm`` or with ``batch_p2p_comm``.
+    """
+    size = config.virtual_pipeline_model_parallel_size
+    if size is None or (config.overlap_p2p_comm and not config.batch_p2p_comm):
+        return
+    raise ModelError.of(
+        "virtual_pipeline_model_parallel_size", size,
+        f"overlap_p2p_comm={config.overlap_p2p_comm}, batch_p2p_comm={config.batch_p2p_comm} mixes "
+        "up the gradients of virtual stages",
+        "Set overlap_p2p_comm=True and batch_p2p_comm=False in the TransformerConfig",
+    )  # fmt: skip
+
+
+@contextmanager
+def virtual_stage(index: int) -> Iterator[None]:
+    """Let 0.12 know with which chunk it has to do; it numbers a chunk's layers by a global.
+
+    Building a chunk and asking it for its `sharded_state_dict` need this: without it every chunk
+    passes for the one that ran last. Nothing happens without virtual stages.
+
+    Args:
+        index: position of the chunk on this rank.
+    """
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
+        yield
+        return
+    before = parallel_state.get_virtual_pipeline_model_parallel_rank()
+    parallel_state.set_virtual_pipeline_model_parallel_rank(index)
+    try:
+        yield
+    finally:
+        parallel_state.set_virtual_pipeline_model_parallel_rank(before)
+
+
+def build_pipeline_chunks(build: Callable[..., M]) -> list[M]:
+    """Build this rank's part of a model: one chunk, or one for each virtual pipeline stage.
+
+    Args:
+        build: called with ``pre_process`` (holds the embedding), ``post_process`` (holds the
+            output layer) and, where Megatron's models take it, ``vp_stage``.
+    """
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    last = parallel_state.get_pipeline_model_parallel_world_size() - 1
+    size = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    chunks = []
+    for stage in range(size or 1):
+        keywords: dict[str, Any] = {
+            "pre_process": rank == 0 and stage == 0,
+            "post_process": rank == last and stage == (size or 1) - 1,
+        }
+        if size is not None and megatron_version() >= (0, 13):
+            keywords["vp_stage"] = stage
+        with virtual_stage(stage):
+            chunks.append(build(**keywords))
+    return chunks
+
+
+def sharded_state_dict_of_chunks(chunks: list[Any]) -> dict[str, Any]:
+    """Return the sharded state dicts of this rank's chunks, by ``model0``, ``model1``, ...
+
+    Args:
+        chunks: the models themselves, not wrapped, in pipeline order.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    result = {}
+    for index, chunk in enumerate(chunks):
+        with virtual_stage(index):
+            result[f"model{index}"] = chunk.sharded_state_dict(metadata={"dp_cp_group": group})
+    return result

@@ -1,0 +1,73 @@
+"""The optimizer's part of a checkpoint, in a form that other layouts can load.
+
+Per model parameter: the fp32 main parameter and both moments, cut like the parameter itself, so
+that another tensor-, pipeline- or data-parallel size finds its pieces. The stock optimizer has that
+form by itself; the distributed optimizer must be asked, in the words of each release:
+
+* 0.12: ``fully_sharded_model_space``, every rank writes its flat piece;
+* 0.16: ``fully_reshardable``, the pieces are gathered first. Stock 0.16 saves padded buckets
+  shifted, which `platforms.megatron` corrects; here is the check that it did.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.parallel.adam_step import leaf_optimizers, seed_adam_state
+from megatron_bitcpm.parallel.every_step_check import gather_model_params
+from megatron_bitcpm.parallel.megatron_api import megatron_version
+from megatron_bitcpm.platforms.megatron import megatron_patches
+
+
+def optimizer_sharded_state_dict(
+    optimizer: Any, model_sharded_state_dict: dict[str, Any], is_loading: bool = False
+) -> dict[str, Any]:
+    """Return the optimizer's sharded state dict; give the loaded one to its `load_state_dict`.
+
+    Collective over all ranks. Before a save it also completes the model parameters, which
+    `model_sharded_state_dict` refers to, see `gather_model_params`.
+
+    Args:
+        optimizer: what `get_optimizer` returned.
+        model_sharded_state_dict: of the model whose parameters it updates, made on the live
+            parameters; of several chunks, a dict of theirs.
+        is_loading: the result says what to read; otherwise it holds what to write.
+
+    Raises:
+        CheckpointError: the state would be saved wrong.
+    """
+    guard_padded_buckets(optimizer)
+    if not is_loading:
+        gather_model_params(optimizer)
+    for leaf in leaf_optimizers(optimizer):
+        seed_adam_state(leaf)
+    keywords: dict[str, Any] = {}
+    if megatron_version() >= (0, 13):
+        keywords["metadata"] = {"distrib_optim_sharding_type": "fully_reshardable"}
+    result: dict[str, Any] = optimizer.sharded_state_dict(
+        model_sharded_state_dict, is_loading=is_loading, **keywords
+    )
+    return result
+
+
+def guard_padded_buckets(optimizer: Any) -> None:
+    """Refuse a distributed optimizer with padded buckets where Megatron would save them shifted.
+
+    Args:
+        optimizer: what `get_optimizer` returned.
+
+    Raises:
+        CheckpointError: `Platform.prepare` was not called, or was undone.
+    """
+    if megatron_version() < (0, 13) or megatron_patches().is_applied:
+        return
+    for leaf in leaf_optimizers(optimizer):
+        for buffer in getattr(leaf, "buffers", []):
+            padded = [b.grad_data.numel() != b.numel_unpadded for b in buffer.buckets[:-1]]
+            if any(padded):
+                raise CheckpointError.of(
+                    "parallel.ddp_bucket_size", leaf.ddp_config.bucket_size,
+                    f"{sum(padded)} buckets end in padding, behind which this megatron-core saves "
+                    "the optimizer shifted", "Call Platform.prepare first, or use one bucket",
+                )  # fmt: skip

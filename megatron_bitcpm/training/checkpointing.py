@@ -1,0 +1,167 @@
+"""The trainer's side of checkpoints: where a run may start, what it saves, what it goes on from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_bitcpm.checkpoint.init_from import check_init_from
+from megatron_bitcpm.checkpoint.retention import clean_leftovers
+from megatron_bitcpm.checkpoint.store import (
+    find_checkpoint,
+    has_checkpoints,
+    read_config,
+    read_state,
+)
+from megatron_bitcpm.config import RunConfig
+from megatron_bitcpm.errors import ConfigError, format_problem
+from megatron_bitcpm.training.progress import Progress
+from megatron_bitcpm.training.resume import check_resumable, check_same_data
+from megatron_bitcpm.training.runtime import Runtime, on_main_rank
+
+if TYPE_CHECKING:
+    from megatron_bitcpm.checkpoint.saver import SaveReport
+    from megatron_bitcpm.training.setup import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+def check_run_folder(config: RunConfig, resume: bool) -> None:
+    """Refuse to mix two runs in one folder; decided alike on all ranks, before any writes.
+
+    Raises:
+        CheckpointError: nothing to resume, or nothing to begin from.
+        ConfigError: there is a run already.
+    """
+    directory = Path(config.checkpoint.directory)
+    if resume:
+        find_checkpoint(directory)
+        return
+    if has_checkpoints(directory):
+        raise ConfigError(
+            format_problem(
+                "checkpoint.directory",
+                directory,
+                "holds checkpoints of an earlier run",
+                "Use --resume to continue it, or another folder",
+            )
+        )
+    if config.checkpoint.init_from:
+        folder = find_checkpoint(config.checkpoint.init_from)
+        check_init_from(config, read_config(folder), folder)
+
+
+class Checkpointer:
+    """Saves and restores one run; all methods are collective over all ranks.
+
+    Args:
+        config: the run.
+        runtime: this rank's place.
+        state: the live objects.
+        data_facts: from `data_fingerprints`.
+        vocab_size: ids of the tokenizer.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        state: TrainState,
+        data_facts: dict[str, str],
+        vocab_size: int,
+    ) -> None:
+        from megatron_bitcpm.checkpoint.saver import CheckpointSaver
+
+        self._config = config
+        self._state = state
+        self._data_facts = data_facts
+        self._directory = Path(config.checkpoint.directory)
+        self._facts = {
+            "world_size": runtime.world_size,
+            "vocab_size": vocab_size,
+            "padded_vocab_size": state.padded_vocab_size,
+            "quantizer": state.ternary.stamp() if state.ternary else None,
+        }
+        origin = [Path(config.checkpoint.init_from)] if config.checkpoint.init_from else []
+        self._saver = CheckpointSaver(config, runtime.device, protected=origin)
+
+    def prepare_folder(self) -> None:
+        """Make the run's folder, and clean up what a crash left in it."""
+
+        def prepare() -> None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(self._directory)
+            probe = self._directory / ".tmp-writable"
+            probe.write_text("x", encoding="utf-8")
+            probe.unlink()
+
+        on_main_rank(prepare, "checkpoint.directory", self._directory)
+
+    def save(self, progress: Progress, valid_loss: float | None) -> list[SaveReport]:
+        """Write a checkpoint of latent weights, or begin to; return what was published."""
+        facts = {**asdict(progress), **self._data_facts, **self._facts, "valid_loss": valid_loss}
+        state = self._state
+        with self._latents():
+            return self._saver.save(
+                state.chunks, state.optimizer, state.scheduler, asdict(progress), facts
+            )
+
+    def poll(self) -> Iterable[SaveReport]:
+        """Return what was published in the background since the last call."""
+        return filter(None, [self._saver.poll()])
+
+    def finish(self) -> Iterable[SaveReport]:
+        """Wait for a save in the background; return what was published."""
+        return filter(None, [self._saver.finish()])
+
+    def has_checkpoint(self) -> bool:
+        """Whether the run has saved anything."""
+        return on_main_rank(
+            lambda: has_checkpoints(self._directory), "checkpoint.directory", self._directory
+        )
+
+    def load(self) -> Progress:
+        """Restore the newest checkpoint of the run's folder."""
+        from megatron_bitcpm.checkpoint.state import load_state
+
+        folder = find_checkpoint(self._directory)
+        check_resumable(self._config, read_config(folder), folder)
+        check_same_data(self._config, self._data_facts, read_state(folder), folder)
+        state = self._state
+        with self._latents():
+            progress = load_state(
+                folder,
+                state.chunks,
+                state.optimizer,
+                state.scheduler,
+                seed=self._config.training.seed,
+            )
+        logger.info("resumed from %s", folder)
+        return Progress(**progress)
+
+    def initialize(self, source: str) -> None:
+        """Take the latent weights of another run; all else stays fresh."""
+        from megatron_bitcpm.checkpoint.state import load_weights
+
+        folder = find_checkpoint(source)
+        key = "tokenizer_sha256"
+        if read_state(folder).get(key) != self._data_facts[key]:
+            raise ConfigError(
+                format_problem(
+                    "data.tokenizer",
+                    self._config.data.tokenizer,
+                    f"checkpoint.init_from {folder} was trained with another tokenizer",
+                    "Use that tokenizer: the embeddings belong to its ids",
+                )
+            )
+        with self._latents():
+            load_weights(folder, self._state.chunks)
+            self._state.optimizer.reload_model_params()
+        logger.info("begun with the weights of %s", folder)
+
+    def _latents(self) -> AbstractContextManager[None]:
+        return self._state.ternary.latents() if self._state.ternary else nullcontext()

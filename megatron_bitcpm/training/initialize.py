@@ -1,0 +1,84 @@
+"""Initial weights that do not depend on the parallel layout.
+
+Megatron draws weights in the order in which a rank builds its modules, so that another pipeline
+size is another model. Here every matrix has a random stream of its own, seeded by the run's seed
+and the parameter's global name; each rank draws it in full on the host and keeps its shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+_RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def named_matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield (global name, parameter) of every matrix of one model chunk.
+
+    Layers are numbered over the whole model. The copy of a tied embedding that the last pipeline
+    stage holds has the embedding's name.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = {
+        names[id(module)] + ".": f"decoder.layers.{module.layer_number - 1}."
+        for module in model.modules()
+        if isinstance(module, TransformerLayer)
+    }
+    tied = getattr(model, "share_embeddings_and_output_weights", False)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            continue
+        if tied and name == "output_layer.weight":
+            name = "embedding.word_embeddings.weight"
+        for local, everywhere in layers.items():
+            if name.startswith(local):
+                name = everywhere + name.removeprefix(local)
+                break
+        yield name, parameter
+
+
+@torch.no_grad()
+def initialize_weights_(model: torch.nn.Module, seed: int) -> None:
+    """Draw all matrices of a model chunk anew; vectors keep their values.
+
+    Args:
+        model: a GPTModel, or one pipeline chunk of it.
+        seed: the run's seed; equal on all ranks.
+    """
+    config = model.config
+    for name, parameter in named_matrices(model):
+        residual = name.endswith(_RESIDUAL_OUTPUTS)
+        draw = config.output_layer_init_method if residual else config.init_method
+        full = torch.empty(_full_shape(parameter), dtype=torch.float32, device="cpu")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_stream_seed(seed, name))
+            draw(full)
+        parameter.copy_(_shard(full, name, parameter))
+
+
+def _stream_seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")
+
+
+def _full_shape(parameter: torch.nn.Parameter) -> list[int]:
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+    return shape
+
+
+def _shard(full: torch.Tensor, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    dim = parameter.partition_dim
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    # SwiGLU's gate and up matrices are stacked, and each is cut by itself.
+    stacked = 2 if name.endswith("mlp.linear_fc1.weight") else 1
+    return torch.cat([part.chunk(size, dim)[rank] for part in full.chunk(stacked, dim)], dim)

@@ -1,0 +1,168 @@
+"""What a run says about itself: one line and one record for each log interval."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from megatron_bitcpm.config import RunConfig
+from megatron_bitcpm.parallel.weight_stats import CodeSampler
+from megatron_bitcpm.training.flops import tflops_per_device, training_flops_per_token
+from megatron_bitcpm.training.memory import measure_memory
+from megatron_bitcpm.training.metrics import MetricsWriter, format_duration
+from megatron_bitcpm.training.progress import Progress
+from megatron_bitcpm.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from megatron_bitcpm.checkpoint.saver import SaveReport
+    from megatron_bitcpm.training.setup import TrainState
+
+
+class StepReport:
+    """Collects the numbers of steps and writes them; on every rank, since some are collective.
+
+    Args:
+        config: the run.
+        runtime: this rank's place.
+        state: the live objects.
+        writer: where to write; None on all ranks but the main one.
+    """
+
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, state: TrainState, writer: MetricsWriter | None
+    ) -> None:
+        self._config = config
+        self._runtime = runtime
+        self._state = state
+        self._writer = writer
+        self._sampler = CodeSampler(state.ternary) if state.ternary else None
+        self._flops_per_token = training_flops_per_token(
+            config.model, state.padded_vocab_size, config.data.seq_length
+        )
+        self._stall_s = 0.0
+        self._grad_norm: float | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self._losses: list[float] = []
+        self._seconds = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of the next step's time what was done since the last one."""
+        self._start = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Print a line (on the main rank)."""
+        if self._writer:
+            self._writer.say(text)
+
+    def add(self, loss: float, grad_norm: float | None, progress: Progress) -> None:
+        """Count a finished step.
+
+        Args:
+            loss: nats per token.
+            grad_norm: None when the step was skipped.
+            progress: the run's counters, this step included.
+        """
+        self._losses.append(loss)
+        self._grad_norm = grad_norm
+        now = time.perf_counter()
+        self._seconds += now - self._start
+        self._start = now
+        if self._writer:
+            self._writer.advance(progress.iteration)
+
+    def log(self, progress: Progress) -> None:
+        """Write the numbers since the last call; collective over all ranks."""
+        codes = self._sampler.measure() if self._sampler else None
+        memory = measure_memory(self._runtime.device)
+        if self._writer:
+            values = {**self._numbers(progress), "memory_gb": memory.peak_gb}
+            if codes is not None:
+                values.update(asdict(codes.total))
+            layers = {k: asdict(v) for k, v in codes.layers.items()} if codes else None
+            self._writer.record(progress.iteration, **values, layers=layers)
+            self._writer.say(self._line(progress, values))
+        self._stall_s = 0.0
+        self._clear()
+
+    def _numbers(self, progress: Progress) -> dict[str, float | None]:
+        training, optimizer = self._config.training, self._state.optimizer
+        steps = len(self._losses)
+        tokens = steps * training.global_batch_size * self._config.data.seq_length
+        tokens_per_s = tokens / self._seconds
+        world_size = self._runtime.world_size
+        is_fp16 = training.precision == "fp16"
+        return {
+            "loss": math.fsum(self._losses) / steps,
+            "learning_rate": max(g["lr"] for g in optimizer.param_groups),
+            "grad_norm": self._grad_norm,
+            "loss_scale": float(optimizer.get_loss_scale()) if is_fp16 else None,
+            "tokens_per_s": tokens_per_s,
+            "tflops_per_device": tflops_per_device(self._flops_per_token, tokens_per_s, world_size),
+            "skipped_steps": progress.skipped_steps,
+            "save_stall_s": self._stall_s or None,
+        }
+
+    def _line(self, progress: Progress, values: dict[str, Any]) -> str:
+        """Return one line for the terminal, the most important numbers first."""
+        training = self._config.training
+        grad_norm, scale = values["grad_norm"], values["loss_scale"]
+        seconds_left = (
+            (training.train_iters - progress.iteration) * self._seconds / len(self._losses)
+        )
+        parts = [
+            f"step {progress.iteration:6d}/{training.train_iters}",
+            f"loss {values['loss']:.4f}",
+            f"lr {values['learning_rate']:.2e}",
+            "skipped" if grad_norm is None else f"grad {grad_norm:.3f}",
+            "" if scale is None else f"scale {scale:g}",
+            f"{values['tokens_per_s']:,.0f} tok/s",
+            f"{values['tflops_per_device']:.3g} TFLOP/s",
+            f"{values['memory_gb']:.2f} GB",
+            f"eta {format_duration(seconds_left)}",
+        ]
+        if (zeros := values.get("zero_fraction")) is not None:
+            parts.append(f"zeros {zeros:.1%}")
+        if (flips := values.get("flip_fraction")) is not None:
+            parts.append(f"flips {flips:.2%}")
+        if progress.skipped_steps:
+            parts.append(f"skips {progress.skipped_steps}")
+        return "  ".join(filter(None, parts))
+
+    def validated(self, iteration: int, mean: float, losses: dict[str, float]) -> None:
+        """Write validation losses, nats per token; their mean and, of several, each by name."""
+        if self._writer:
+            named = {f"valid_loss/{k}": v for k, v in losses.items()} if len(losses) > 1 else {}
+            self._writer.record(iteration, valid_loss=mean, **named)
+            parts = "".join(f"  {k} {v:.4f}" for k, v in losses.items()) if named else ""
+            self._writer.say(f"step {iteration:6d}  validation loss {mean:.4f}{parts}")
+        self.restart_clock()
+
+    def published(self, saves: Iterable[SaveReport]) -> None:
+        """Say that checkpoints are complete, and count how long they held the training."""
+        for save in saves:
+            self._stall_s += save.stall_s
+            if self._config.checkpoint.async_save:
+                self.say(
+                    f"step {save.iteration:6d}  saved; training waited {save.stall_s:.2f} s of "
+                    f"{save.stall_s + save.write_s:.2f} s"
+                )
+
+    def rolled_back(
+        self, bad_iteration: int, progress: Progress, reason: str, rollbacks: int
+    ) -> None:
+        """Say that the run returned to a checkpoint; `progress` is what it returned to."""
+        if self._writer:
+            self._writer.rewind(progress.iteration)
+            self._writer.say(
+                f"step {bad_iteration:6d}  {reason}; back to step {progress.iteration}, with later "
+                f"data (rollback {rollbacks} of {self._config.guard.max_rollbacks})"
+            )
+        if self._state.ternary:
+            self._sampler = CodeSampler(self._state.ternary)
+        self._clear()

@@ -1,0 +1,110 @@
+"""Signals and crashes: what was promised is on disk, and the run goes on as if nothing happened."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import pytest
+import torch
+from helpers.runs import disturb, metrics, numbers, tensors, tracked, train_well
+
+pytestmark = pytest.mark.both_versions
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_0(write_config, tmp_path, number):
+    settings = {
+        "parallel__tensor_model_parallel_size": 2, "training__train_iters": 400,
+        "training__eval_interval": 400, "checkpoint__save_interval": 400,
+    }  # fmt: skip
+    config = write_config("run", **settings)
+    log = tmp_path / "run" / "metrics.jsonl"
+
+    def several_steps_done() -> bool:
+        return log.is_file() and log.read_text().count("\n") > 5
+
+    codes = disturb(2, ["train", "--config", str(config)], several_steps_done, number)
+    assert codes == [0, 0]
+    stopped = tracked(tmp_path / "run")
+    assert 5 < stopped < 400
+    assert max(numbers(tmp_path / "run", "loss")) == stopped
+    train_well(2, config, "--resume", "--set", f"training.train_iters={stopped + 2}")
+    assert sorted(numbers(tmp_path / "run", "loss")) == list(range(1, stopped + 3))
+
+
+def test_exit_after_a_time(write_config, tmp_path):
+    config = write_config(
+        "run", training__train_iters=100000, training__exit_duration_in_mins=1e-4,
+        training__eval_interval=100000,
+    )  # fmt: skip
+    messages = train_well(1, config)
+    assert tracked(tmp_path / "run") >= 1
+    assert "by training.exit_duration_in_mins; --resume goes on from here" in messages[0]
+
+
+def moments(folder, delay_s: float):
+    """Return the moment so long after the first step that this start of the run logs."""
+    log = folder / "metrics.jsonl"
+    before = log.read_text() if log.is_file() else ""
+    first_step: list[float] = []
+
+    def reached() -> bool:
+        if not first_step and log.is_file() and len(log.read_text()) > len(before):
+            first_step.append(time.monotonic())
+        return bool(first_step) and time.monotonic() >= first_step[0] + delay_s
+
+    return reached
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("world", "layout", "async_save"),
+    [
+        (1, {}, False),
+        (2, {"parallel__use_distributed_optimizer": True,
+             "parallel__overlap_grad_reduce": True,
+             "parallel__overlap_param_gather": True}, True),
+    ],
+    ids=["one-rank", "sharded-optimizer-async"],
+)  # fmt: skip
+def test_kill_9_at_random_moments(write_config, tmp_path, world, layout, async_save):
+    settings = {
+        **layout, "training__train_iters": 150, "training__eval_interval": 50,
+        "checkpoint__save_interval": 3, "checkpoint__keep_last_n": 2,
+        "checkpoint__async_save": async_save,
+    }  # fmt: skip
+    train_well(world, write_config("whole", **settings))
+    config = write_config("killed", **settings)
+    folder = tmp_path / "killed"
+    chooser = random.Random(20)
+    rows = []
+    for attempt in range(20):
+        arguments = ["train", "--config", str(config)]
+        newest = tracked(folder)
+        if newest >= 135:
+            break
+        if newest:
+            arguments.append("--resume")
+        # About three steps: the run must not end before the last kill.
+        delay_s = chooser.uniform(0, 0.4)
+        codes = disturb(world, arguments, moments(folder, delay_s), signal.SIGKILL)
+        assert set(codes) == {-signal.SIGKILL}, codes
+        writing = sorted(p.name for p in folder.glob(".tmp-iter*"))
+        reached = max(numbers(folder, "loss"), default=0)
+        rows.append((attempt + 1, newest, reached, bool(writing), tracked(folder)))
+    print("\nkill  began at  killed at step  while writing  newest complete")
+    for row in rows:
+        print("{:4d}  {:8d}  {:14d}  {!s:>13}  {:15d}".format(*row))
+    assert len(rows) >= 15
+    train_well(world, config, "--resume")
+    assert numbers(folder, "loss") == numbers(tmp_path / "whole", "loss")
+    assert numbers(folder, "grad_norm") == numbers(tmp_path / "whole", "grad_norm")
+    assert numbers(folder, "valid_loss") == numbers(tmp_path / "whole", "valid_loss")
+    whole = tensors(tmp_path / "whole" / "iter_0000150")
+    again = tensors(folder / "iter_0000150")
+    assert [n for n in whole if not torch.equal(whole[n], again[n])] == []
+    assert not list(folder.glob(".tmp*"))
+    assert len(metrics(folder)) == len(metrics(tmp_path / "whole"))
