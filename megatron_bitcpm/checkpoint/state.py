@@ -35,6 +35,7 @@ from megatron_bitcpm.checkpoint.safe_load import (
 )
 from megatron_bitcpm.checkpoint.writer import PlannedSave, plan_save
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.parallel.megatron_api import sharded_state_dict_of_chunks
 from megatron_bitcpm.parallel.optimizer_state import optimizer_sharded_state_dict
 
 logger = logging.getLogger(__name__)
@@ -157,29 +158,17 @@ def _unwrap(chunk: Any) -> Any:
     return chunk
 
 
-def _model_keys(chunks: Sequence[Any]) -> list[str]:
-    """Return Megatron's names: ``model``, or ``model0``, ``model1``, ... of virtual stages."""
-    return ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-
-
 def _models(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key.startswith("model")}
 
 
 def _model_state(chunks: Sequence[Any]) -> dict[str, Any]:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    state = {}
-    for stage, (key, chunk) in enumerate(zip(_model_keys(chunks), chunks, strict=True)):
-        if len(chunks) > 1:
-            # 0.12 asks this global which chunk it is.
-            parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
-        state[key] = _unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": group})
-    return state
+    return sharded_state_dict_of_chunks([_unwrap(chunk) for chunk in chunks])
 
 
 def _load_models(chunks: Sequence[Any], loaded: dict[str, Any]) -> None:
-    for key, chunk in zip(_model_keys(chunks), chunks, strict=True):
-        _unwrap(chunk).load_state_dict(loaded[key])
+    for index, chunk in enumerate(chunks):
+        _unwrap(chunk).load_state_dict(loaded[f"model{index}"])
 
 
 def _load_optimizer(optimizer: Any, loaded: Any) -> None:
