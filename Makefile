@@ -10,11 +10,12 @@ BIN := $(VENV)/bin
 CORE_0_12 := $(VENV)-core-0.12.1
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help demo test test-core-0.16 test-core-0.12 lint bench clean setup setup-core-0.12
+.PHONY: help demo test test-slow lint bench clean setup setup-core-0.12
 
 help:
 	@echo "make demo [TEXT=file-or-folder] [OUT=folder]   text -> ternary training -> Hugging Face -> speech"
-	@echo "make test                                      all tests, with megatron-core 0.16.1 and 0.12.1"
+	@echo "make test                                      tests, with megatron-core 0.16.1 and 0.12.1"
+	@echo "make test-slow                                 the longer checks, with both"
 	@echo "make lint | bench | clean"
 
 # The environment: the pinned lock, then this package with its C++ operator.
@@ -45,18 +46,15 @@ setup-core-0.12: $(CORE_0_12)/.built
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" TEXT="$(TEXT)" OUT="$(OUT)" ITERS="$(ITERS)" bash launch/demo.sh
 
-# Both run to their end; each prints its versions and its summary.
-test: setup setup-core-0.12
+# On both versions, each run to its end with its versions and its summary. The longer checks, with
+# every layout and twenty crashes, are in test-slow.
+test: SPEED := not slow
+test-slow: SPEED := slow
+test test-slow: setup setup-core-0.12
 	@status=0; \
-	$(MAKE) --no-print-directory test-core-0.16 || status=1; \
-	$(MAKE) --no-print-directory test-core-0.12 || status=1; \
+	$(BIN)/python -m pytest -m "$(SPEED) and not npu and not gpu" --durations=5 || status=1; \
+	$(CORE_0_12)/bin/python -m pytest -m "$(SPEED) and both_versions" --durations=5 || status=1; \
 	exit $$status
-
-test-core-0.16: setup
-	$(BIN)/python -m pytest -m "not npu and not gpu" --durations=10
-
-test-core-0.12: setup-core-0.12
-	$(CORE_0_12)/bin/python -m pytest -m "both_versions and not npu and not gpu" --durations=5
 
 lint: setup
 	$(BIN)/ruff check .

@@ -103,6 +103,7 @@ def test_death_at_every_change_of_publishing_and_deleting(template, tmp_path):
     assert event > 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracker", ["1", "2"])
 def test_death_while_a_checkpoint_is_replaced(tracker, template, tmp_path):
     # Step 2 comes again, after the user went back to 1 or because it is saved twice.

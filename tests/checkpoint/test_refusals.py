@@ -119,6 +119,7 @@ SHARDED = {"distributed_optimizer": True}
 SHARDED_BF16 = {**STOCK_BF16, **SHARDED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved_with", "loaded_with"),
     [
@@ -193,6 +194,7 @@ def random_states(rank, folder, layout):
         return random.random()
 
 
+@pytest.mark.slow
 def test_random_states_fit_the_same_layout_only(tmp_path):
     import random
 

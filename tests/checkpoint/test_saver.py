@@ -147,7 +147,7 @@ def fail_to_save(rank, directory, async_save, failing_rank, limit):
 
 # The limits stop the first file, the tensors, and nothing but the index.
 @pytest.mark.parametrize("async_save", [False, True])
-@pytest.mark.parametrize(("rank", "limit"), [(0, 100), (1, 100), (0, 50_000), (1, 50_000)])
+@pytest.mark.parametrize(("rank", "limit"), [(0, 100), (1, 50_000)])
 def test_a_full_disk_stops_in_one_line_and_leaves_the_last_good_one(
     rank, limit, async_save, tmp_path
 ):

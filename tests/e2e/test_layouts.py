@@ -38,7 +38,7 @@ LAYOUTS = {
             "overlap_param_gather": True},
     ),
 }  # fmt: skip
-FAST = ("tp2-sp", "pp2-interleaved", "dp2-sharded-overlap", "cp2")
+FAST = ("tp2-sp", "cp2")
 
 
 def options(layout: dict, **more) -> dict:
@@ -106,7 +106,7 @@ def test_a_layout_agrees_with_one_rank(write_config, one_rank, tmp_path, name):
 @pytest.mark.parametrize(
     ("recompute", "layout"),
     [
-        ("selective", "tp2-sp"),
+        pytest.param("selective", "tp2-sp", marks=pytest.mark.slow),
         pytest.param("full", "pp2-interleaved", marks=pytest.mark.slow),
         pytest.param("selective", "cp2", marks=pytest.mark.slow),
         pytest.param("full", "tp2-sp", marks=pytest.mark.slow),
@@ -126,7 +126,7 @@ def test_recomputation_changes_nothing(write_config, tmp_path, recompute, layout
 @pytest.mark.parametrize(
     "layout",
     [
-        "dp2-sharded-overlap",
+        pytest.param("dp2-sharded-overlap", marks=pytest.mark.slow),
         pytest.param("tp2-sp-pp2", marks=pytest.mark.slow),
         pytest.param("pp2-interleaved-dp2-sharded-overlap", marks=pytest.mark.slow),
         pytest.param("cp2", marks=pytest.mark.slow),

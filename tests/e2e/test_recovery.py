@@ -13,7 +13,9 @@ from helpers.runs import disturb, metrics, numbers, tensors, tracked, train_well
 pytestmark = pytest.mark.both_versions
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_exits_with_0(write_config, tmp_path, number):
     settings = {
         "parallel__tensor_model_parallel_size": 2, "training__train_iters": 400,

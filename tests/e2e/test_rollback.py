@@ -66,6 +66,7 @@ def test_the_run_stops_when_rolling_back_does_not_help(write_config, tmp_path):
     assert (tmp_path / "run" / "iter_0000004").is_dir()
 
 
+@pytest.mark.slow
 def test_the_run_stops_at_a_spike(write_config, tmp_path):
     config = write_config("run", **SPIKE)
     arguments = ["train", "--config", str(config)]

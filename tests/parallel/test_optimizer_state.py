@@ -136,7 +136,11 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize(("source", "targets"), ROUTES, ids=[source for source, _ in ROUTES])
+@pytest.mark.parametrize(
+    ("source", "targets"),
+    [pytest.param(*r, marks=[] if r[0] == "dist dp2 fp32" else pytest.mark.slow) for r in ROUTES],
+    ids=[source for source, _ in ROUTES],
+)
 def test_resume_in_the_same_and_in_other_layouts(tmp_path, source, targets):
     world, options = LAYOUTS[source]
     went_on = run_ranks(world, train_and_save, str(tmp_path), world, options)[0]
@@ -161,6 +165,7 @@ def test_adam_steps_are_shared_without_the_guard(tmp_path):
     assert spoilt[1] != went_on[1]
 
 
+@pytest.mark.slow
 def test_padded_buckets_are_saved_shifted_without_the_correction(tmp_path):
     world, options = LAYOUTS["dist dp3 padded"]
     saves_shifted = is_listed("fully_reshardable")
@@ -174,6 +179,7 @@ def test_padded_buckets_are_saved_shifted_without_the_correction(tmp_path):
         assert resumed == went_on, "this release needs the correction too"
 
 
+@pytest.mark.slow
 def test_parameters_are_saved_incomplete_without_the_gather(tmp_path):
     world, options = LAYOUTS["dist dp2 padded"]
     went_on = run_ranks(world, train_and_save, str(tmp_path), world, options, "gather")[0]
@@ -181,6 +187,7 @@ def test_parameters_are_saved_incomplete_without_the_gather(tmp_path):
     assert resumed[0] != went_on[0]
 
 
+@pytest.mark.slow
 def test_loading_fails_without_the_kept_step(tmp_path):
     world, options = LAYOUTS["dist dp1"]
     run_ranks(world, train_and_save, str(tmp_path), world, options)
@@ -223,6 +230,7 @@ def resume_untrained(rank: int, folder: str, options: dict) -> tuple:
         return train(run, 0), adam_steps(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp dp1", "dist dp1"])
 def test_a_checkpoint_before_the_first_step(tmp_path, kind):
     _, options = LAYOUTS[kind]
@@ -258,6 +266,7 @@ def ternary_trace(rank: int, folder: str, is_resumed: bool) -> list:
         return train(run, SAVED_AT)
 
 
+@pytest.mark.slow
 def test_ternary_resume_is_bitwise(tmp_path):
     went_on = run_ranks(2, ternary_trace, str(tmp_path), False)
     assert run_ranks(2, ternary_trace, str(tmp_path), True) == went_on

@@ -60,6 +60,7 @@ def both_modes(world: int, steps: int, events: dict, **options) -> tuple[list, l
     )
 
 
+@pytest.mark.slow
 def test_tp2_bf16_with_accumulation_recompute_and_a_skipped_step():
     step, forward = both_modes(
         2, 50, {"skip": SKIPPED_STEP, "save": 20, "eval": 13}, tp=2, micro_batches=4,

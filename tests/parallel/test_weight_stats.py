@@ -142,6 +142,7 @@ def losses(rank: int, looking: bool, options: dict) -> list[tuple]:
         return trace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "dp2-distributed", "dp2-overlap"])
 def test_looking_does_not_change_the_training(layout):
     world, options = LAYOUTS[layout]

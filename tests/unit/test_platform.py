@@ -83,6 +83,7 @@ def test_cuda_literals_mean_the_cpu(patches):
     assert made.type() == "torch.FloatTensor"
 
 
+@pytest.mark.slow
 def test_device_contexts_still_work():
     code = (
         "import torch;"
