@@ -189,6 +189,16 @@ def bench_train_command(
     _print_json(bench_train(pairs=pairs))
 
 
+@bench_app.command("save")
+def bench_save_command(
+    rounds: Annotated[int, typer.Option(help="Saves in each way.")] = 5,
+) -> None:
+    """Measure how long a checkpoint holds the training, written at once and in the background."""
+    from megatron_bitcpm.evaluation.bench_save import bench_save
+
+    _print_json(bench_save(rounds))
+
+
 @app.command("compare")
 def compare_command(
     runs: Annotated[list[str], typer.Argument(help="LABEL=RUN_FOLDER, one or more.")],

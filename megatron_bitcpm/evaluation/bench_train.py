@@ -76,7 +76,7 @@ def bench_train(pairs: int = 12) -> dict[str, Any]:
         states = {m: build_train_state(bench_config(m), runtime, VOCAB_SIZE) for m in _MODES}
         for state in states.values():
             for _ in range(2):
-                _step(state, runtime.device)
+                train_step(state, runtime.device)
         ours_s = {m: _profile_operators(states[m], runtime.device) for m in _MODES[1:]}
         ratios: dict[str, list[float]] = {m: [] for m in _MODES[1:]}
         seconds: dict[str, list[float]] = {m: [] for m in _MODES}
@@ -120,7 +120,8 @@ def _tokens(device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
         }
 
 
-def _step(state: Any, device: torch.device) -> None:
+def train_step(state: Any, device: torch.device) -> None:
+    """Do one step of the benchmark on synthetic tokens."""
     from megatron_bitcpm.training.step import build_forward_step, run_schedule
 
     for chunk in state.chunks:
@@ -140,7 +141,7 @@ def _step(state: Any, device: torch.device) -> None:
 
 def _timed(state: Any, device: torch.device) -> float:
     start = time.perf_counter()
-    _step(state, device)
+    train_step(state, device)
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
     return time.perf_counter() - start
@@ -153,7 +154,7 @@ def _profile_operators(state: Any, device: torch.device, steps: int = 3) -> floa
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
-            _step(state, device)
+            train_step(state, device)
     ours_us = sum(
         event.cpu_time_total for event in profile.key_averages() if event.key.startswith("bitcpm::")
     )
