@@ -177,7 +177,8 @@ def plot_losses(
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per token (pale: training, dots: validation)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:  # a run stopped before its first validation has none
+        axes.legend()
     figure.tight_layout()
     try:
         figure.savefig(output)

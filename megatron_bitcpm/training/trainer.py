@@ -114,7 +114,8 @@ class Trainer:
             self._loop(StepReport(self.config, self.runtime, self.state, writer), exit_request)
         if self.runtime.is_main:
             plot_losses({title: self.directory}, self.directory / "loss.png")
-            logger.info("done; checkpoints in %s", self.directory)
+            done = self.progress.iteration >= training.train_iters
+            logger.info("%s; checkpoints in %s", "done" if done else "stopped", self.directory)
 
     def _loop(self, report: StepReport, exit_request: ExitRequest) -> None:
         training = self.config.training
@@ -134,7 +135,7 @@ class Trainer:
         report.published(self.checkpointer.finish())
         if reason is not None:
             iteration = self.progress.iteration
-            report.say(f"stopped at step {iteration} by {reason}; --resume goes on from here")
+            report.say(f"step {iteration:6d}  {reason}: saved; --resume goes on from here")
 
     def _after_step(self, report: StepReport, stopping: bool) -> None:
         """Log, validate and save as is due."""

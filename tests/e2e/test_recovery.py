@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import random
+import resource
 import signal
 import time
 
 import pytest
 import torch
-from helpers.runs import disturb, metrics, numbers, tensors, tracked, train_well
+from helpers.ranks import run_ranks
+from helpers.runs import (
+    call_cli,
+    disturb,
+    keep_only,
+    metrics,
+    numbers,
+    tensors,
+    tracked,
+    train_well,
+)
+
+from megatron_bitcpm.checkpoint.safe_load import find_damage
 
 pytestmark = pytest.mark.both_versions
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("number", "ranks"),
+    [
+        # A scheduler may signal one process only; the ranks agree.
+        (signal.SIGTERM, [1]),
+        pytest.param(signal.SIGTERM, [0, 1], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, [0, 1], marks=pytest.mark.slow),
+    ],
+    ids=["SIGTERM-rank1", "SIGTERM-all", "SIGINT-all"],
 )
-def test_a_signal_saves_and_exits_with_0(write_config, tmp_path, number):
+def test_a_signal_saves_and_exits_with_0(write_config, tmp_path, number, ranks):
     settings = {
         "parallel__tensor_model_parallel_size": 2, "training__train_iters": 400,
         "training__eval_interval": 400, "checkpoint__save_interval": 400,
@@ -27,7 +47,7 @@ def test_a_signal_saves_and_exits_with_0(write_config, tmp_path, number):
     def several_steps_done() -> bool:
         return log.is_file() and log.read_text().count("\n") > 5
 
-    codes = disturb(2, ["train", "--config", str(config)], several_steps_done, number)
+    codes = disturb(2, ["train", "--config", str(config)], several_steps_done, number, ranks)
     assert codes == [0, 0]
     stopped = tracked(tmp_path / "run")
     assert 5 < stopped < 400
@@ -43,7 +63,42 @@ def test_exit_after_a_time(write_config, tmp_path):
     )  # fmt: skip
     messages = train_well(1, config)
     assert tracked(tmp_path / "run") >= 1
-    assert "by training.exit_duration_in_mins; --resume goes on from here" in messages[0]
+    assert "training.exit_duration_in_mins: saved; --resume goes on from here" in messages[0]
+
+
+def train_with_full_disk(rank: int, arguments: list[str]) -> tuple[int, str]:
+    """Train; no file of rank 1 can have more than 50 kB."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old[1]))
+    try:
+        return call_cli(rank, arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("async_save", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_failed_save_stops_all_ranks_and_the_run_goes_on(write_config, tmp_path, async_save):
+    settings = {
+        "parallel__tensor_model_parallel_size": 2, "checkpoint__async_save": async_save,
+        "checkpoint__save_interval": 3, "training__eval_interval": 3, "training__train_iters": 6,
+    }  # fmt: skip
+    folder = tmp_path / "run"
+    train_well(2, write_config("whole", **settings))
+    config = write_config("run", **settings)
+    keep_only(tmp_path / "whole", folder, 3)
+    arguments = ["train", "--config", str(config), "--resume"]
+    for code, message in run_ranks(2, train_with_full_disk, arguments):
+        lines = [line for line in message.splitlines() if "bitcpm: " in line]
+        assert code == 2 and len(lines) == 1, message
+        assert f"checkpoint.directory={folder}: cannot be written: File too large" in lines[0]
+        assert "Traceback" not in message
+    assert tracked(folder) == 3 and find_damage(folder / "iter_0000003") is None
+    assert [path.name for path in folder.glob("*iter_*")] == ["iter_0000003"]
+    train_well(2, config, "--resume")
+    assert numbers(folder, "loss") == numbers(tmp_path / "whole", "loss")
+    whole, again = (tensors(run / "iter_0000006") for run in (tmp_path / "whole", folder))
+    assert [n for n in whole if not torch.equal(whole[n], again[n])] == []
 
 
 def moments(folder, delay_s: float):
