@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
+
+from megatron_bitcpm.errors import BitcpmError
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -85,3 +89,27 @@ def hash_files(folder: Path, names: Sequence[str]) -> str:
             content = (folder / name).read_bytes()
             digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def lock_folder(folder: Path) -> IO[str] | None:
+    """Take the lock of a folder, which ends with the process or when the result is closed.
+
+    Returns:
+        The open lock file; None where the file system has no locks.
+
+    Raises:
+        BitcpmError: another process holds it.
+    """
+    stream = (folder / ".lock").open("a", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise BitcpmError.of(
+            "checkpoint.directory", folder, "another run is writing there",
+            "Wait for its end, stop it, or name another folder",
+        ) from error  # fmt: skip
+    except OSError:
+        stream.close()
+        return None
+    return stream

@@ -18,11 +18,11 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from megatron_bitcpm.checkpoint.agree import describe
 from megatron_bitcpm.checkpoint.safe_load import read_metadata
 from megatron_bitcpm.checkpoint.store import find_checkpoint, read_config, read_state
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.parallel.agree import describe
 
 _LAYERS = "decoder.layers."
 

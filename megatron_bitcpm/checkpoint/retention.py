@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 
 from megatron_bitcpm.checkpoint.store import (
@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 _DELETED = ".deleted-"
 _REPLACED = ".old-"
-_SCRATCH = ".tmp-"
+# Scratch names of checkpoints and of the files of a run; a user's own are not ours to delete.
+_OURS = re.compile(
+    r"\.(tmp|old\.tmp|deleted)-iter_[0-9]{7,18}"
+    rf"|\.tmp-({re.escape(TRACKER)}|{re.escape(NEXT_FILE)}|metrics\.jsonl|writable)"
+)
 
 
 def delete_surplus(
@@ -32,7 +36,6 @@ def delete_surplus(
     newest: int,
     keep_last_n: int | None,
     keep_every_n: int | None,
-    protected: Collection[Path] = (),
 ) -> list[int]:
     """Delete the checkpoints of a run that its retention does not keep (rank 0 only).
 
@@ -41,18 +44,16 @@ def delete_surplus(
         newest: iteration just published. Later ones, of a course that was left, are not touched.
         keep_last_n: newest checkpoints to keep; None keeps all.
         keep_every_n: multiples of this are kept too; None keeps no others.
-        protected: folders that stay in any case, for example the one the run began from.
 
     Returns:
         The deleted iterations. A folder that cannot be removed is only logged: training goes on.
     """
     if keep_last_n is None:
         return []
-    stays = {path.resolve() for path in protected}
     candidates = [(n, path) for n, path in list_checkpoints(run_dir) if n <= newest]
     deleted = []
     for iteration, path in candidates[keep_last_n:]:
-        if iteration == newest or path.resolve() in stays:
+        if iteration == newest:
             continue
         if keep_every_n is not None and iteration % keep_every_n == 0:
             continue
@@ -97,9 +98,10 @@ def clean_leftovers(run_dir: Path) -> None:
         name = path.with_name(path.name.removeprefix(_REPLACED))
         if not name.exists():
             os.rename(path, name)
-    for prefix in (_DELETED, _REPLACED, _SCRATCH):
-        for path in run_dir.glob(prefix + "*"):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    for path in run_dir.iterdir():
+        if not _OURS.fullmatch(path.name) or path.is_symlink():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_bitcpm.checkpoint.agree import describe
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.parallel.agree import describe
 from megatron_bitcpm.platforms.patch import Patch, PatchSet
 
 METADATA_FILE = ".metadata"

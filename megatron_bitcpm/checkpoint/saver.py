@@ -11,7 +11,7 @@ import functools
 import shutil
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.checkpoint.agree import on_all_ranks
 from megatron_bitcpm.checkpoint.retention import delete_surplus
 from megatron_bitcpm.checkpoint.state import begin_save
 from megatron_bitcpm.checkpoint.store import (
@@ -27,10 +26,12 @@ from megatron_bitcpm.checkpoint.store import (
     iteration_name,
     publish_checkpoint,
     scratch_folder,
+    write_error,
 )
-from megatron_bitcpm.checkpoint.writer import PlannedSave, write_error
+from megatron_bitcpm.checkpoint.writer import PlannedSave
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.parallel.agree import on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,12 @@ class CheckpointSaver:
     Args:
         config: the run; its ``checkpoint`` section says where, how, and what is kept.
         device: of this rank, for the tensor of a collective.
-        protected: folders that retention never deletes, for example where the run began.
     """
 
-    def __init__(
-        self, config: RunConfig, device: torch.device, protected: Collection[Path] = ()
-    ) -> None:
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._config = config
         self._run_dir = Path(config.checkpoint.directory)
         self._device = device
-        self._protected = tuple(protected)
         self._in_flight: _InFlight | None = None
         self._error = functools.partial(write_error, self._run_dir)
 
@@ -179,7 +176,6 @@ class CheckpointSaver:
             flight.iteration,
             settings.keep_last_n,
             settings.keep_every_n,
-            self._protected,
         )
 
     @contextmanager

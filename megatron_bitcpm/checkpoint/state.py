@@ -26,7 +26,6 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch.distributed.checkpoint.metadata import Metadata
 
-from megatron_bitcpm.checkpoint.agree import on_all_ranks
 from megatron_bitcpm.checkpoint.safe_load import (
     check_common,
     find_damage,
@@ -35,6 +34,7 @@ from megatron_bitcpm.checkpoint.safe_load import (
 )
 from megatron_bitcpm.checkpoint.writer import PlannedSave, plan_save
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.parallel.agree import on_all_ranks
 from megatron_bitcpm.parallel.megatron_api import sharded_state_dict_of_chunks
 from megatron_bitcpm.parallel.optimizer_state import optimizer_sharded_state_dict
 
@@ -120,6 +120,8 @@ def load_state(
     loaded = load_sharded(state, folder)
     _load_models(chunks, loaded)
     _load_optimizer(optimizer, loaded["optimizer"])
+    # Megatron adds the saved steps to those done: a rollback would count them twice.
+    scheduler.num_steps = 0
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     progress = dict(loaded["progress"])
     if same_layout:

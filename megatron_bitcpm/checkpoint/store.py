@@ -26,7 +26,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 NEXT_FILE = ".next_checkpoint"
 CONFIG_FILE = "bitcpm_config.yaml"
 STATE_FILE = "bitcpm_state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of our part of a checkpoint; raised when older readers would misread it."""
 
 
@@ -89,6 +89,19 @@ def publish_checkpoint(
 def replaced_folder(target: Path) -> Path:
     """Return the name that an earlier checkpoint of the same step has while it is replaced."""
     return target.with_name(f".old-{target.name}")
+
+
+def write_error(run_dir: Path, reason: str) -> BitcpmError:
+    """Return the error of a checkpoint that could not be written.
+
+    Args:
+        run_dir: the run's folder.
+        reason: what happened, without a full stop.
+    """
+    return CheckpointError.of(
+        "checkpoint.directory", run_dir, f"cannot be written: {reason}",
+        "Free space or name another folder; earlier checkpoints are as they were",
+    )  # fmt: skip
 
 
 def list_checkpoints(run_dir: Path) -> Iterator[tuple[int, Path]]:

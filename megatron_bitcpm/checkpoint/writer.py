@@ -21,24 +21,12 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_bitcpm.checkpoint.agree import on_all_ranks
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE
-from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.checkpoint.store import write_error
+from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import sync
+from megatron_bitcpm.parallel.agree import on_all_ranks
 from megatron_bitcpm.platforms.patch import Patch, PatchSet
-
-
-def write_error(run_dir: Path, reason: str) -> BitcpmError:
-    """Return the error of a checkpoint that could not be written.
-
-    Args:
-        run_dir: the run's folder.
-        reason: what happened, without a full stop.
-    """
-    return CheckpointError.of(
-        "checkpoint.directory", run_dir, f"cannot be written: {reason}",
-        "Free space or name another folder; earlier checkpoints are as they were",
-    )  # fmt: skip
 
 
 class PlannedSave:

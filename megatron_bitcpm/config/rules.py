@@ -232,6 +232,13 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
         yield _no_effect(
             "optimizer.initial_loss_scale", scale, f"with training.precision {training.precision}"
         )
+    least = 1 / (training.micro_batch_size * config.data.seq_length)
+    if scale is not None and training.precision == "fp16" and scale < least:
+        yield format_problem(
+            "optimizer.initial_loss_scale", scale,
+            f"is below the smallest scale, 1 / tokens of a micro-batch = {least:g}",
+            "Use a larger one, or leave it out",
+        )  # fmt: skip
     if guard.loss_spike_threshold is None:
         for name in guard.changed("loss_spike_window", "max_spikes"):
             yield _no_effect(
@@ -244,6 +251,15 @@ def _run_problems(config: RunConfig) -> Iterator[str]:
             "guard.action", "rollback", "there is no checkpoint to return to before the last step",
             "Set checkpoint.save_interval",
         )  # fmt: skip
+    interval = checkpoint.save_interval
+    if guard.action == "rollback" and interval is not None and interval >= training.train_iters:
+        yield format_problem(
+            "guard.action", "rollback",
+            f"there is no checkpoint to return to: save_interval {interval} is not shorter than "
+            f"training.train_iters {training.train_iters}", "Use a shorter interval",
+        )  # fmt: skip
+    if checkpoint.async_save and interval is None:
+        yield _no_effect("checkpoint.async_save", True, "without checkpoint.save_interval")
     if checkpoint.keep_every_n is not None:
         if checkpoint.keep_last_n is None:
             yield _no_effect(
@@ -319,6 +335,10 @@ def _quant_problems(config: RunConfig) -> Iterator[str]:
                 "does not divide " + ", ".join(f"{n} ({name})" for name, n in bad.items()),
                 f"Use {', '.join(map(str, sorted(near)))} or -1",
             )  # fmt: skip
+    if quant.scale_sync == "local" and (tp == 1 or quant.group_size > 0):
+        yield _no_effect(
+            "quant.scale_sync", "local", "where no group spans ranks (group_size > 0, or tp 1)"
+        )
     first, last = quant.full_precision_first_layers, quant.full_precision_last_layers
     if first + last >= model.num_layers:
         yield format_problem(

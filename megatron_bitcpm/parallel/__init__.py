@@ -4,11 +4,13 @@
 * `convert`: `ternarize_`, which swaps the linears of a built model.
 * `requantize`: when weights are quantised: in every forward, or in place after each step.
 * `scale_sync`: scales of rows that are sharded over tensor-parallel ranks.
-* `weight_stats`: zero and flip rates of the codes.
+* `weight_stats`: statistics of the codes, by layer.
+* `agree`: failures and decisions that all ranks share.
 * `megatron_api`: calls that differ between releases of megatron-core; `version`: the tested ones.
 * `optimizer_state`: the optimizer's part of a checkpoint, loadable in other layouts.
 * `adam_step`: a guard for optimizers loaded without Apex and Transformer Engine.
 * `every_step_check`: whether an optimizer allows quantising in place.
 
-Only this folder and `platforms` touch names of Megatron that are not public.
+Only this folder and `platforms` touch names of Megatron that are not public, and
+`checkpoint.writer`, for the format of the files.
 """

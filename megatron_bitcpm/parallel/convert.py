@@ -26,9 +26,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig, RunConfig
 from megatron_bitcpm.errors import ModelError
+from megatron_bitcpm.parallel.agree import first_reason
 from megatron_bitcpm.parallel.linear import TernarySite, ternary_class
 from megatron_bitcpm.parallel.megatron_api import tensor_parallel_group
-from megatron_bitcpm.parallel.requantize import Requantizer, first_reason
+from megatron_bitcpm.parallel.requantize import Requantizer
 from megatron_bitcpm.parallel.version import check_megatron_version
 from megatron_bitcpm.quant.groups import resolve_sharded_groups
 from megatron_bitcpm.quant.selection import is_excluded

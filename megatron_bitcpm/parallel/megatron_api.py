@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.adam_step import keep_adam_steps_apart
+from megatron_bitcpm.parallel.agree import first_reason
 from megatron_bitcpm.parallel.version import is_tested_version
 from megatron_bitcpm.platforms.patch import megatron_version
 
@@ -59,10 +60,30 @@ def get_optimizer(config: OptimizerConfig, chunks: list[Any]) -> MegatronOptimiz
     """
     if hasattr(config, "overlap_param_gather"):
         config.overlap_param_gather = chunks[0].ddp_config.overlap_param_gather
+    _check_buckets(chunks)
     # Both releases leave biases and vectors out of the decay when nothing else is asked for.
     optimizer = get_megatron_optimizer(config, chunks)
     keep_adam_steps_apart(optimizer)
     return optimizer
+
+
+def _check_buckets(chunks: list[Any]) -> None:
+    """Refuse buckets that overlap, as 0.12 lays them out before a tied embedding; collective.
+
+    There the padding of one bucket covers the beginning of the next, which breaks the sharding.
+    """
+    if megatron_version() >= (0, 13):
+        return
+    reason = None
+    for buffer in (buffer for chunk in chunks for buffer in chunk.buffers):
+        ends = [bucket.offset + bucket.grad_data.numel() for bucket in buffer.buckets]
+        if any(end > bucket.offset for end, bucket in zip(ends, buffer.buckets[1:], strict=False)):
+            reason = "this megatron-core lays out overlapping buckets for this model"
+    if reason := first_reason(reason):
+        raise ModelError.of(
+            "parallel.ddp_bucket_size", chunks[0].ddp_config.bucket_size, reason,
+            "Leave it out, untie the embeddings, or use megatron-core 0.16.1",
+        )  # fmt: skip
 
 
 def finalize_gradients(

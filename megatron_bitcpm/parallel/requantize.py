@@ -25,6 +25,7 @@ import torch
 
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.adam_step import keep_adam_steps_apart
+from megatron_bitcpm.parallel.agree import first_reason
 from megatron_bitcpm.parallel.every_step_check import (
     model_chunks,
     reason_against_every_step,
@@ -266,14 +267,3 @@ class Requantizer:
         rewrite_model_params(self._optimizer)
         for site in self.sites:
             site.fresh = False
-
-
-def first_reason(reason: str | None) -> str | None:
-    """Return the first rank's reason, so that all ranks decide alike; collective.
-
-    Args:
-        reason: this rank's; None has none.
-    """
-    reasons: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(reasons, reason)
-    return next((r for r in reasons if r), None)

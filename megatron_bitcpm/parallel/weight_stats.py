@@ -72,6 +72,7 @@ class CodeSampler:
             for site in ternary.sites
         }
         self._codes_before: dict[int, torch.Tensor] = {}
+        self._has_looked = False
 
     @torch.no_grad()
     def measure(self) -> CodeStatistics:
@@ -80,13 +81,16 @@ class CodeSampler:
         Collective over all ranks. The ranks that together hold one model (tensor and pipeline
         parallel) put their sums together in rank order; data-parallel ranks hold the same weights.
         """
-        sites, first_look = self._ternary.sites, not self._codes_before
+        sites, first_look = self._ternary.sites, not self._has_looked
+        self._has_looked = True
         with self._ternary.latents():
             update_shared_scales(sites)
-            looks = torch.stack([self._look_at(site) for site in sites])
+            looks = [self._look_at(site) for site in sites]
         mine: dict[int, _Sums] = {}
         # To the host in one piece: one wait for the device.
-        for site, numbers in zip(sites, looks.tolist(), strict=True):
+        # A pipeline stage may have no ternary linear.
+        numbers_of_sites = torch.stack(looks).tolist() if looks else []
+        for site, numbers in zip(sites, numbers_of_sites, strict=True):
             mine.setdefault(_layer_of(site), _Sums()).add(_Sums(*numbers))
         layers: dict[int, _Sums] = {}
         for part in _gather_from_model_parallel_ranks(mine):

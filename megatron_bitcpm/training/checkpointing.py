@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from megatron_bitcpm.checkpoint.init_from import check_init_from
 from megatron_bitcpm.checkpoint.retention import clean_leftovers
@@ -16,12 +17,15 @@ from megatron_bitcpm.checkpoint.store import (
     has_checkpoints,
     read_config,
     read_state,
+    write_error,
 )
 from megatron_bitcpm.config import RunConfig
-from megatron_bitcpm.errors import ConfigError, format_problem
+from megatron_bitcpm.errors import BitcpmError, CheckpointError, ConfigError, format_problem
+from megatron_bitcpm.files import lock_folder
+from megatron_bitcpm.parallel.agree import from_main_rank, on_all_ranks
 from megatron_bitcpm.training.progress import Progress
 from megatron_bitcpm.training.resume import check_resumable, check_same_data
-from megatron_bitcpm.training.runtime import Runtime, on_main_rank
+from megatron_bitcpm.training.runtime import Runtime
 
 if TYPE_CHECKING:
     from megatron_bitcpm.checkpoint.saver import SaveReport
@@ -31,28 +35,37 @@ logger = logging.getLogger(__name__)
 
 
 def check_run_folder(config: RunConfig, resume: bool) -> None:
-    """Refuse to mix two runs in one folder; decided alike on all ranks, before any writes.
+    """Refuse to mix two runs in one folder, before anything is built or written; collective.
 
     Raises:
         CheckpointError: nothing to resume, or nothing to begin from.
-        ConfigError: there is a run already.
+        ConfigError: there is a run already, or the weights to begin with are another model's.
     """
     directory = Path(config.checkpoint.directory)
-    if resume:
-        find_checkpoint(directory)
-        return
-    if has_checkpoints(directory):
-        raise ConfigError(
-            format_problem(
-                "checkpoint.directory",
-                directory,
-                "holds checkpoints of an earlier run",
-                "Use --resume to continue it, or another folder",
+
+    def check() -> None:
+        if resume:
+            find_checkpoint(directory)
+        elif has_checkpoints(directory):
+            raise ConfigError(
+                format_problem(
+                    "checkpoint.directory",
+                    directory,
+                    "holds checkpoints of an earlier run",
+                    "Use --resume to continue it, or another folder",
+                )
             )
-        )
-    if config.checkpoint.init_from:
-        folder = find_checkpoint(config.checkpoint.init_from)
-        check_init_from(config, read_config(folder), folder)
+        elif config.checkpoint.init_from:
+            folder = find_checkpoint(config.checkpoint.init_from)
+            check_init_from(config, read_config(folder), folder)
+
+    on_all_ranks(check, partial(_unreadable, directory), main_only=True)
+
+
+def _unreadable(folder: str | Path, reason: str) -> BitcpmError:
+    return CheckpointError.of(
+        "checkpoint", folder, f"cannot be read: {reason}", "Name a readable folder"
+    )
 
 
 class Checkpointer:
@@ -86,20 +99,21 @@ class Checkpointer:
             "padded_vocab_size": state.padded_vocab_size,
             "quantizer": state.ternary.stamp() if state.ternary else None,
         }
-        origin = [Path(config.checkpoint.init_from)] if config.checkpoint.init_from else []
-        self._saver = CheckpointSaver(config, runtime.device, protected=origin)
+        self._saver = CheckpointSaver(config, runtime.device)
+        self._lock: IO[str] | None = None
 
     def prepare_folder(self) -> None:
-        """Make the run's folder, and clean up what a crash left in it."""
+        """Make the run's folder, lock it, and clean up what a crash left in it."""
 
         def prepare() -> None:
             self._directory.mkdir(parents=True, exist_ok=True)
+            self._lock = lock_folder(self._directory)
             clean_leftovers(self._directory)
             probe = self._directory / ".tmp-writable"
             probe.write_text("x", encoding="utf-8")
             probe.unlink()
 
-        on_main_rank(prepare, "checkpoint.directory", self._directory)
+        on_all_ranks(prepare, partial(write_error, self._directory), main_only=True)
 
     def save(self, progress: Progress, valid_loss: float | None) -> list[SaveReport]:
         """Write a checkpoint of latent weights, or begin to; return what was published."""
@@ -120,17 +134,15 @@ class Checkpointer:
 
     def has_checkpoint(self) -> bool:
         """Whether the run has saved anything."""
-        return on_main_rank(
-            lambda: has_checkpoints(self._directory), "checkpoint.directory", self._directory
+        return from_main_rank(
+            lambda: has_checkpoints(self._directory), partial(_unreadable, self._directory)
         )
 
     def load(self) -> Progress:
         """Restore the newest checkpoint of the run's folder."""
         from megatron_bitcpm.checkpoint.state import load_state
 
-        folder = find_checkpoint(self._directory)
-        check_resumable(self._config, read_config(folder), folder)
-        check_same_data(self._config, self._data_facts, read_state(folder), folder)
+        folder = from_main_rank(self._find_resumable, partial(_unreadable, self._directory))
         state = self._state
         with self._latents():
             progress = load_state(
@@ -143,11 +155,25 @@ class Checkpointer:
         logger.info("resumed from %s", folder)
         return Progress(**progress)
 
+    def _find_resumable(self) -> Path:
+        folder = find_checkpoint(self._directory)
+        check_resumable(self._config, read_config(folder), folder)
+        check_same_data(self._config, self._data_facts, read_state(folder), folder)
+        return folder
+
     def initialize(self, source: str) -> None:
         """Take the latent weights of another run; all else stays fresh."""
         from megatron_bitcpm.checkpoint.state import load_weights
 
+        folder = from_main_rank(lambda: self._find_origin(source), partial(_unreadable, source))
+        with self._latents():
+            load_weights(folder, self._state.chunks)
+            self._state.optimizer.reload_model_params()
+        logger.info("begun with the weights of %s", folder)
+
+    def _find_origin(self, source: str) -> Path:
         folder = find_checkpoint(source)
+        check_init_from(self._config, read_config(folder), folder)
         key = "tokenizer_sha256"
         if read_state(folder).get(key) != self._data_facts[key]:
             raise ConfigError(
@@ -158,10 +184,7 @@ class Checkpointer:
                     "Use that tokenizer: the embeddings belong to its ids",
                 )
             )
-        with self._latents():
-            load_weights(folder, self._state.chunks)
-            self._state.optimizer.reload_model_params()
-        logger.info("begun with the weights of %s", folder)
+        return folder
 
     def _latents(self) -> AbstractContextManager[None]:
         return self._state.ternary.latents() if self._state.ternary else nullcontext()

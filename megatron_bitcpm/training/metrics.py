@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,9 +67,10 @@ class MetricsWriter:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._stream.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with self._tolerating_a_full_disk():
+            self._stream.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
     def say(self, text: str) -> None:
         """Print text above the progress bar."""
@@ -98,21 +101,34 @@ class MetricsWriter:
             found = {key: value for key, value in of_layer.items() if value is not None}
             line.setdefault("layers", {})[str(number)] = _finite_or_null(found)
             kept.update({f"layers/{number:02d}/{key}": value for key, value in found.items()})
-        self._stream.write(json.dumps({"iteration": iteration, **line}) + "\n")
-        self._stream.flush()
-        if self._tensorboard is not None:
-            for key, value in kept.items():
-                self._tensorboard.add_scalar(key, value, iteration)
+        with self._tolerating_a_full_disk():
+            self._stream.write(json.dumps({"iteration": iteration, **line}) + "\n")
+            self._stream.flush()
+            if self._tensorboard is not None:
+                for key, value in kept.items():
+                    self._tensorboard.add_scalar(key, value, iteration)
 
     def rewind(self, iteration: int) -> None:
         """Forget what was recorded after an iteration, to which the run returned."""
-        self._stream.close()
-        self._forget_after(iteration)
-        self._stream = self._path.open("a", encoding="utf-8")
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", iteration)
+        with self._tolerating_a_full_disk():
+            self._stream.close()
+            self._forget_after(iteration)
+            self._stream = self._path.open("a", encoding="utf-8")
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+                self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", iteration)
         self.advance(iteration)
+
+    @contextmanager
+    def _tolerating_a_full_disk(self) -> Iterator[None]:
+        """Lose numbers rather than the run: only this rank knows, and the others go on.
+
+        A checkpoint that cannot be written stops all ranks.
+        """
+        try:
+            yield
+        except OSError as error:
+            logger.warning("%s: numbers are lost (%s)", self._path, error.strerror or error)
 
     def _forget_after(self, iteration: int) -> None:
         """Drop lines that a run resumed from an earlier checkpoint will write again."""
@@ -132,8 +148,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            values = json.loads(line)
+            if not isinstance(values["iteration"], int):
+                raise TypeError("iteration")
+            lines.append(values)
+        except (ValueError, KeyError, TypeError):
             logger.warning("%s: unreadable line dropped", path)
     return lines
 

@@ -147,6 +147,7 @@ class StepReport:
         """Say that checkpoints are complete, and count how long they held the training."""
         for save in saves:
             self._stall_s += save.stall_s
+            self.restart_clock()
             if self._config.checkpoint.async_save:
                 self.say(
                     f"step {save.iteration:6d}  saved; training waited {save.stall_s:.2f} s of "

@@ -49,12 +49,12 @@ def check_resumable(config: RunConfig, saved: RunConfig, folder: Path) -> None:
     problems = [
         format_problem(
             key,
-            now[key],
-            f"the checkpoint {folder.name} was trained with {then[key]}",
+            now.get(key, "(absent)"),
+            f"the checkpoint {folder.name} was trained with {then.get(key, '(absent)')}",
             "Use that value, or start a new run in another folder",
         )
-        for key in now
-        if now[key] != then[key] and (key in _MUST_STAY or not key.startswith(_MAY_CHANGE))
+        for key in {**then, **now}
+        if now.get(key) != then.get(key) and (key in _MUST_STAY or not key.startswith(_MAY_CHANGE))
     ]
     problems += _local_scale_problems(config, saved, folder)
     if problems:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
 
 import torch
 
 from megatron_bitcpm.config import ParallelConfig, env_local_rank, env_rank, env_world_size
-from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.platforms import Platform, current_platform
 
 COLLECTIVE_TIMEOUT_S = 600
@@ -37,34 +36,6 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this rank prints and writes."""
         return self.rank == 0
-
-
-T = TypeVar("T")
-
-
-def on_main_rank(action: Callable[[], T], field: str, value: Any) -> T:
-    """Do file work on rank 0 and return its result, or raise its failure, on every rank.
-
-    Args:
-        action: called on rank 0 only; its result must pickle.
-        field, value: what the message names when the file system refuses.
-
-    Raises:
-        CheckpointError: on all ranks alike.
-    """
-    outcome: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome[0] = action()
-        except (OSError, BitcpmError) as error:
-            outcome[1] = getattr(error, "strerror", None) or str(error)
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise CheckpointError.of(
-            field, value, f"cannot be written: {outcome[1]}", "Free space or name another folder"
-        )
-    result: T = outcome[0]
-    return result
 
 
 @contextmanager

@@ -105,6 +105,7 @@ def wrap_chunks(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=parallel.overlap_param_gather and len(models) > 1,
         bucket_size=parallel.ddp_bucket_size,
     )
     half = transformer.bf16 or transformer.fp16

@@ -57,7 +57,7 @@ def run_schedule(
     seq_length: int,
     device: torch.device,
     forward_only: bool = False,
-) -> float:
+) -> tuple[float, float]:
     """Run forward (and backward) over one global batch; collective over all ranks.
 
     Args:
@@ -71,7 +71,8 @@ def run_schedule(
         forward_only: no gradients.
 
     Returns:
-        The mean loss over all tokens of the global batch, nats; the same on all ranks.
+        The sum of the losses of the global batch's tokens that count, nats, and how many they are;
+        the same on all ranks.
     """
     iterators: Any = batches
     if len(chunks) > 1:
@@ -90,11 +91,11 @@ def run_schedule(
     mine = torch.zeros(num_microbatches, 2, device=device)
     if outputs:  # the last pipeline stage
         mine = torch.stack([output["loss"] for output in outputs]).float()
-    return _mean_loss(mine)
+    return _add_up(mine)
 
 
-def _mean_loss(mine: torch.Tensor) -> float:
-    """Combine (loss sum, tokens) pairs, float32 [micro-batches, 2] on the last pipeline stage."""
+def _add_up(mine: torch.Tensor) -> tuple[float, float]:
+    """Add (loss sum, tokens) pairs, float32 [micro-batches, 2] on the last pipeline stage."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     everyone = [torch.empty_like(mine) for _ in range(group.size())]
     # Gathered and added here: not every collectives library reduces float64.
@@ -106,5 +107,7 @@ def _mean_loss(mine: torch.Tensor) -> float:
             parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
+    # What follows from the loss is decided by every rank for itself: to the last bit the same.
+    torch.distributed.broadcast(pairs, 0)
     loss_sum, tokens = pairs.cpu().double().sum(0).tolist()
-    return float(loss_sum / tokens) if tokens else float("nan")
+    return loss_sum, tokens

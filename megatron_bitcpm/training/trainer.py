@@ -12,12 +12,14 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_bitcpm.checkpoint.hf_config import read_tokenizer_ids
+from megatron_bitcpm.checkpoint.store import write_error
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.data.dataset import (
     MicroBatchIterator,
@@ -26,7 +28,8 @@ from megatron_bitcpm.data.dataset import (
     data_fingerprints,
 )
 from megatron_bitcpm.data.tokenizer import load_tokenizer
-from megatron_bitcpm.errors import TrainingError
+from megatron_bitcpm.errors import BitcpmError, TrainingError
+from megatron_bitcpm.parallel.agree import on_all_ranks
 from megatron_bitcpm.training.checkpointing import Checkpointer, check_run_folder
 from megatron_bitcpm.training.exit import ExitRequest
 from megatron_bitcpm.training.guard import LossGuard, Verdict
@@ -50,8 +53,8 @@ def train(config: RunConfig, resume: bool = False) -> None:
     Raises:
         BitcpmError: an input that cannot be used, or a run that had to stop.
     """
-    check_run_folder(config, resume)
     with start_runtime(config.parallel, config.training.seed) as runtime:
+        check_run_folder(config, resume)
         Trainer(config, runtime).run(resume)
 
 
@@ -81,6 +84,7 @@ class Trainer:
             config, runtime, self.state, data_fingerprints(data, tokenizer), tokenizer.vocab_size
         )
         self._forward_step = build_forward_step(runtime.device)
+        self._save_is_due = False
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -102,20 +106,36 @@ class Trainer:
             )
         title = "ternary" if self.state.ternary else "full precision"
         with ExitStack() as stack:
-            writer = None
-            if self.runtime.is_main:
-                writer = stack.enter_context(
-                    MetricsWriter(self.directory, first_iter, training.train_iters, title)
-                )
+            writer = self._open_metrics(first_iter, title)
+            if writer:
+                stack.enter_context(writer)
                 writer.say(self.describe())
             exit_request = stack.enter_context(
                 ExitRequest(training.exit_duration_in_mins, self.runtime.device)
             )
             self._loop(StepReport(self.config, self.runtime, self.state, writer), exit_request)
         if self.runtime.is_main:
-            plot_losses({title: self.directory}, self.directory / "loss.png")
+            self._plot(title)
             done = self.progress.iteration >= training.train_iters
             logger.info("%s; checkpoints in %s", "done" if done else "stopped", self.directory)
+
+    def _plot(self, title: str) -> None:
+        try:
+            plot_losses({title: self.directory}, self.directory / "loss.png")
+        except BitcpmError as error:
+            # The run is complete and saved without its picture.
+            logger.warning("%s", error)
+
+    def _open_metrics(self, first_iter: int, title: str) -> MetricsWriter | None:
+        """Return the writer on the main rank; a folder that it cannot use stops all ranks."""
+        writers: list[MetricsWriter] = []
+
+        def open_writer() -> None:
+            iters = self.config.training.train_iters
+            writers.append(MetricsWriter(self.directory, first_iter, iters, title))
+
+        on_all_ranks(open_writer, partial(write_error, self.directory), main_only=True)
+        return writers[0] if writers else None
 
     def _loop(self, report: StepReport, exit_request: ExitRequest) -> None:
         training = self.config.training
@@ -135,7 +155,8 @@ class Trainer:
         report.published(self.checkpointer.finish())
         if reason is not None:
             iteration = self.progress.iteration
-            report.say(f"step {iteration:6d}  {reason}: saved; --resume goes on from here")
+            what = "in the middle of trouble, not saved" if self._save_is_due else "saved"
+            report.say(f"step {iteration:6d}  {reason}: {what}; --resume goes on")
 
     def _after_step(self, report: StepReport, stopping: bool) -> None:
         """Log, validate and save as is due."""
@@ -148,15 +169,20 @@ class Trainer:
         if is_last or (iteration % training.eval_interval == 0 and not stopping):
             valid_loss = self._validate(report)
         interval = self.config.checkpoint.save_interval
-        due = interval is not None and iteration % interval == 0
-        # A rollback must not lead into the middle of what it flees from.
-        if due and self.config.guard.action == "rollback" and self.guard.in_trouble:
-            due = False
-        if is_last or stopping or due:
+        if is_last or stopping or (interval is not None and iteration % interval == 0):
+            self._save_is_due = True
+        if self._save_is_due and (is_last or self._is_worth_returning_to()):
+            self._save_is_due = False
             self.progress.guard = self.guard.state()
             report.published(self.checkpointer.save(self.progress, valid_loss))
             report.restart_clock()
         report.published(self.checkpointer.poll())
+
+    def _is_worth_returning_to(self) -> bool:
+        """A rollback must not lead into the middle of what it flees from."""
+        if self.config.guard.action == "stop" or not self.guard.in_trouble:
+            return True
+        return not self.checkpointer.has_checkpoint()
 
     def _roll_back(self, verdict: Verdict, report: StepReport) -> Batches:
         """Return to the newest checkpoint, and to later data; return the new batches.
@@ -204,7 +230,7 @@ class Trainer:
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
-        loss = self._run_schedule(batches, forward_only=False)
+        loss_sum, num_tokens = self._run_schedule(batches, forward_only=False)
         updated, grad_norm = False, None
         if self._gradients_are_usable():
             updated, grad_norm, _ = state.optimizer.step()
@@ -214,6 +240,7 @@ class Trainer:
             self.progress.skipped_steps += 1
         self.progress.iteration += 1
         self.progress.consumed_samples += training.global_batch_size
+        loss = loss_sum / num_tokens if num_tokens else math.nan
         return loss, float(grad_norm) if updated else None
 
     def _gradients_are_usable(self) -> bool:
@@ -225,7 +252,7 @@ class Trainer:
         torch.distributed.all_reduce(bad)
         return int(bad) == 0
 
-    def _run_schedule(self, batches: Batches, forward_only: bool) -> float:
+    def _run_schedule(self, batches: Batches, forward_only: bool) -> tuple[float, float]:
         from megatron_bitcpm.training.step import run_schedule
 
         training = self.config.training
@@ -259,7 +286,8 @@ class Trainer:
                 self._run_schedule(batches, forward_only=True)
                 for _ in range(self.config.training.eval_iters)
             ]
-            losses[name] = math.fsum(each) / len(each)
+            tokens = math.fsum(count for _, count in each)
+            losses[name] = math.fsum(total for total, _ in each) / tokens if tokens else math.nan
         for chunk in self.state.chunks:
             chunk.train()
         return losses

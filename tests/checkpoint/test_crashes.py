@@ -130,12 +130,10 @@ def test_retention(tmp_path):
     foreign.mkdir()
     link = tmp_path / "iter_0000010"
     link.symlink_to(tmp_path / "iter_0000002")
-    protected = [tmp_path / "x" / ".." / "iter_0000005"]
-    (tmp_path / "x").mkdir()
-    deleted = delete_surplus(tmp_path, 9, keep_last_n=2, keep_every_n=4, protected=protected)
-    assert deleted == [7, 6, 3, 2, 1]
+    deleted = delete_surplus(tmp_path, 9, keep_last_n=2, keep_every_n=4)
+    assert deleted == [7, 6, 5, 3, 2, 1]
     left = sorted(int(path.name[5:]) for path in tmp_path.glob("iter_*") if not path.is_symlink())
-    assert left == [0, 4, 5, 8, 9, 12]
+    assert left == [0, 4, 8, 9, 12]
     assert later.is_dir()
     assert link.is_symlink()
     assert delete_surplus(tmp_path, 9, None, None) == []
@@ -156,7 +154,9 @@ def test_a_checkpoint_that_cannot_be_deleted_stays(tmp_path, monkeypatch, caplog
 
 def test_cleaning_leaves_everything_else(tmp_path):
     publish(tmp_path, 1)
-    (tmp_path / "metrics.csv").write_text("x")
+    for name in ("metrics.csv", ".tmp-mine", ".deleted-mine", ".tmp-iter_of_mine"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".tmp-iter_0000002").symlink_to(tmp_path / "iter_0000001")
     before = sorted(path.name for path in tmp_path.rglob("*"))
     clean_leftovers(tmp_path)
     clean_leftovers(tmp_path / "absent")

@@ -139,6 +139,7 @@ def test_another_kind_of_optimizer(saved_with, loaded_with, tmp_path):
     assert "Use the precision and use_distributed_optimizer of its" in message
 
 
+@pytest.mark.slow
 def test_weights_of_another_layout_type_and_quantiser(saved, tmp_path):
     wanted = run_ranks(2, loss_of, str(saved), TP2)[0]
     (error, got), _ = run_ranks(2, load_weights_of, str(saved), {"pp": 2})

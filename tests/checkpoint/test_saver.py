@@ -70,7 +70,11 @@ def train_while_saving(rank, directory, layout):
         PlannedSave.write = original
 
 
-@pytest.mark.parametrize("layout", [TP2, SHARDED], ids=["tp2", "dp2_sharded"])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(TP2, marks=pytest.mark.slow), SHARDED],
+    ids=["tp2", "dp2_sharded"],
+)
 def test_training_goes_on_during_a_save(layout, tmp_path):
     wanted = run_ranks(2, train_while_saving, str(tmp_path), layout)
     folder = find_checkpoint(tmp_path)
@@ -146,8 +150,15 @@ def fail_to_save(rank, directory, async_save, failing_rank, limit):
 
 
 # The limits stop the first file, the tensors, and nothing but the index.
-@pytest.mark.parametrize("async_save", [False, True])
-@pytest.mark.parametrize(("rank", "limit"), [(0, 100), (1, 50_000)])
+@pytest.mark.parametrize(
+    ("rank", "limit", "async_save"),
+    [
+        (0, 100, False),
+        (1, 50_000, True),
+        pytest.param(0, 100, True, marks=pytest.mark.slow),
+        pytest.param(1, 50_000, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk_stops_in_one_line_and_leaves_the_last_good_one(
     rank, limit, async_save, tmp_path
 ):

@@ -62,6 +62,31 @@ def test_init_from_needs_the_same_model(write_config, tmp_path):
     assert not (tmp_path / "begun").exists()
 
 
+def test_init_from_needs_the_same_tokenizer(write_config, corpus, tmp_path):
+    from megatron_bitcpm.data.prepare import prepare
+    from megatron_bitcpm.data.tokenizer import train_tokenizer
+
+    one_step = {"training__train_iters": 1, "optimizer__lr_warmup_iters": 0}
+    train_well(1, write_config("source", **one_step))
+    # As many ids, so that every weight would fit; but they mean other pieces.
+    text = (corpus / "text.txt").read_text()
+    (tmp_path / "text.txt").write_text(text.translate(str.maketrans("aeio", "oiea")))
+    train_tokenizer([tmp_path / "text.txt"], tmp_path / "tokenizer", vocab_size=300)
+    prepare(
+        [tmp_path / "text.txt"], tmp_path / "tokenizer", tmp_path / "other",
+        valid_fraction=0.1, document_chars=400, show_progress=False,
+    )  # fmt: skip
+    config = write_config(
+        "begun", checkpoint__init_from=str(tmp_path / "source"),
+        data__prefix=str(tmp_path / "other"), data__tokenizer=str(tmp_path / "tokenizer"),
+        **one_step,
+    )  # fmt: skip
+    code, message = train(1, config)[0]
+    assert code == 2 and "iter_0000001 was trained with another tokenizer" in message, message
+    assert f"data.tokenizer={tmp_path / 'tokenizer'}: checkpoint.init_from " in message
+    assert not list((tmp_path / "begun").glob("*iter_*"))
+
+
 def test_a_blend_with_named_validation_sets(write_config, corpus, tmp_path):
     from megatron_bitcpm.data.prepare import prepare
 

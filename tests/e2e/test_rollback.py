@@ -50,6 +50,9 @@ def test_a_spike_rolls_back_and_goes_on_with_later_data(write_config, tmp_path):
     train_well(2, clean)
     assert losses[4] == numbers(tmp_path / "clean", "loss")[4]
     assert losses[5] != numbers(tmp_path / "clean", "loss")[5]
+    # The schedule goes on from step 4 too: warm-up, then the peak until the decay of the last two.
+    rates = numbers(tmp_path / "run", "learning_rate")
+    assert [rates[n] for n in (1, 2, 5, 10, 12)] == [2.5e-3, 5e-3, 5e-3, 5e-3, 0.0]
     # A resumed run remembers.
     train_well(2, config, "--resume", "--set", "training.train_iters=14")
     state = json.loads((tmp_path / "run" / "iter_0000014" / "bitcpm_state.json").read_text())

@@ -1,5 +1,6 @@
 """Imported once by the fork server, so that each rank of a test starts in milliseconds."""
 
+import importlib
 import warnings
 
 warnings.filterwarnings("ignore")
@@ -8,5 +9,19 @@ from megatron_bitcpm.platforms import current_platform  # noqa: E402
 
 current_platform().prepare()
 
-import helpers.tiny_models  # noqa: E402, F401
-import megatron_bitcpm.training.setup  # noqa: E402, F401
+# What a training run and its checkpoints import on their way. The last may be absent.
+for _name in (
+    "helpers.tiny_models",
+    "megatron.core.datasets.gpt_dataset",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron_bitcpm.checkpoint.saver",
+    "megatron_bitcpm.cli",
+    "megatron_bitcpm.training.setup",
+    "megatron_bitcpm.training.step",
+    "megatron_bitcpm.training.trainer",
+    "psutil",
+    "sentencepiece",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+):
+    importlib.import_module(_name)

@@ -24,7 +24,7 @@ _TESTS = str(Path(__file__).parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([_TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 200) -> list[Any]:
     """Call fn(rank, *args) on `world` ranks; return the results by rank.
 
     Args:

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -114,15 +114,20 @@ def keep_only(source, target, iteration: int) -> None:
 
 
 def disturb(
-    world: int, arguments: list[str], moment: Callable[[], bool], number: signal.Signals
+    world: int,
+    arguments: list[str],
+    moment: Callable[[], bool],
+    number: signal.Signals,
+    ranks: Collection[int] | None = None,
 ) -> list[int | None]:
-    """Start a command on several ranks and send all of them a signal at some moment.
+    """Start a command on several ranks and send them a signal at some moment.
 
     Args:
         world: ranks.
         arguments: of the `bitcpm` command.
         moment: asked again and again; the signal is sent when it returns True.
-        number: SIGKILL goes to every process of every rank, others to the ranks themselves.
+        number: SIGKILL goes to every process of a rank, others to the rank itself.
+        ranks: which get it; all if not given.
 
     Returns:
         The ranks' exit codes, negative for a signal.
@@ -142,8 +147,8 @@ def disturb(
         while not moment() and any(p.is_alive() for p in processes):
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        for process in processes:
-            if process.is_alive():
+        for rank, process in enumerate(processes):
+            if process.is_alive() and (ranks is None or rank in ranks):
                 if number == signal.SIGKILL:
                     os.killpg(process.pid, number)
                 else:

@@ -136,9 +136,10 @@ ROUTES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "targets"),
-    [pytest.param(*r, marks=[] if r[0] == "dist dp2 fp32" else pytest.mark.slow) for r in ROUTES],
+    ROUTES,
     ids=[source for source, _ in ROUTES],
 )
 def test_resume_in_the_same_and_in_other_layouts(tmp_path, source, targets):

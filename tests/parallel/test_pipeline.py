@@ -93,8 +93,15 @@ def train_with_empty_first_stage(rank: int, requantize: str, overlap: bool, hold
         return trace, run.ternary.requantizer.mode, run.ternary.report().splitlines()[0]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("holds_layer", [False, True])
+@pytest.mark.parametrize(
+    ("holds_layer", "overlap"),
+    [
+        (False, True),
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stage_without_ternary_linears(overlap, holds_layer):
     ranks = {
         mode: run_ranks(2, train_with_empty_first_stage, mode, overlap, holds_layer)

@@ -73,8 +73,15 @@ def test_tp2_bf16_with_accumulation_recompute_and_a_skipped_step():
     )
 
 
-@pytest.mark.parametrize("group_size", [-1, 32])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("group_size", "overlap"),
+    [
+        (32, True),
+        pytest.param(32, False, marks=pytest.mark.slow),
+        pytest.param(-1, True, marks=pytest.mark.slow),
+        pytest.param(-1, False, marks=pytest.mark.slow),
+    ],
+)
 def test_dp2_distributed_optimizer(group_size, overlap):
     step, forward = both_modes(
         2, 16, {"skip": SKIPPED_STEP, "eval": 12, "save": 6, "toggle_hooks": overlap},
@@ -84,7 +91,7 @@ def test_dp2_distributed_optimizer(group_size, overlap):
     assert step == forward
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_virtual_pipeline_with_distributed_optimizer(overlap):
     """Two chunks on each stage; with overlap the schedule starts each chunk's gather itself."""
     step, forward = both_modes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -99,8 +100,22 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("mode", ["every_step", "every_forward"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+FAST = {
+    ("one", "every_step"),
+    ("one", "every_forward"),
+    ("dp2-overlap", "every_forward"),
+    ("pp2-vpp2", "every_forward"),
+    ("tp2-pp2", "every_step"),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "mode"),
+    [
+        pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
+        for case in product(LAYOUTS, ("every_step", "every_forward"))
+    ],
+)
 def test_statistics_are_those_of_the_weights_in_the_forward(layout, mode):
     world, options = LAYOUTS[layout]
     group_size = 32 if layout == "dp2-overlap" else -1

@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_read(run, monkeypatch):
         ("null", "holds no JSON object"),
         ("{", "Expecting property name"),
         ("[" * 100_000, "recursion"),
-        ({"format_version": 2}, "format_version=2: this package reads 1"),
+        ({"format_version": 1}, "format_version=1: this package reads 2"),
         ({"iteration": None}, "iteration is None, not a number from 0"),
         ({"iteration": "7"}, "iteration is '7', not a number from 0"),
         ({"world_size": None}, "world_size is None, not a number from 1"),

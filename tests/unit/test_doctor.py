@@ -116,6 +116,7 @@ def test_autoload_switched_off_leaves_torch_usable(tmp_path):
     assert ascend.probe_torch_npu(facts, "2.7.1").status == "problem"
 
 
+@pytest.mark.slow
 def test_visible_devices_hide_all_npus_though_they_are_available(tmp_path):
     folder = fake_torch_npu(tmp_path, LIKE_WITHOUT_DEVICES, autoload=False)
     environ = environment(folder, ASCEND_RT_VISIBLE_DEVICES="8")
@@ -139,6 +140,7 @@ def test_a_torch_that_ends_the_process_is_a_finding(tmp_path, code):
     assert ascend.probe_devices({}, facts).status == "absent"
 
 
+@pytest.mark.slow
 def test_values_of_our_variables_are_tried():
     environ = environment(BITCPM_CPU_ISA="mmx", BITCPM_PLATFORM="npu")
     facts = torch_facts.ask_torch(environ)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.errors import BitcpmError, ConfigError
 
 T = TypeVar("T")
 
@@ -30,21 +30,51 @@ def on_all_ranks(
     Returns:
         What `action` returned on this rank; None where it was not called.
     """
-    result, failure, cause = None, None, None
+    result: T | None = None
+    failure: tuple[type[BitcpmError], Any] | None = None
+    cause = None
     if not main_only or torch.distributed.get_rank() == 0:
         try:
             result = action()
         # Whatever it is, the other ranks must learn of it.
         except Exception as problem:
             cause = problem
-            own = isinstance(problem, BitcpmError)
-            failure = str(problem) if own else str(error(describe(problem)))
+            own = problem if isinstance(problem, BitcpmError) else error(describe(problem))
+            failure = type(own), own.problems if isinstance(own, ConfigError) else str(own)
     failures: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, failure)
-    first = next((text for text in failures if text is not None), None)
+    first = next((found for found in failures if found is not None), None)
     if first is not None:
-        raise CheckpointError(first) from cause
+        kind, message = first
+        raise kind(message) from cause
     return result
+
+
+def from_main_rank(action: Callable[[], T], error: Callable[[str], BitcpmError]) -> T:
+    """Do some work on rank 0 and return its result, or raise its failure, on all. Collective.
+
+    What is read from files goes this way where ranks must not differ: on a shared file system one
+    may still see the state of a moment ago.
+
+    Args:
+        action: called on rank 0 only; its result must pickle.
+        error: see `on_all_ranks`.
+    """
+    box: list[Any] = [on_all_ranks(action, error, main_only=True)]
+    torch.distributed.broadcast_object_list(box, src=0)
+    result: T = box[0]
+    return result
+
+
+def first_reason(reason: str | None) -> str | None:
+    """Return the first rank's reason, so that all ranks decide alike; collective.
+
+    Args:
+        reason: this rank's; None has none.
+    """
+    reasons: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reasons, reason)
+    return next((r for r in reasons if r), None)
 
 
 def describe(problem: BaseException) -> str:
