@@ -35,8 +35,8 @@ CONFIG = {
 
 def run_config(directory: Path, **checkpoint: Any) -> RunConfig:
     """A configuration whose checkpoint section is `checkpoint`."""
-    tree = {**CONFIG, "checkpoint": {"directory": str(directory), **checkpoint}}
-    return parse_config(yaml.safe_dump(tree), world_size=1)
+    settings = {"directory": str(directory), "save_interval": 1, **checkpoint}
+    return parse_config(yaml.safe_dump({**CONFIG, "checkpoint": settings}), world_size=1)
 
 
 def write_files(folder: Path) -> None:

@@ -144,7 +144,7 @@ def test_fp16_finds_its_loss_scale(write_config, tmp_path):
     assert losses[24] < losses[1] - 0.3
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_only_the_wanted_checkpoints_stay(write_config, tmp_path, async_save):
     config = write_config(
         "run", training__train_iters=10, checkpoint__save_interval=1, checkpoint__keep_last_n=2,

@@ -140,6 +140,7 @@ def train_with_naive_hook(rank: int) -> dict:
         Requantizer._follow_step = original
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_quantising_after_a_skipped_step():
     naive = run_ranks(2, train_with_naive_hook)
     correct = run_ranks(2, train_once, "every_step", 14, {"skip": SKIPPED_STEP}, {"tp": 2})

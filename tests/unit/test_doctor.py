@@ -108,6 +108,7 @@ def test_autoload_without_cann_kills_torch_and_the_doctor_survives(tmp_path):
     assert not [name for name, entry in found.items() if "the probe failed" in entry["detail"]]
 
 
+@pytest.mark.slow
 def test_autoload_switched_off_leaves_torch_usable(tmp_path):
     folder = fake_torch_npu(tmp_path, LIKE_WITHOUT_CANN, autoload=True)
     facts = torch_facts.ask_torch(environment(folder, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))

@@ -15,14 +15,14 @@ FOLDER = Path("run/iter_0000004")
 
 
 def run_config(**changes) -> RunConfig:
-    """A run on two ranks; changes are ``section__key=value``."""
+    """A run on four ranks; changes are ``section__key=value``."""
     tree: dict = {
         "model": {
             "num_layers": 4,
             "hidden_size": 64,
             "ffn_hidden_size": 128,
             "num_attention_heads": 4,
-            "num_query_groups": 2,
+            "num_query_groups": 4,
             "max_position_embeddings": 32,
         },
         "quant": {},
@@ -30,12 +30,12 @@ def run_config(**changes) -> RunConfig:
         "data": {"prefix": "d", "tokenizer": "t", "seq_length": 32},
         "optimizer": {"lr": 1e-3},
         "training": {"train_iters": 10, "micro_batch_size": 1, "global_batch_size": 8},
-        "checkpoint": {"directory": "run"},
+        "checkpoint": {"directory": "run", "save_interval": 5},
     }
     for path, value in changes.items():
         section, key = path.split("__", 1)
         tree.setdefault(section, {})[key] = value
-    return parse_config(yaml.safe_dump(tree), world_size=2)
+    return parse_config(yaml.safe_dump(tree), world_size=4)
 
 
 @pytest.mark.parametrize(
@@ -82,20 +82,16 @@ def test_what_must_stay(key, value, before):
     assert line.startswith(f"{key}={value}: the checkpoint iter_0000004 was trained with {before}.")
 
 
-@pytest.mark.parametrize(
-    ("quant", "is_refused"),
-    [
-        ({"quant__scale_sync": "local"}, True),
-        ({"quant__scale_sync": "local", "quant__group_size": 32}, False),
-        ({"quant__scale_sync": "local", "quant__enabled": False}, False),
-        ({"quant__scale_sync": "exact"}, False),
-    ],
-)
-def test_scales_of_shards_hold_the_tensor_parallel_size(quant, is_refused):
-    now, then = run_config(parallel__tensor_model_parallel_size=2, **quant), run_config(**quant)
+@pytest.mark.parametrize(("scale_sync", "is_refused"), [("local", True), ("exact", False)])
+def test_scales_of_shards_hold_the_tensor_parallel_size(scale_sync, is_refused):
+    two, four = (
+        run_config(quant__scale_sync=scale_sync, parallel__tensor_model_parallel_size=tp)
+        for tp in (2, 4)
+    )
+    check_resumable(two, two, FOLDER)
     if not is_refused:
-        return check_resumable(now, then, FOLDER)
+        return check_resumable(four, two, FOLDER)
     with pytest.raises(ConfigError) as error:
-        check_resumable(now, then, FOLDER)
+        check_resumable(four, two, FOLDER)
     message = str(error.value)
-    assert message.startswith("parallel.tensor_model_parallel_size=2: the checkpoint iter_0000004")
+    assert message.startswith("parallel.tensor_model_parallel_size=4: the checkpoint iter_0000004")
