@@ -335,9 +335,10 @@ def _quant_problems(config: RunConfig) -> Iterator[str]:
                 "does not divide " + ", ".join(f"{n} ({name})" for name, n in bad.items()),
                 f"Use {', '.join(map(str, sorted(near)))} or -1",
             )  # fmt: skip
-    if quant.scale_sync == "local" and (tp == 1 or quant.group_size > 0):
+    # At tp 1 it is allowed: the setting belongs to the run, whatever its layout of the day.
+    if quant.scale_sync == "local" and quant.group_size > 0:
         yield _no_effect(
-            "quant.scale_sync", "local", "where no group spans ranks (group_size > 0, or tp 1)"
+            "quant.scale_sync", "local", "with group_size > 0: such groups never span ranks"
         )
     first, last = quant.full_precision_first_layers, quant.full_precision_last_layers
     if first + last >= model.num_layers:

@@ -65,7 +65,7 @@ def _local_scale_problems(config: RunConfig, saved: RunConfig, folder: Path) -> 
     """With scales of shards another tensor-parallel size is another quantiser."""
     quant = saved.quant
     tp, saved_tp = (c.parallel.tensor_model_parallel_size for c in (config, saved))
-    if tp == saved_tp or not quant.enabled or quant.scale_sync != "local" or quant.group_size > 0:
+    if tp == saved_tp or not quant.enabled or quant.scale_sync != "local":
         return []
     return [
         format_problem(

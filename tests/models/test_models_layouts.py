@@ -141,6 +141,7 @@ LAYOUTS = {
     "tp2-pp2": ("minicpm", {TP: 2, PP: 2}, "none"),
     "tp4-replicated-keys": ("llama", {TP: 4, "sequence_parallel": True}, "none"),
 }
+SLOW = ("cp3-full", "tp4-replicated-keys")
 
 
 def world_of(layout: dict) -> int:
@@ -168,7 +169,9 @@ def largest_error(one_rank, ranks) -> float:
     return max(errors)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LAYOUTS]
+)
 def test_loss_and_gradients_are_those_of_one_rank(name, one_rank):
     model, layout, recompute = LAYOUTS[name]
     if name == "tp4-replicated-keys" and megatron_version() < (0, 16):

@@ -274,6 +274,7 @@ def test_without_the_compiled_module_the_reference_runs_and_says_so_once():
     assert "_cpu" in done.stdout and done.stdout.strip().endswith("or use auto.")
 
 
+@pytest.mark.slow
 @needs_native
 def test_environment_chooses_the_instruction_set():
     code = "from megatron_bitcpm import ops; print(ops.backend_report()['cpu']['isa'])"

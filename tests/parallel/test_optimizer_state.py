@@ -156,6 +156,7 @@ def test_resume_in_the_same_and_in_other_layouts(tmp_path, source, targets):
             assert resumed == [tuple(pair) for pair in close], target
 
 
+@pytest.mark.slow
 def test_adam_steps_are_shared_without_the_guard(tmp_path):
     world, options = LAYOUTS["dist dp2 padded"]
     went_on = run_ranks(world, train_and_save, str(tmp_path), world, options)[0]
