@@ -76,9 +76,10 @@ def _check_buckets(chunks: list[Any]) -> None:
         return
     reason = None
     for buffer in (buffer for chunk in chunks for buffer in chunk.buffers):
-        ends = [bucket.offset + bucket.grad_data.numel() for bucket in buffer.buckets]
-        if any(end > bucket.offset for end, bucket in zip(ends, buffer.buckets[1:], strict=False)):
-            reason = "this megatron-core lays out overlapping buckets for this model"
+        for start, end, bucket_id in buffer.param_index_map.values():
+            bucket = buffer.buckets[bucket_id]
+            if start < bucket.offset or end > bucket.offset + bucket.grad_data.numel():
+                reason = "this megatron-core lays out overlapping buckets for this model"
     if reason := first_reason(reason):
         raise ModelError.of(
             "parallel.ddp_bucket_size", chunks[0].ddp_config.bucket_size, reason,

@@ -114,3 +114,21 @@ def test_metrics_that_cannot_be_opened_stop_every_rank(write_config, tmp_path):
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     for code, message in train(2, write_config("run")):
         assert code == 2 and "checkpoint.directory=" in message and "Traceback" not in message
+
+
+@pytest.mark.slow
+def test_overlapping_buckets_are_refused_where_megatron_makes_them(write_config):
+    from megatron_bitcpm.parallel.megatron_api import megatron_version
+
+    config = write_config(
+        "run", parallel__pipeline_model_parallel_size=2, parallel__use_distributed_optimizer=True,
+        parallel__overlap_grad_reduce=True, parallel__overlap_param_gather=True,
+        parallel__ddp_bucket_size=30000, model__share_embeddings_and_output_weights=True,
+        training__train_iters=3,
+    )  # fmt: skip
+    for code, message in train(2, config):
+        if megatron_version() >= (0, 13):
+            assert code == 0, message
+        else:
+            assert code == 2 and "Traceback" not in message
+            assert "parallel.ddp_bucket_size=30000: this megatron-core lays out over" in message
