@@ -26,7 +26,7 @@ _DELETED = ".deleted-"
 _REPLACED = ".old-"
 # Scratch names of checkpoints and of the files of a run; a user's own are not ours to delete.
 _OURS = re.compile(
-    r"\.(tmp|old|old\.tmp|deleted)-iter_[0-9]{7,18}"
+    r"\.(tmp|old|deleted)-iter_[0-9]{7,18}"
     rf"|\.tmp-({re.escape(TRACKER)}|{re.escape(NEXT_FILE)}|metrics\.jsonl|writable)"
 )
 

@@ -201,6 +201,7 @@ class Trainer:
             )  # fmt: skip
         self.progress = self.checkpointer.load()
         self.guard.rewind(self.progress.guard)
+        self._save_is_due = False
         # The same samples in the same order would lead to the same place.
         self.progress.consumed_samples = consumed
         report.rolled_back(bad_iteration, self.progress, verdict.reason, self.guard.rollbacks)

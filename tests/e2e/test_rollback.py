@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 from helpers.ranks import run_ranks
-from helpers.runs import call_cli, numbers, train_well
+from helpers.runs import call_cli, numbers, tracked, train_well
 
 pytestmark = pytest.mark.both_versions
 
@@ -76,3 +78,33 @@ def test_the_run_stops_at_a_spike(write_config, tmp_path):
     for code, message in run_ranks(2, train_with_bad_data, arguments, range(40, 56)):
         assert code == 2
         assert "guard.max_spikes=2: 2 loss spike(s) in a row, the last at step 7" in message
+
+
+def train_and_get_a_signal(rank: int, arguments: list[str], bad: range) -> tuple[int, str]:
+    """Train with bad data; the first bad step ends in a SIGTERM."""
+    from megatron_bitcpm.training.guard import LossGuard
+
+    original = LossGuard.observe
+
+    def observe(self, *args):
+        verdict = original(self, *args)
+        if verdict.spike:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return verdict
+
+    LossGuard.observe = observe
+    try:
+        return train_with_bad_data(rank, arguments, bad)
+    finally:
+        LossGuard.observe = original
+
+
+def test_a_signal_in_the_middle_of_a_spike_keeps_the_good_checkpoint(write_config, tmp_path):
+    config = write_config("run", **SPIKE, guard__action="rollback", checkpoint__keep_last_n=1)
+    arguments = ["train", "--config", str(config)]
+    for code, message in run_ranks(2, train_and_get_a_signal, arguments, range(48, 64)):
+        assert code == 0, message
+    assert tracked(tmp_path / "run") == 4
+    assert max(numbers(tmp_path / "run", "loss")) == 7
+    train_well(2, config, "--resume")
+    assert tracked(tmp_path / "run") == 12

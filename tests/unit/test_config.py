@@ -246,6 +246,7 @@ def test_more_tensor_ranks_than_query_groups_are_allowed():
         ("model.architecture=minicpm", "model.scale_emb=(absent): is required by"),
         ("optimizer.initial_loss_scale=4", "has no effect with training.precision bf16"),
         ("guard.max_spikes=4", "has no effect without guard.loss_spike_threshold"),
+        ("checkpoint.async_save=true", "has no effect without checkpoint.save_interval"),
         ("guard.max_rollbacks=4", "has no effect with guard.action stop"),
         ("guard.action=rollback", "there is no checkpoint to return to before the last step"),
         ("checkpoint.keep_every_n=4", "has no effect without checkpoint.keep_last_n"),
@@ -316,3 +317,22 @@ def test_other_hugging_face_configs_are_refused(tmp_path, hf, expected):
     found = problems([f"model.rope_scaling={{hf_config: {tmp_path / 'config.json'}}}"])
     assert any(expected in line for line in found), found
     assert not any("\n" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["training.precision=fp16", "optimizer.initial_loss_scale=1e-9"],
+            "is below the smallest scale, 1 / tokens of a micro-batch = 0.0078125",
+        ),
+        (
+            ["guard.action=rollback", "checkpoint.save_interval=10"],
+            "save_interval 10 is not shorter than training.train_iters 10",
+        ),
+        (["quant.scale_sync=local", "quant.group_size=64"], "has no effect with group_size > 0"),
+    ],
+)
+def test_settings_that_contradict_each_other(overrides, expected):
+    found = problems(overrides)
+    assert len(found) == 1 and expected in found[0], found

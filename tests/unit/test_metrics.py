@@ -152,3 +152,11 @@ def test_an_unwritable_plot_is_one_line(tmp_path):
 def test_durations_look_like_those_of_the_progress_bar(seconds):
     task = SimpleNamespace(total=10, finished=False, time_remaining=float(seconds))
     assert format_duration(seconds) == TimeRemainingColumn().render(task).plain
+
+
+def test_a_full_disk_loses_numbers_and_not_the_run(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with MetricsWriter(tmp_path, 0, 10, "t") as writer:
+        writer.record(1, loss=2.5)
+        writer.record(2, loss=2.4)
+    assert "numbers are lost (No space left on device)" in caplog.text
