@@ -3,7 +3,7 @@
 `megatron_bitcpm._cpu` links no torch, so one build serves every version of it. kernels.cpp is
 compiled once per instruction set and the set is chosen when the module is loaded. Without a
 compiler the package still installs, says so once, and runs on its pure-torch reference.
-The Ascend operators (csrc/ascend) will be built from here too, where the CANN toolkit is present.
+`megatron_bitcpm._npu` is built where the CANN toolkit is present: csrc/ascend/build_npu.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+# A build backend does not put this folder on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc" / "ascend"))
+import build_npu
 
 CPU_SOURCES = Path("csrc/cpu")
 COMMON_FLAGS = [
@@ -28,13 +32,18 @@ COMMON_FLAGS = [
     "-Wextra",
     "-Wno-psabi",
 ]
-# One object file of kernels.cpp each; the order of preference is in module.cpp.
+# One object file of kernels.cpp each; isa.cpp lists the same sets, in order of preference, and
+# csrc/cpu/checks/Makefile builds them with the same flags.
 ISA_FLAGS: dict[str, list[str]] = {"generic": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2"]
     # At least 512 bits also for loops the compiler vectorises by itself.
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
     ISA_FLAGS["avx512"] = [*avx512, "-mprefer-vector-width=512"]
+elif platform.machine().lower() in ("aarch64", "arm64"):
+    ISA_FLAGS["neon"] = []
+    if sys.platform == "linux":
+        ISA_FLAGS["generic"] = ["-march=armv8-a+nosimd"]
 OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
@@ -43,6 +52,9 @@ class BuildPerIsa(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile kernels.cpp once per instruction set, then build the module with the objects."""
+        if ext.name == build_npu.MODULE:
+            build_npu.build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / "npu")
+            return
         try:
             for isa, flags in ISA_FLAGS.items():
                 ext.extra_objects += self.compiler.compile(
@@ -71,7 +83,7 @@ def list_extensions() -> list[Extension]:
     return [
         Extension(
             "megatron_bitcpm._cpu",
-            sources=[str(CPU_SOURCES / "module.cpp")],
+            sources=[str(CPU_SOURCES / name) for name in ("module.cpp", "threads.cpp", "isa.cpp")],
             include_dirs=[pybind11.get_include()],
             depends=[*headers, str(CPU_SOURCES / "kernels.cpp")],
             extra_compile_args=[*COMMON_FLAGS, *OPENMP_FLAGS],
@@ -83,4 +95,9 @@ def list_extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=list_extensions(), cmdclass={"build_ext": BuildPerIsa})
+def list_npu_extensions() -> list[Extension]:
+    """Return the module of the NPU operators where it can be built."""
+    return [Extension(build_npu.MODULE, sources=[])] if build_npu.should_build() else []
+
+
+setup(ext_modules=[*list_extensions(), *list_npu_extensions()], cmdclass={"build_ext": BuildPerIsa})

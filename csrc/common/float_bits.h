@@ -27,13 +27,18 @@ static inline bool is_finite(float value) {
   return (float_to_bits(value) & kFloat32Inf) != kFloat32Inf;
 }
 
-// Positive finite float32 -> bfloat16, nearest even; may round to infinity.
+// True for positive finite values, subnormals included.
+static inline bool is_positive_finite(float value) {
+  return float_to_bits(value) - 1u < kFloat32Inf - 1u;
+}
+
+// Non-negative float32 -> bfloat16, nearest even; may round to infinity. No NaN.
 static inline uint16_t round_to_bfloat16(float value) {
   const uint32_t bits = float_to_bits(value);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Positive finite float32 -> float16, nearest even, with subnormals; may round to infinity.
+// Non-negative float32 -> float16, nearest even, with subnormals; may round to infinity. No NaN.
 static inline uint16_t round_to_float16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t exponent = bits >> 23;
@@ -52,7 +57,7 @@ static inline uint16_t round_to_float16(float value) {
   return static_cast<uint16_t>(floor + (rest > half || (rest == half && (floor & 1u))));
 }
 
-// Positive finite float32 -> the largest finite float16 that does not exceed it.
+// Non-negative float32 -> the largest finite float16 that does not exceed it. No NaN.
 static inline uint16_t truncate_to_float16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t exponent = bits >> 23;
@@ -60,6 +65,13 @@ static inline uint16_t truncate_to_float16(float value) {
   if (exponent >= 113) return static_cast<uint16_t>((bits - (112u << 23)) >> 13);
   if (exponent < 103) return 0;
   return static_cast<uint16_t>(((bits & 0x7fffffu) | 0x800000u) >> (126 - exponent));
+}
+
+// Finite non-negative float16 -> float32, exact.
+static inline float widen_float16(uint16_t half) {
+  const uint32_t bits = half;
+  if (bits < 0x400u) return static_cast<float>(bits) * 0x1p-24f;
+  return bits_to_float((bits << 13) + (112u << 23));
 }
 
 // Bits of the largest float32 h with 2 * h <= scale, for a positive finite scale: for every w,

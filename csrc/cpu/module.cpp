@@ -7,43 +7,22 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "kernels.h"
+#include "isa.h"
+#include "threads.h"
 
 namespace py = pybind11;
 
 namespace bitcpm {
 namespace {
 
-// A thread is worth waking for this many elements (torch's grain size).
-constexpr int64_t kElementsPerThread = 32768;
-
-struct Isa {
-  const char* name;
-  Kernels (*get_kernels)();
-};
-
-// Instruction sets of this processor, best first.
-std::vector<Isa> list_isas() {
-  std::vector<Isa> isas;
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    isas.push_back({"avx512", get_kernels_avx512});
-  if (__builtin_cpu_supports("avx2")) isas.push_back({"avx2", get_kernels_avx2});
-#endif
-  isas.push_back({"generic", get_kernels_generic});
-  return isas;
-}
-
-Isa active_isa = list_isas().front();
-Kernels kernels = active_isa.get_kernels();
+Kernels kernels = list_isas().front().get_kernels();
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
@@ -54,31 +33,11 @@ std::vector<std::string> supported_isas() {
 std::string select_isa(const std::string& name) {
   for (const Isa& isa : list_isas()) {
     if (name == isa.name || name == "auto") {
-      active_isa = isa;
       kernels = isa.get_kernels();
       return isa.name;
     }
   }
   throw std::invalid_argument("instruction set " + name + " is not supported here");
-}
-
-// Call body(first, count) for contiguous ranges of groups, one per thread.
-template <class Body>
-void for_groups(int64_t num_groups, int64_t group_len, int threads, Body body) {
-  const int64_t useful = num_groups * group_len / kElementsPerThread + 1;
-  int64_t parts = threads < useful ? threads : useful;
-  if (parts > num_groups) parts = num_groups;
-  if (parts <= 1) return body(int64_t{0}, num_groups);
-#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = num_groups * part / parts;
-    body(first, num_groups * (part + 1) / parts - first);
-  }
-}
-
-template <class T>
-T* at(uintptr_t address, int64_t bytes) {
-  return reinterpret_cast<T*>(address + static_cast<uintptr_t>(bytes));
 }
 
 // Ask for huge pages under a fresh output, where the system leaves that to the program: most of the
@@ -94,51 +53,83 @@ void advise_huge_pages(uintptr_t address, int64_t bytes) {
 #endif
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-void fake_quantize(uintptr_t w, uintptr_t wq, int dtype_code, int64_t num_groups,
-                   int64_t group_len, double eps, int threads) {
-  const DType dtype = static_cast<DType>(dtype_code);
-  const int64_t bytes = group_len * size_of(dtype);
-  for_groups(num_groups, group_len, threads, [&](int64_t first, int64_t count) {
-    kernels.fake_quantize(dtype, at<const void>(w, first * bytes), at<void>(wq, first * bytes),
-                          count, group_len, static_cast<float>(eps));
-  });
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
 }
 
-void quantize(uintptr_t w, uintptr_t codes, uintptr_t scales, int dtype_code, int64_t num_groups,
-              int64_t group_len, double eps, int threads) {
-  const DType dtype = static_cast<DType>(dtype_code);
-  const int64_t bytes = group_len * size_of(dtype);
-  for_groups(num_groups, group_len, threads, [&](int64_t first, int64_t count) {
-    kernels.quantize(dtype, at<const void>(w, first * bytes),
-                     at<int8_t>(codes, first * group_len),
-                     at<float>(scales, first * static_cast<int64_t>(sizeof(float))), count,
-                     group_len, static_cast<float>(eps));
-  });
+DType to_dtype(int code) {
+  if (code < 0 || code >= kNumDTypes)
+    throw std::invalid_argument("unknown element type " + std::to_string(code));
+  return static_cast<DType>(code);
 }
 
-void abs_sums(uintptr_t w, uintptr_t sums, int dtype_code, int64_t num_groups, int64_t group_len,
-              int threads) {
-  const DType dtype = static_cast<DType>(dtype_code);
-  const int64_t bytes = group_len * size_of(dtype);
-  for_groups(num_groups, group_len, threads, [&](int64_t first, int64_t count) {
-    kernels.abs_sums(dtype, at<const void>(w, first * bytes),
-                     at<float>(sums, first * static_cast<int64_t>(sizeof(float))), count,
-                     group_len);
-  });
+Grid to_grid(int code) {
+  if (code < 0 || code >= kNumGrids)
+    throw std::invalid_argument("unknown grid " + std::to_string(code));
+  return static_cast<Grid>(code);
 }
 
-void fake_quantize_with_scales(uintptr_t w, uintptr_t scales, uintptr_t wq, int dtype_code,
-                               int64_t num_groups, int64_t group_len, int threads) {
-  const DType dtype = static_cast<DType>(dtype_code);
-  const int64_t bytes = group_len * size_of(dtype);
-  for_groups(num_groups, group_len, threads, [&](int64_t first, int64_t count) {
-    kernels.fake_quantize_with_scales(
-        dtype, at<const void>(w, first * bytes),
-        at<const float>(scales, first * static_cast<int64_t>(sizeof(float))),
-        at<void>(wq, first * bytes), count, group_len);
-  });
+void check_sizes(int64_t count, int64_t length) {
+  if (count < 0 || length < 0)
+    throw std::invalid_argument("negative size " + std::to_string(count < 0 ? count : length));
+}
+
+// Addresses of w and wq (and, in the second form, of scales between them), type, groups, length.
+using Unscaled = std::tuple<uintptr_t, uintptr_t, int, int64_t, int64_t>;
+using Scaled = std::tuple<uintptr_t, uintptr_t, uintptr_t, int, int64_t, int64_t>;
+
+Job make_job(uintptr_t w, uintptr_t scales, uintptr_t wq, int dtype, int64_t num_groups,
+             int64_t group_len) {
+  check_sizes(num_groups, group_len);
+  return {at<const void>(w), at<const float>(scales), at<void>(wq), to_dtype(dtype), num_groups,
+          group_len};
+}
+
+void fake_quantize_jobs(const std::vector<Unscaled>& tuples, int grid, double eps, int threads) {
+  std::vector<Job> jobs;
+  jobs.reserve(tuples.size());
+  for (const auto& [w, wq, dtype, num_groups, group_len] : tuples)
+    jobs.push_back(make_job(w, 0, wq, dtype, num_groups, group_len));
+  fake_quantize(kernels, jobs, to_grid(grid), static_cast<float>(eps), threads);
+}
+
+void fake_quantize_jobs_with_scales(const std::vector<Scaled>& tuples, int grid, int threads) {
+  std::vector<Job> jobs;
+  jobs.reserve(tuples.size());
+  for (const auto& [w, scales, wq, dtype, num_groups, group_len] : tuples)
+    jobs.push_back(make_job(w, scales, wq, dtype, num_groups, group_len));
+  fake_quantize_with_scales(kernels, jobs, to_grid(grid), threads);
+}
+
+void quantize_at(uintptr_t w, uintptr_t codes, uintptr_t scales, int dtype, int grid,
+                 int64_t num_groups, int64_t group_len, double eps, int threads) {
+  check_sizes(num_groups, group_len);
+  quantize(kernels, to_dtype(dtype), to_grid(grid), at<const void>(w), at<int8_t>(codes),
+           at<float>(scales), num_groups, group_len, static_cast<float>(eps), threads);
+}
+
+void abs_sums_at(uintptr_t w, uintptr_t sums, int dtype, int64_t num_groups, int64_t group_len,
+                 int threads) {
+  check_sizes(num_groups, group_len);
+  abs_sums(kernels, to_dtype(dtype), at<const void>(w), at<float>(sums), num_groups, group_len,
+           threads);
+}
+
+int64_t pack2_at(uintptr_t codes, uintptr_t packed, int64_t rows, int64_t cols, int threads) {
+  check_sizes(rows, cols);
+  return pack2(kernels, at<const int8_t>(codes), at<uint8_t>(packed), rows, cols, threads);
+}
+
+int64_t unpack2_at(uintptr_t packed, uintptr_t codes, int64_t rows, int64_t cols, int threads) {
+  check_sizes(rows, cols);
+  return unpack2(kernels, at<const uint8_t>(packed), at<int8_t>(codes), rows, cols, threads);
+}
+
+void int8_per_token_at(uintptr_t x, uintptr_t xq, int dtype, int64_t rows, int64_t cols,
+                       int threads) {
+  check_sizes(rows, cols);
+  int8_per_token(kernels, to_dtype(dtype), at<const void>(x), at<void>(xq), rows, cols, threads);
 }
 
 }  // namespace
@@ -146,12 +137,15 @@ void fake_quantize_with_scales(uintptr_t w, uintptr_t scales, uintptr_t wq, int 
 
 PYBIND11_MODULE(_cpu, m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "Ternary quantisation on the CPU, over addresses; see csrc/cpu/kernels.h.";
+  m.doc() = "The operators on the CPU, over addresses; see csrc/cpu/kernels.h.";
   m.def("supported_isas", &bitcpm::supported_isas);
   m.def("select_isa", &bitcpm::select_isa);
   m.def("advise_huge_pages", &bitcpm::advise_huge_pages);
-  m.def("fake_quantize", &bitcpm::fake_quantize, release());
-  m.def("quantize", &bitcpm::quantize, release());
-  m.def("abs_sums", &bitcpm::abs_sums, release());
-  m.def("fake_quantize_with_scales", &bitcpm::fake_quantize_with_scales, release());
+  m.def("fake_quantize", &bitcpm::fake_quantize_jobs, release());
+  m.def("fake_quantize_with_scales", &bitcpm::fake_quantize_jobs_with_scales, release());
+  m.def("quantize", &bitcpm::quantize_at, release());
+  m.def("abs_sums", &bitcpm::abs_sums_at, release());
+  m.def("pack2", &bitcpm::pack2_at, release());
+  m.def("unpack2", &bitcpm::unpack2_at, release());
+  m.def("int8_per_token", &bitcpm::int8_per_token_at, release());
 }

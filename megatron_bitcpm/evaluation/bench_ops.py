@@ -1,9 +1,10 @@
-"""Times the CPU operators against `Tensor.clone`, which moves the same bytes and computes nothing.
+"""Times the CPU operators against memory: copies that move the same bytes and compute nothing.
 
-Every candidate runs once per round, so that a noisy machine slows all of them alike, and medians
-are compared. Next to them run torch's own ways to compute the formula, eager and compiled; their
-sums have another order, so the scales and elements that differ from the operator's are counted.
-What does not live here: output and file names, see `bitcpm bench`.
+Every candidate runs once per round, so that a noisy machine slows all of them alike, and a ratio is
+the median of the rounds' ratios. Next to them run torch's own ways to compute the formula, eager
+and compiled; their sums have another order, so the scales and elements that differ from the
+operator's are counted. What does not live here: the candidates
+(`megatron_bitcpm.evaluation.bench_ops_cases`), output and file names (`bitcpm bench`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,37 @@ import torch
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.evaluation.bench_ops_cases import (
+    compile_formula,
+    compute_scales_in_torch,
+    list_candidates,
+    quantize_with_formula,
+    time_interleaved,
+    time_isas,
+    time_threads,
+)
 from megatron_bitcpm.ops import _cpu
-from megatron_bitcpm.quant import ternary
+from megatron_bitcpm.quant import fake_quant
+from megatron_bitcpm.quant.scales import DEFAULT_EPS
 
-# The reference is two orders of magnitude slower; a few rounds of it are enough.
-REFERENCE_ROUNDS = 3
-
-
-def quantize_with_formula(w: torch.Tensor, group_size: int, eps: float) -> torch.Tensor:
-    """Return wq of w [O, I] as one would write it in torch: float32, torch's own mean."""
-    groups, scales = _compute_scales_in_torch(w, group_size, eps)
-    wq = torch.where(2 * groups.abs() > scales, groups.sign() * scales, 0.0)
-    return wq.to(w.dtype).reshape(w.shape)
-
-
-def _compute_scales_in_torch(
-    w: torch.Tensor, group_size: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    groups = w.float().reshape(w.shape[0], -1, w.shape[1] if group_size == -1 else group_size)
-    return groups, groups.abs().mean(dim=-1, keepdim=True).clamp(min=eps)
+# Largest ratio to the memory floor, on 4096x4096 bfloat16.
+LIMITS = {
+    "fake_quantize/clone": 1.15,
+    "fake_quantize_/mul_": 1.15,
+    "pack2/copy_": 1.2,
+}
+# Smallest gain from a second thread on a tensor that stays in the second-level cache.
+THREADS_LIMIT = 1.7
+OTHER_RATIOS = (
+    "fake_quantize_small_pages/clone",
+    "foreach_fake_quantize_/mul_",
+    "unpack2/copy_",
+    "eager/fake_quantize",
+    "compiled/fake_quantize",
+    "reference/fake_quantize",
+)
+# Of one core, where the system does not tell.
+DEFAULT_L2_BYTES = 1 << 20
 
 
 def bench_ops(
@@ -47,7 +59,7 @@ def bench_ops(
     dtype: str = "bfloat16",
     group_size: int = -1,
     rounds: int = 31,
-    eps: float = ternary.DEFAULT_EPS,
+    eps: float = DEFAULT_EPS,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Time the operators on one weight and count where torch's formula differs.
@@ -61,9 +73,11 @@ def bench_ops(
         eps: smallest scale.
         seed: of the normal weights (standard deviation 0.02).
     Returns:
-        JSON-able: `machine`, `case`, `median_ms` and `min_ms` by candidate (None where it could not
-        run, with the reason in `unavailable`), `ratio` of medians, `elements` and `scales` of the
-        weight, `differing_elements` from the operator's result by candidate, and
+        JSON-able: `machine`, `case`; `limits`, each with `ratio`, `limit` and `met`; `median_ms`
+        and `min_ms` by candidate (None where it could not run, with the reason in `unavailable`);
+        `ratio`, medians of the rounds' ratios; `isa_median_ms` by instruction set and operator;
+        `threads`, milliseconds per call on one and two threads and the gain; `elements` and
+        `scales` of the weight, `differing_elements` from the operator's result by candidate, and
         `differing_scales`, those of torch's float32 mean.
     Raises:
         BitcpmError: dtype or rounds out of range, or arguments the operators refuse.
@@ -72,20 +86,12 @@ def bench_ops(
         raise BitcpmError.of("dtype", dtype, "is not supported", "Use bfloat16, float16 or float32")
     if rounds < 1:
         raise BitcpmError.of("rounds", rounds, "must be at least 1", "Use 31")
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(out_features, in_features, generator=generator).mul_(0.02)
-    w = w.to(getattr(torch, dtype))
-    want = ops.fake_quantize(w, group_size, eps)
-    scales = ops.quantize(w, group_size, eps)[1]
-    torch_scales = _compute_scales_in_torch(w, group_size, eps)[1]
-    compiled, unavailable = _compile_formula(w, group_size, eps)
-    candidates = _list_candidates(w, group_size, eps, compiled)
-    times_ms = _time_interleaved(candidates, rounds)
-    medians = {name: statistics.median(values) for name, values in times_ms.items()}
-    results = {"eager": quantize_with_formula(w, group_size, eps), "compiled": None}
-    if compiled is not None:
-        results["compiled"] = compiled(w, group_size, eps)
-    results["reference"] = ternary.fake_quantize(w, group_size, eps)
+    w = _make_weight(out_features, in_features, dtype, seed)
+    ops.fake_quantize(w, group_size, eps)  # refuses bad arguments before anything is measured
+    compiled, unavailable = compile_formula(w, group_size, eps)
+    times_ms = time_interleaved(list_candidates(w, group_size, eps, compiled), rounds)
+    threads = _measure_threads(dtype, group_size, eps, rounds, seed)
+    ratios = _list_ratios(times_ms)
     return {
         "machine": describe_machine(),
         "case": {
@@ -95,15 +101,16 @@ def bench_ops(
             "eps": eps,
             "rounds": rounds,
         },
-        "median_ms": {**_rounded(medians), **dict.fromkeys(unavailable)},
-        "min_ms": _rounded({name: min(values) for name, values in times_ms.items()}),
-        "ratio": _list_ratios(medians),
-        "elements": w.numel(),
-        "differing_elements": {
-            name: None if wq is None else int((wq != want).sum()) for name, wq in results.items()
+        "limits": _check_limits(ratios, threads["gain"]),
+        "median_ms": {**_find_medians(times_ms), **dict.fromkeys(unavailable)},
+        "min_ms": {name: round(min(values), 3) for name, values in times_ms.items()},
+        "ratio": ratios,
+        "isa_median_ms": {
+            isa: _find_medians(values)
+            for isa, values in time_isas(w, group_size, eps, rounds).items()
         },
-        "scales": scales.numel(),
-        "differing_scales": int((scales.flatten() != torch_scales.flatten()).sum()),
+        "threads": threads,
+        **_count_differences(w, group_size, eps, compiled),
         "unavailable": unavailable,
     }
 
@@ -119,6 +126,8 @@ def describe_machine() -> dict[str, Any]:
     report = ops.backend_report()["cpu"]
     return {
         "cpu": processor,
+        "cores": os.cpu_count(),
+        "l2_bytes": _find_l2_bytes(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "backend": report["backend"],
@@ -127,81 +136,79 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def _compile_formula(
-    w: torch.Tensor, group_size: int, eps: float
-) -> tuple[Callable[..., torch.Tensor] | None, dict[str, str]]:
-    if os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
-        return None, {"compiled": "TORCHDYNAMO_DISABLE is set"}
+def _find_l2_bytes() -> int:
+    """Second-level cache of one core."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
     try:
-        compiled = torch.compile(quantize_with_formula)
-        compiled(w, group_size, eps)
-    except Exception as error:  # whatever the tool chain raises: it is reported, not needed
-        reason = str(error).strip().splitlines()
-        return None, {"compiled": f"{type(error).__name__}: {reason[0] if reason else ''}"}
-    return compiled, {}
+        return int(size.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return DEFAULT_L2_BYTES
 
 
-def _list_candidates(
-    w: torch.Tensor,
-    group_size: int,
-    eps: float,
-    compiled: Callable[..., torch.Tensor] | None,
-) -> dict[str, Callable[[], Any]]:
-    # In-place forms work on copies of their own; time does not depend on the values.
-    quantized, scaled = w.clone(), w.clone()
+def _make_weight(out_features: int, in_features: int, dtype: str, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(out_features, in_features, generator=generator).mul_(0.02)
+    return w.to(getattr(torch, dtype))
 
-    def without_huge_pages() -> torch.Tensor:
-        before, _cpu.huge_page_min_bytes = _cpu.huge_page_min_bytes, None
-        try:
-            return ops.fake_quantize(w, group_size, eps)
-        finally:
-            _cpu.huge_page_min_bytes = before
 
-    candidates: dict[str, Callable[[], Any]] = {
-        "clone": w.clone,
-        "fake_quantize": lambda: ops.fake_quantize(w, group_size, eps),
-        "fake_quantize_small_pages": without_huge_pages,
-        "quantize": lambda: ops.quantize(w, group_size, eps),
-        "mul_": lambda: scaled.mul_(1.0),
-        "fake_quantize_": lambda: ops.fake_quantize_(quantized, group_size, eps),
-        "eager": lambda: quantize_with_formula(w, group_size, eps),
-        "reference": lambda: ternary.fake_quantize(w, group_size, eps),
+def _measure_threads(
+    dtype: str, group_size: int, eps: float, rounds: int, seed: int
+) -> dict[str, Any]:
+    """Time one and two threads on rows that fill one core's second-level cache."""
+    row_len = 1024 if group_size == -1 else group_size * max(1, 1024 // group_size)
+    rows = max(1, _find_l2_bytes() // (row_len * getattr(torch, dtype).itemsize))
+    w = _make_weight(rows, row_len, dtype, seed)
+    times_ms = time_threads(w, group_size, eps, rounds)
+    gains = [one / two for one, two in zip(times_ms["1"], times_ms["2"], strict=True)]
+    return {
+        "shape": list(w.shape),
+        "bytes": w.nbytes,
+        "median_ms": {n: round(statistics.median(values), 5) for n, values in times_ms.items()},
+        "gain": round(statistics.median(gains), 3),
     }
-    if compiled is not None:
-        candidates["compiled"] = lambda: compiled(w, group_size, eps)
-    return candidates
 
 
-def _time_interleaved(
-    candidates: dict[str, Callable[[], Any]], rounds: int
-) -> dict[str, list[float]]:
-    times_ms: dict[str, list[float]] = {name: [] for name in candidates}
-    for index in range(-1, rounds):  # round -1 warms up
-        for name, candidate in candidates.items():
-            if name == "reference" and index >= REFERENCE_ROUNDS:
-                continue
-            start = time.perf_counter()
-            result = candidate()
-            elapsed_ms = (time.perf_counter() - start) * 1e3
-            del result  # freed outside the timing, before the next candidate allocates
-            if index >= 0:
-                times_ms[name].append(elapsed_ms)
-    return times_ms
+def _list_ratios(times_ms: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Medians of the rounds' ratios, by numerator/denominator."""
+    ratios = {}
+    for name in (*LIMITS, *OTHER_RATIOS):
+        above, below = name.split("/")
+        if above in times_ms:
+            # The reference has fewer rounds: the first ones.
+            pairs = zip(times_ms[above], times_ms[below], strict=False)
+            ratios[name] = round(statistics.median(a / b for a, b in pairs), 3)
+    return ratios
 
 
-def _list_ratios(medians: dict[str, float]) -> dict[str, float]:
-    """Ratios of medians, named numerator/denominator."""
-    pairs = [
-        ("fake_quantize", "clone"),
-        ("fake_quantize_small_pages", "clone"),
-        ("fake_quantize_", "mul_"),
-        ("eager", "fake_quantize"),
-        ("compiled", "fake_quantize"),
-        ("reference", "fake_quantize"),
-    ]
-    ratios = {f"{a}/{b}": medians[a] / medians[b] for a, b in pairs if a in medians}
-    return _rounded(ratios)
+def _check_limits(ratios: Mapping[str, float], gain: float) -> dict[str, dict[str, Any]]:
+    checked: dict[str, dict[str, Any]] = {
+        name: {"ratio": ratios[name], "limit": limit, "met": ratios[name] <= limit}
+        for name, limit in LIMITS.items()
+    }
+    checked["threads 1->2"] = {"ratio": gain, "limit": THREADS_LIMIT, "met": gain >= THREADS_LIMIT}
+    return checked
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in values.items()}
+def _count_differences(
+    w: torch.Tensor, group_size: int, eps: float, compiled: Any
+) -> dict[str, Any]:
+    want = ops.fake_quantize(w, group_size, eps)
+    scales = ops.quantize(w, group_size, eps)[1]
+    torch_scales = compute_scales_in_torch(w, group_size, eps)[1]
+    results = {
+        "eager": quantize_with_formula(w, group_size, eps),
+        "compiled": None if compiled is None else compiled(w, group_size, eps),
+        "reference": fake_quant.fake_quantize(w, group_size, eps),
+    }
+    return {
+        "elements": w.numel(),
+        "differing_elements": {
+            name: None if wq is None else int((wq != want).sum()) for name, wq in results.items()
+        },
+        "scales": scales.numel(),
+        "differing_scales": int((scales.flatten() != torch_scales.flatten()).sum()),
+    }
+
+
+def _find_medians(times_ms: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: round(statistics.median(values), 3) for name, values in times_ms.items()}

@@ -1,149 +1,147 @@
-"""The operators' contract: names and types, what they refuse, their fakes and their gradients.
+"""The operators' contract: names and types, their fakes and their gradients.
 
 Backends (`_reference`, `_cpu`) only fill these definitions in. What the operators compute is in
-`megatron_bitcpm.quant.ternary` and docs/quantizer.md.
+`megatron_bitcpm.quant` and docs/quantizer.md, what they refuse in `_checks`.
 
-Gradient: straight-through, d loss / d w = d loss / d wq, registered as a formula of the operator.
-The forward value is exactly wq; ``w + (wq - w).detach()`` would leave the grid in 1 to 4 % of the
-entries, because that sum rounds.
+Gradient: straight-through, d loss / d input = d loss / d output, registered as a formula of the
+operator. The forward value is exactly on the grid; ``w + (wq - w).detach()`` would leave it in 1 to
+4 % of the entries, because that sum rounds.
 
-Shape legend: O out, I in, G groups per row.
+Shape legend: O out, I in, G groups per row, P packed bytes per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from megatron_bitcpm.errors import BitcpmError, format_problem
+from megatron_bitcpm.ops import _checks
+from megatron_bitcpm.quant.grids import find_grid
 from megatron_bitcpm.quant.groups import count_groups
-from megatron_bitcpm.quant.ternary import check_eps
+from megatron_bitcpm.quant.packing import count_packed_bytes
+from megatron_bitcpm.quant.scales import check_eps
 
 LIBRARY: Any = torch.library.Library("bitcpm", "DEF")  # type: ignore[no-untyped-call]
 
+_GROUPS = 'int group_size=-1, float eps=1e-5, str grid="ternary"'
+_GRID = 'str grid="ternary"'
 SCHEMAS = {
-    "fake_quantize": "(Tensor w, int group_size, float eps) -> Tensor",
-    "quantize": "(Tensor w, int group_size, float eps) -> (Tensor codes, Tensor scales)",
-    "abs_sums": "(Tensor w, int group_size) -> Tensor",
-    "fake_quantize_with_scales": "(Tensor w, Tensor scales) -> Tensor",
-    "fake_quantize_": "(Tensor(a!) w, int group_size, float eps) -> ()",
-    "fake_quantize_with_scales_": "(Tensor(a!) w, Tensor scales) -> ()",
+    "fake_quantize": f"(Tensor w, {_GROUPS}) -> Tensor",
+    "quantize": f"(Tensor w, {_GROUPS}) -> (Tensor codes, Tensor scales)",
+    "abs_sums": "(Tensor w, int group_size=-1) -> Tensor",
+    "fake_quantize_with_scales": f"(Tensor w, Tensor scales, {_GRID}) -> Tensor",
+    "fake_quantize_": f"(Tensor(a!) w, {_GROUPS}) -> ()",
+    "fake_quantize_with_scales_": f"(Tensor(a!) w, Tensor scales, {_GRID}) -> ()",
+    "foreach_fake_quantize_": f"(Tensor(a!)[] ws, {_GROUPS}) -> ()",
+    "foreach_fake_quantize_with_scales_": (f"(Tensor(a!)[] ws, Tensor[] scales, {_GRID}) -> ()"),
+    "pack2": "(Tensor codes) -> Tensor",
+    "unpack2": "(Tensor packed, int in_features) -> Tensor",
+    "int8_per_token": "(Tensor x) -> Tensor",
 }
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 for _name, _signature in SCHEMAS.items():
     LIBRARY.define(_name + _signature)
 
-
-def find_weight_problem(w: torch.Tensor) -> str | None:
-    """Return what is wrong with w as a latent weight, one line, or None."""
-    if w.dtype not in DTYPES:
-        return format_problem(
-            "w.dtype", w.dtype, "must be float32, bfloat16 or float16", "Convert the weight first"
-        )
-    if w.dim() != 2:
-        return format_problem(
-            "w.shape", list(w.shape), "must be [out, in]", "Reshape the weight to two dimensions"
-        )
-    return None
-
-
-def find_scales_problem(w: torch.Tensor, scales: torch.Tensor) -> str | None:
-    """Return what is wrong with scales_OG for w, one line, or None."""
-    if scales.dtype != torch.float32:
-        return format_problem(
-            "scales.dtype", scales.dtype, "must be float32", "Take them from scales_from_sums"
-        )
-    if scales.device != w.device:
-        return format_problem(
-            "scales.device", scales.device, f"w is on {w.device}", "Move the scales to the weight"
-        )
-    if scales.dim() != 2 or scales.shape[0] != w.shape[0] or not _divides(scales, w):
-        return format_problem(
-            "scales.shape",
-            list(scales.shape),
-            f"must be [{w.shape[0]}, G] with G a divisor of {w.shape[1]}, the inputs of w",
-            "Pass one scale per group, e.g. expand a scale per row to [out, 1]",
-        )
-    return None
-
-
-def _divides(scales: torch.Tensor, w: torch.Tensor) -> bool:
-    num_groups, in_features = scales.shape[1], w.shape[1]
-    return in_features == 0 if num_groups == 0 else in_features % num_groups == 0
-
-
-def check_weight(w: torch.Tensor) -> None:
-    """Raise BitcpmError unless w can be a latent weight: 2-D, float32/bfloat16/float16."""
-    problem = find_weight_problem(w)
-    if problem:
-        raise BitcpmError(problem)
-
-
-def check_weight_and_scales(w: torch.Tensor, scales: torch.Tensor) -> None:
-    """Raise BitcpmError unless w is a latent weight and scales_OG float32 fit it."""
-    problem = find_weight_problem(w) or find_scales_problem(w, scales)
-    if problem:
-        raise BitcpmError(problem)
-
-
 # ---- fakes: shapes and types without values, for meta tensors and torch.compile -----------------
-
-
-def _assume_weight(w: torch.Tensor) -> None:
-    _assume_none(find_weight_problem(w))
-
-
-def _assume_scales(w: torch.Tensor, scales: torch.Tensor) -> None:
-    _assume_none(find_weight_problem(w) or find_scales_problem(w, scales))
 
 
 def _assume_none(problem: str | None) -> None:
     torch._check(problem is None, lambda: str(problem))  # type: ignore[no-untyped-call]
 
 
-def _allocate_like(w: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(w, memory_format=torch.contiguous_format)
-
-
-def fake_quantize_fake(w: torch.Tensor, group_size: int, eps: float) -> torch.Tensor:
-    """wq [O, I], contiguous, dtype of w."""
-    _assume_weight(w)
+def _assume_groups(w: torch.Tensor, group_size: int, eps: float, grid: str) -> None:
     check_eps(eps)
+    find_grid(grid)
     count_groups(w.shape[1], group_size)
+
+
+def _allocate_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def fake_quantize_fake(
+    w: torch.Tensor, group_size: int = -1, eps: float = 1e-5, grid: str = "ternary"
+) -> torch.Tensor:
+    """wq [O, I], contiguous, dtype of w."""
+    _assume_none(_checks.find_weight_problem(w))
+    _assume_groups(w, group_size, eps, grid)
     return _allocate_like(w)
 
 
 def quantize_fake(
-    w: torch.Tensor, group_size: int, eps: float
+    w: torch.Tensor, group_size: int = -1, eps: float = 1e-5, grid: str = "ternary"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [O, I] and scales float32 [O, G]."""
-    check_eps(eps)
-    return w.new_empty(w.shape, dtype=torch.int8), abs_sums_fake(w, group_size)
+    scales = abs_sums_fake(w, group_size)
+    _assume_groups(w, group_size, eps, grid)
+    return w.new_empty(w.shape, dtype=torch.int8), scales
 
 
-def abs_sums_fake(w: torch.Tensor, group_size: int) -> torch.Tensor:
+def abs_sums_fake(w: torch.Tensor, group_size: int = -1) -> torch.Tensor:
     """Sums float32 [O, G]."""
-    _assume_weight(w)
+    _assume_none(_checks.find_weight_problem(w))
     return w.new_empty(w.shape[0], count_groups(w.shape[1], group_size), dtype=torch.float32)
 
 
-def fake_quantize_with_scales_fake(w: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def fake_quantize_with_scales_fake(
+    w: torch.Tensor, scales: torch.Tensor, grid: str = "ternary"
+) -> torch.Tensor:
     """wq [O, I], contiguous, dtype of w."""
-    _assume_scales(w, scales)
+    _assume_none(_checks.find_weight_problem(w) or _checks.find_scales_problem(w, scales))
+    find_grid(grid)
     return _allocate_like(w)
 
 
-def fake_quantize_inplace_fake(w: torch.Tensor, group_size: int, eps: float) -> None:
+def fake_quantize_inplace_fake(
+    w: torch.Tensor, group_size: int = -1, eps: float = 1e-5, grid: str = "ternary"
+) -> None:
     """w is overwritten; no result."""
-    fake_quantize_fake(w, group_size, eps)
+    fake_quantize_fake(w, group_size, eps, grid)
 
 
-def fake_quantize_with_scales_inplace_fake(w: torch.Tensor, scales: torch.Tensor) -> None:
+def fake_quantize_with_scales_inplace_fake(
+    w: torch.Tensor, scales: torch.Tensor, grid: str = "ternary"
+) -> None:
     """w is overwritten; no result."""
-    _assume_scales(w, scales)
+    fake_quantize_with_scales_fake(w, scales, grid)
+
+
+def foreach_fake_quantize_fake(
+    ws: Sequence[torch.Tensor], group_size: int = -1, eps: float = 1e-5, grid: str = "ternary"
+) -> None:
+    """Each of ws is overwritten; no result."""
+    _assume_none(_checks.find_list_problem(ws))
+    for w in ws:
+        _assume_groups(w, group_size, eps, grid)
+
+
+def foreach_fake_quantize_with_scales_fake(
+    ws: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], grid: str = "ternary"
+) -> None:
+    """Each of ws is overwritten; no result."""
+    _assume_none(_checks.find_list_problem(ws, scales))
+    find_grid(grid)
+
+
+def pack2_fake(codes: torch.Tensor) -> torch.Tensor:
+    """Packed uint8 [O, P]."""
+    _assume_none(_checks.find_codes_problem(codes))
+    packed_len = count_packed_bytes(codes.shape[1])
+    return codes.new_empty(codes.shape[0], packed_len, dtype=torch.uint8)
+
+
+def unpack2_fake(packed: torch.Tensor, in_features: int) -> torch.Tensor:
+    """Codes int8 [O, I]."""
+    _assume_none(_checks.find_packed_problem(packed, in_features))
+    return packed.new_empty(packed.shape[0], in_features, dtype=torch.int8)
+
+
+def int8_per_token_fake(x: torch.Tensor) -> torch.Tensor:
+    """x_q, contiguous, shape and dtype of x."""
+    _assume_none(_checks.find_activation_problem(x))
+    return _allocate_like(x)
 
 
 FAKES: dict[str, Callable[..., Any]] = {
@@ -153,19 +151,38 @@ FAKES: dict[str, Callable[..., Any]] = {
     "fake_quantize_with_scales": fake_quantize_with_scales_fake,
     "fake_quantize_": fake_quantize_inplace_fake,
     "fake_quantize_with_scales_": fake_quantize_with_scales_inplace_fake,
+    "foreach_fake_quantize_": foreach_fake_quantize_fake,
+    "foreach_fake_quantize_with_scales_": foreach_fake_quantize_with_scales_fake,
+    "pack2": pack2_fake,
+    "unpack2": unpack2_fake,
+    "int8_per_token": int8_per_token_fake,
 }
 
 # ---- gradients ----------------------------------------------------------------------------------
 
 
-def fake_quantize_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+def fake_quantize_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
     """Straight-through to w."""
+    return grad, None, None, None
+
+
+def fake_quantize_with_scales_backward(
+    ctx: Any, grad: torch.Tensor
+) -> tuple[torch.Tensor, None, None]:
+    """Straight-through to w, nothing to the scales."""
     return grad, None, None
 
 
-def fake_quantize_with_scales_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-    """Straight-through to w, nothing to the scales."""
-    return grad, None
+def int8_per_token_backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+    """Straight-through to x."""
+    return grad
+
+
+BACKWARDS: dict[str, Callable[..., Any]] = {
+    "fake_quantize": fake_quantize_backward,
+    "fake_quantize_with_scales": fake_quantize_with_scales_backward,
+    "int8_per_token": int8_per_token_backward,
+}
 
 
 def register() -> None:
@@ -175,7 +192,5 @@ def register() -> None:
         LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     for name, fake in FAKES.items():
         torch.library.register_fake(f"bitcpm::{name}", fake, lib=LIBRARY)
-    torch.library.register_autograd("bitcpm::fake_quantize", fake_quantize_backward, lib=LIBRARY)
-    torch.library.register_autograd(
-        "bitcpm::fake_quantize_with_scales", fake_quantize_with_scales_backward, lib=LIBRARY
-    )
+    for name, backward in BACKWARDS.items():
+        torch.library.register_autograd(f"bitcpm::{name}", backward, lib=LIBRARY)

@@ -1,6 +1,7 @@
-"""Layer 1: the reference mathematics of the quantisers, in pure torch.
+"""Layer 2: the reference mathematics of the quantisers, in pure torch.
 
-One file per grid (`ternary`), beside what every grid shares: `groups` (how groups lie in full and
-in sharded shapes) and `sums` (the one defined order of summation). A new grid is one new file here.
+`groups` (how groups lie in full and in sharded shapes), `sums` (the one defined order of
+summation), `grids` (the levels), `scales`, `fake_quant` (codes and values), `packing` (two bits per
+code), `activation` (int8 per token), `selection` (which linears). A new grid is one row in `grids`.
 Compiled kernels live in `megatron_bitcpm.ops`; they equal these functions bit for bit.
 """

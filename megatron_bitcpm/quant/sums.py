@@ -9,7 +9,7 @@ Floating-point addition is not associative, and the order is visible: on bfloat1
 2. an adjacent-pair tree over the lanes: (0+1), (2+3), ...; then pairs of these; six levels.
 
 It suits vector units of 4 to 64 lanes alike. All additions are float32 whatever the input type.
-What does not live here: scales and codes, see `megatron_bitcpm.quant.ternary`.
+What does not live here: scales and codes, see `megatron_bitcpm.quant.scales`.
 
 Shape legend: O out, I in, G groups per row, K blocks of 64 per group, L lanes.
 """

@@ -1,23 +1,48 @@
+import backends
 import pytest
+from backends import BACKENDS, Backend, TorchOperators
 
-from megatron_bitcpm import ops
-from megatron_bitcpm.ops import _cpu
-
-
-def list_backends() -> list[str]:
-    """The reference and every instruction set of this machine."""
-    return ["reference", *(_cpu.native.supported_isas() if _cpu.native else [])]
+TORCH_BACKENDS = [backend for backend in BACKENDS if not backend.make and backend.name != "npu"]
 
 
-@pytest.fixture(params=list_backends())
-def backend(request):
-    """Run the test on one backend, then restore the default."""
-    if request.param == "reference":
-        ops.use_backend("reference")
-    else:
-        ops.use_backend("native")
-        _cpu.select_isa(request.param)
-    yield request.param
-    ops.use_backend("auto")
-    if _cpu.native:
-        _cpu.select_isa("auto")
+def to_params(rows: list[Backend]) -> list:
+    return [pytest.param(row, id=row.name, marks=row.marks) for row in rows]
+
+
+@pytest.fixture(scope="session")
+def built_runners():
+    """Names of the runners that were brought up to date; all of them end with the session."""
+    yield set()
+    backends.close_runners()
+
+
+def list_present() -> list[Backend]:
+    """All rows, that of the Ascend device where there is one; else one test says that it is not."""
+    return [row for row in BACKENDS if row.name != "npu" or not row.find_absence()]
+
+
+@pytest.fixture(params=to_params(list_present()))
+def backend(request, built_runners):
+    """One row of `backends.BACKENDS`; its runner is built first."""
+    row = request.param
+    backends.require(row, row.find_absence())
+    if row.make and row.make not in built_runners:
+        row.build()
+        built_runners.add(row.make)
+    return row
+
+
+@pytest.fixture
+def run(backend):
+    """The operators of `backend`."""
+    with backend.run() as operators:
+        yield operators
+
+
+@pytest.fixture(params=to_params(TORCH_BACKENDS))
+def torch_backend(request):
+    """`megatron_bitcpm.ops` itself under the reference and under each instruction set."""
+    backends.require(request.param, request.param.find_absence())
+    with request.param.run() as operators:
+        assert isinstance(operators, TorchOperators)
+        yield request.param.name

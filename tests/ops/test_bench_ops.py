@@ -1,25 +1,68 @@
 import json
 
 import pytest
+import torch
 
 from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.evaluation import bench_ops as bench
 from megatron_bitcpm.evaluation.bench_ops import bench_ops
+from megatron_bitcpm.evaluation.bench_ops_cases import list_candidates, time_interleaved
+from megatron_bitcpm.ops import _cpu
+from megatron_bitcpm.ops._schema import SCHEMAS
 
 
-def test_bench_reports_medians_ratios_and_differences(monkeypatch):
+def test_report_of_medians_ratios_limits_and_differences(monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     report = json.loads(json.dumps(bench_ops(64, 256, group_size=64, rounds=3)))
     medians = report["median_ms"]
-    assert medians["compiled"] is None
+    assert medians.pop("compiled") is None
     assert report["unavailable"] == {"compiled": "TORCHDYNAMO_DISABLE is set"}
-    assert all(medians[name] > 0 for name in ("eager", "reference", "quantize"))
-    ratio = report["ratio"]["eager/fake_quantize"]
-    assert ratio == pytest.approx(medians["eager"] / medians["fake_quantize"], rel=0.2)
+    assert all(value > 0 for value in medians.values())
     assert report["elements"] == 64 * 256
     assert report["differing_elements"]["reference"] == 0
-    assert report["machine"]["threads"] >= 1
+    assert report["machine"]["threads"] == torch.get_num_threads()
+    for name, limit in (*bench.LIMITS.items(), ("threads 1->2", bench.THREADS_LIMIT)):
+        found = report["limits"][name]
+        assert found["limit"] == limit
+        above = found["ratio"] > limit
+        assert found["met"] is (above if name.startswith("threads") else not above)
+    isas = _cpu.native.supported_isas() if _cpu.native else []
+    assert list(report["isa_median_ms"]) == isas
+    assert report["machine"]["isa"] == _cpu.isa  # the choice is restored
+    assert report["threads"]["bytes"] <= report["machine"]["l2_bytes"]
 
 
-def test_bench_refuses_a_wrong_dtype():
-    with pytest.raises(BitcpmError, match=r"dtype=int8: is not supported. Use bfloat16"):
-        bench_ops(dtype="int8")
+def test_every_operator_and_grid_is_timed():
+    names = set(list_candidates(torch.randn(8, 256), 64, 1e-5, None))
+    assert set(SCHEMAS) <= names
+    assert {f"fake_quantize {g}" for g in ("asym4", "half_sym4", "int_sym4", "five")} <= names
+
+
+def test_ratios_pair_the_timings_of_a_round():
+    times_ms = {name: [1.0, 10.0] for name in list_candidates(torch.ones(2, 8), -1, 1e-5, None)}
+    times_ms["fake_quantize"] = [2.0, 20.0]
+    times_ms["reference"] = [6.0]
+    ratios = bench._list_ratios(times_ms)
+    assert ratios["fake_quantize/clone"] == 2.0
+    assert ratios["reference/fake_quantize"] == 3.0
+    assert "compiled/fake_quantize" not in ratios
+
+
+def test_rounds_interleave():
+    order = []
+    times_ms = time_interleaved({n: lambda n=n: order.append(n) for n in ("a", "b")}, rounds=2)
+    assert order == ["a", "b"] * 3  # the first round warms up
+    assert {name: len(values) for name, values in times_ms.items()} == {"a": 2, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int8"}, r"dtype=int8: is not supported. Use bfloat16"),
+        ({"rounds": 0}, r"rounds=0: must be at least 1. Use 31"),
+        ({"in_features": 100, "group_size": 64}, r"group_size=64: in_features 100 is not a mult"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(BitcpmError, match=message):
+        bench_ops(**{"out_features": 8, **arguments})

@@ -1,0 +1,179 @@
+"""The operators as functions: arguments, results, refusals. Imported through `megatron_bitcpm.ops`.
+
+The same weight gives the same bits on every backend. `w` is a latent weight [O, I], float32,
+bfloat16 or float16; groups of `group_size` inputs share a scale, -1 is the whole row; `eps` is the
+smallest scale; `grid` names the levels. Numerics: docs/quantizer.md. Functional forms take any
+strides and return contiguous tensors (an input that is not contiguous is copied first).
+
+Shape legend: O out, I in, G groups per row, P packed bytes per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.quant.grids import TERNARY
+from megatron_bitcpm.quant.scales import DEFAULT_EPS
+
+
+def fake_quantize(
+    w: torch.Tensor, group_size: int = -1, eps: float = DEFAULT_EPS, grid: str = TERNARY
+) -> torch.Tensor:
+    """Quantise a latent weight and return its values on the grid, gradient straight through.
+
+    Args:
+        w: latent weight, [O, I], float32/bfloat16/float16, any device.
+        group_size: inputs per scale; must divide I; -1 means I.
+        eps: smallest scale, in units of w.
+        grid: "ternary", "asym4", "half_sym4", "int_sym4" or "five".
+    Returns:
+        wq: level * scale, [O, I], dtype of w, contiguous; in a group at most as many values as the
+        grid has levels. NaN in groups that hold a non-finite value.
+    Raises:
+        BitcpmError: wrong dtype, shape, group size, eps or grid.
+    Gradient: d loss / d w = d loss / d wq.
+    Source: BitCPM-CANN technical report, section 3.1, eqs. 1-2.
+    """
+    return cast(torch.Tensor, torch.ops.bitcpm.fake_quantize.default(w, group_size, eps, grid))
+
+
+def quantize(
+    w: torch.Tensor, group_size: int = -1, eps: float = DEFAULT_EPS, grid: str = TERNARY
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a latent weight to codes and scales; arguments as `fake_quantize`, no gradient.
+
+    Returns:
+        codes: int8, [O, I], the levels themselves; for half_sym4 twice the levels: -3, -1, 1, 3.
+        scales: float32, units of w, [O, G]; NaN, with codes 0, for groups that hold a non-finite
+        value.
+    """
+    result = torch.ops.bitcpm.quantize.default(w, group_size, eps, grid)
+    return cast(tuple[torch.Tensor, torch.Tensor], result)
+
+
+def abs_sums(w: torch.Tensor, group_size: int = -1) -> torch.Tensor:
+    """Sum absolute values per group in the canonical order: float32, [O, G], no gradient."""
+    return cast(torch.Tensor, torch.ops.bitcpm.abs_sums.default(w, group_size))
+
+
+def fake_quantize_with_scales(
+    w: torch.Tensor, scales: torch.Tensor, grid: str = TERNARY
+) -> torch.Tensor:
+    """Return wq of w under given scales, gradient straight through to w, none to the scales.
+
+    Args:
+        w: latent weight, [O, I], float32/bfloat16/float16.
+        scales: float32, units of w, [O, G], G a divisor of I, on the device of w.
+        grid: as for `fake_quantize`.
+    Returns:
+        wq, [O, I], dtype of w. NaN where w is not finite, and in the whole group where the scale is
+        not positive and finite.
+    """
+    result = torch.ops.bitcpm.fake_quantize_with_scales.default(w, scales, grid)
+    return cast(torch.Tensor, result)
+
+
+def fake_quantize_(
+    w: torch.Tensor, group_size: int = -1, eps: float = DEFAULT_EPS, grid: str = TERNARY
+) -> torch.Tensor:
+    """Overwrite w with its values on the grid and return it; arguments as `fake_quantize`.
+
+    Not recorded by autograd: call it under ``torch.no_grad()`` on tensors that require a gradient.
+    Not idempotent: call it once per value of the latent weight. Any strides, but elements that
+    share memory are refused.
+    """
+    _refuse_recording([w])
+    torch.ops.bitcpm.fake_quantize_.default(w, group_size, eps, grid)
+    return w
+
+
+def fake_quantize_with_scales_(
+    w: torch.Tensor, scales: torch.Tensor, grid: str = TERNARY
+) -> torch.Tensor:
+    """Overwrite w with wq under given scales and return it; see `fake_quantize_`."""
+    _refuse_recording([w])
+    torch.ops.bitcpm.fake_quantize_with_scales_.default(w, scales, grid)
+    return w
+
+
+def foreach_fake_quantize_(
+    ws: Sequence[torch.Tensor],
+    group_size: int = -1,
+    eps: float = DEFAULT_EPS,
+    grid: str = TERNARY,
+) -> None:
+    """Overwrite each weight with its values on the grid: one kernel call for a whole model.
+
+    Args:
+        ws: latent weights of one device; types and shapes may differ, `group_size` divides each I.
+            A weight given twice, and weights that share memory, are refused.
+        group_size: as for `fake_quantize`, and so are eps and grid.
+    Raises:
+        BitcpmError: as `fake_quantize_`; then no weight is changed.
+    """
+    if ws:
+        _refuse_recording(ws)
+        torch.ops.bitcpm.foreach_fake_quantize_.default(list(ws), group_size, eps, grid)
+
+
+def foreach_fake_quantize_with_scales_(
+    ws: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], grid: str = TERNARY
+) -> None:
+    """Overwrite each weight with wq under its scales; see `foreach_fake_quantize_`.
+
+    Args:
+        ws: latent weights.
+        scales: for each weight its float32 scales, [O, G]; G may differ from weight to weight.
+        grid: as for `fake_quantize`.
+    """
+    if ws or scales:
+        _refuse_recording(ws)
+        torch.ops.bitcpm.foreach_fake_quantize_with_scales_.default(list(ws), list(scales), grid)
+
+
+def pack2(codes: torch.Tensor) -> torch.Tensor:
+    """Pack ternary codes into two bits each; layout in docs/quantizer.md.
+
+    Args:
+        codes: int8 in {-1, 0, 1}, [O, I].
+    Returns:
+        packed: uint8, [O, 32 * ceil(I / 128)].
+    Raises:
+        BitcpmError: wrong dtype or shape, or another code: names the first row that holds one.
+    """
+    return cast(torch.Tensor, torch.ops.bitcpm.pack2.default(codes))
+
+
+def unpack2(packed: torch.Tensor, in_features: int) -> torch.Tensor:
+    """Return the codes, int8 [O, in_features], that `pack2` packed.
+
+    Raises:
+        BitcpmError: wrong dtype or shape, or bytes that pack2 does not write: names the first row.
+    """
+    return cast(torch.Tensor, torch.ops.bitcpm.unpack2.default(packed, in_features))
+
+
+def int8_per_token(x: torch.Tensor) -> torch.Tensor:
+    """Round activations to 256 levels per token, gradient straight through.
+
+    Args:
+        x: activations, [..., I], float32/bfloat16/float16; a token is the last dimension.
+    Returns:
+        x_q, contiguous, shape and dtype of x. NaN in tokens that hold a non-finite value.
+    Raises:
+        BitcpmError: wrong dtype, or no dimension.
+    Gradient: d loss / d x = d loss / d x_q.
+    Source: transformers.integrations.bitnet.
+    """
+    return cast(torch.Tensor, torch.ops.bitcpm.int8_per_token.default(x))
+
+
+def _refuse_recording(ws: Sequence[torch.Tensor]) -> None:
+    if torch.is_grad_enabled() and any(w.requires_grad for w in ws):
+        raise BitcpmError.of(
+            "w.requires_grad", True, "autograd cannot record this", "Call it under torch.no_grad()"
+        )

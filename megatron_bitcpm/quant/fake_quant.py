@@ -1,0 +1,120 @@
+"""Codes and fake-quantised weights of a grid with one scale per group: reference in pure torch.
+
+For a group of weights along the inputs and its scale s (float32 arithmetic, no contraction):
+
+    code = that of the nearest level: one comparison of |w| with midpoint * s per pair of levels
+    wq   = level * s                                rounded once, to the dtype of w
+
+For the ternary grid the comparison is ``2|w| > s``, so the code is clamp(rint(w / s), -1, 1), ties
+to even, for every float32 input, without a division. ``w * (1 / s)`` is NOT equal: it flips codes
+one ulp above s/2.
+
+A group with a scale that is not positive and finite has codes 0 and NaN wq, and so has a weight
+that is not finite. Zeros of wq are +0 and NaNs are the canonical quiet NaN, whatever the sign of w.
+
+Source: BitCPM-CANN technical report, section 3.1, eqs. 1-2. The report leaves the order of the sum
+and the rounding open; here they are fixed, see docs/quantizer.md. Levels live in
+`megatron_bitcpm.quant.grids`, scales in `megatron_bitcpm.quant.scales`.
+
+Shape legend: O out, I in, G groups per row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from megatron_bitcpm.quant.grids import TERNARY, Grid, find_grid
+from megatron_bitcpm.quant.scales import DEFAULT_EPS, compute_scales
+
+
+def codes_from_scales(
+    w_OI: torch.Tensor, scales_OG: torch.Tensor, grid: str = TERNARY
+) -> torch.Tensor:
+    """Return int8 codes_OI, [O, I], of w under given scales; 0 where w or its scale is not usable.
+
+    Groups have I / G inputs. A scale is usable when it is positive and finite.
+    """
+    found = find_grid(grid)
+    w_OGI = _split_groups(w_OI, scales_OG)
+    magnitude_OGI = w_OGI.to(torch.float32).abs()
+    positive_OGI = _count_up(magnitude_OGI, scales_OG, found, found.positive)
+    if found.negative == tuple(-code for code in found.positive):
+        negative_OGI = -positive_OGI
+    else:
+        negative_OGI = _count_up(magnitude_OGI, scales_OG, found, found.negative)
+    codes_OGI = torch.where(w_OGI < 0, negative_OGI, positive_OGI)
+    usable_OGI = w_OGI.isfinite() & _find_usable(scales_OG).unsqueeze(-1)
+    return (codes_OGI * usable_OGI).reshape(w_OI.shape)
+
+
+def fake_quantize_with_scales(
+    w_OI: torch.Tensor, scales_OG: torch.Tensor, grid: str = TERNARY
+) -> torch.Tensor:
+    """Return wq_OI = level * scale in the dtype of w, [O, I].
+
+    NaN where w is not finite, and in the whole group where the scale is not positive and finite.
+    """
+    codes_OGI = _split_groups(codes_from_scales(w_OI, scales_OG, grid), scales_OG)
+    # An int8 zero has no sign: zeros of wq are +0. Code times unit is exact.
+    levels_OGI = codes_OGI.to(torch.float32).mul_(find_grid(grid).code_unit)
+    wq_OGI = levels_OGI.mul_(scales_OG.unsqueeze(-1)).to(w_OI.dtype)
+    # Filled last: torch's vectorised float32 -> bfloat16 has another NaN than its scalar one.
+    bad_OGI = ~(_split_groups(w_OI, scales_OG).isfinite() & _find_usable(scales_OG).unsqueeze(-1))
+    return wq_OGI.masked_fill_(bad_OGI, math.nan).reshape(w_OI.shape)
+
+
+def quantize(
+    w_OI: torch.Tensor, group_size: int = -1, eps: float = DEFAULT_EPS, grid: str = TERNARY
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise a latent weight to codes, one scale per group of inputs.
+
+    Args:
+        w_OI: latent weight, [O, I], float32/bfloat16/float16, any device.
+        group_size: inputs per scale; must divide I; -1 means I.
+        eps: smallest scale, in units of w.
+        grid: name of the levels, see `megatron_bitcpm.quant.grids`.
+    Returns:
+        codes_OI: int8, the stored codes of the grid, [O, I].  scales_OG: float32, units of w,
+        [O, G].
+    Raises:
+        BitcpmError: I is not a multiple of group_size, eps is out of range, or an unknown grid.
+    Rounding: to the nearest level, a midpoint to the smaller magnitude. Arithmetic in float32.
+    Source: BitCPM-CANN technical report, section 3.1, eqs. 1-2.
+    """
+    scales_OG = compute_scales(w_OI, group_size, eps, grid)
+    return codes_from_scales(w_OI, scales_OG, grid), scales_OG
+
+
+def fake_quantize(
+    w_OI: torch.Tensor, group_size: int = -1, eps: float = DEFAULT_EPS, grid: str = TERNARY
+) -> torch.Tensor:
+    """Return wq_OI, levels times scales in the dtype of w, [O, I]; arguments as `quantize`."""
+    return fake_quantize_with_scales(w_OI, compute_scales(w_OI, group_size, eps, grid), grid)
+
+
+def _count_up(
+    magnitude_OGI: torch.Tensor, scales_OG: torch.Tensor, grid: Grid, side: tuple[int, ...]
+) -> torch.Tensor:
+    """Return the int8 code of `side` that each magnitude reaches, [O, G, inputs]."""
+    scales_OG1 = scales_OG.unsqueeze(-1)
+    codes_OGI = torch.full_like(magnitude_OGI, side[0], dtype=torch.int8)
+    for code, midpoint in zip(side[1:], grid.find_midpoints(side), strict=True):
+        if grid.name == TERNARY:
+            # Doubling is exact where half of a subnormal scale would round.
+            above_OGI = magnitude_OGI * 2 > scales_OG1
+        else:
+            above_OGI = magnitude_OGI > scales_OG1 * midpoint
+        codes_OGI.masked_fill_(above_OGI, code)
+    return codes_OGI
+
+
+def _split_groups(x_OI: torch.Tensor, scales_OG: torch.Tensor) -> torch.Tensor:
+    out_features, in_features = x_OI.shape
+    num_groups = scales_OG.shape[1]
+    return x_OI.reshape(out_features, num_groups, in_features // num_groups if num_groups else 0)
+
+
+def _find_usable(scales_OG: torch.Tensor) -> torch.Tensor:
+    return scales_OG.isfinite() & (scales_OG > 0)

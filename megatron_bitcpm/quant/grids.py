@@ -1,0 +1,86 @@
+"""The grids of levels: which values a weight may take, in units of its group's scale.
+
+    name        levels             scale s           stored codes
+    ternary     -1 0 1             mean(|w|)         the level
+    asym4       -2 -1 0 1          max(|w|) / 1.5    the level
+    half_sym4   -1.5 -0.5 0.5 1.5  max(|w|) / 1.5    -3 -1 1 3, twice the level
+    int_sym4    -2 -1 1 2          max(|w|) / 2      the level
+    five        -2 -1 0 1 2        max(|w|) / 2      the level
+
+A weight takes the nearest level of its own sign: its magnitude is compared with the midpoints of
+neighbouring levels times s. On a midpoint the smaller magnitude wins; a zero of either sign takes
+level 0 or, in a grid without 0, the smallest positive level.
+
+Source: BitCPM-CANN technical report, section 3.1. What does not live here: how scales are computed
+(`megatron_bitcpm.quant.scales`) and applied (`megatron_bitcpm.quant.fake_quant`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from megatron_bitcpm.errors import BitcpmError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The levels of a weight and the statistic its scale comes from.
+
+    Attributes:
+        name: configuration value `quant.grid`.
+        codes: int8 values that are stored, ascending.
+        code_unit: level behind a code of 1, in scales: level = code * code_unit.
+        statistic: of a group's weights, "abs_sum" (scale = sum / inputs) or "abs_max".
+        divisor: scale = maximum / divisor; 1 for "abs_sum".
+    """
+
+    name: str
+    codes: tuple[int, ...]
+    code_unit: float
+    statistic: Literal["abs_sum", "abs_max"]
+    divisor: float
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Values of a weight in units of its scale, ascending."""
+        return tuple(code * self.code_unit for code in self.codes)
+
+    @property
+    def positive(self) -> tuple[int, ...]:
+        """Codes of weights >= 0 by magnitude; the first is that of a zero weight."""
+        return tuple(code for code in self.codes if code >= 0)
+
+    @property
+    def negative(self) -> tuple[int, ...]:
+        """Codes of weights < 0 by magnitude, starting with 0 where the grid has it."""
+        return tuple(code for code in reversed(self.codes) if code <= 0)
+
+    def find_midpoints(self, side: tuple[int, ...]) -> tuple[float, ...]:
+        """Magnitudes, in scales, above which the next code of `side` is nearer; exact in float32.
+
+        Args:
+            side: `positive` or `negative`.
+        """
+        return tuple((abs(a) + abs(b)) * self.code_unit / 2 for a, b in pairwise(side))
+
+
+GRIDS = {
+    grid.name: grid
+    for grid in (
+        Grid("ternary", (-1, 0, 1), 1.0, "abs_sum", 1.0),
+        Grid("asym4", (-2, -1, 0, 1), 1.0, "abs_max", 1.5),
+        Grid("half_sym4", (-3, -1, 1, 3), 0.5, "abs_max", 1.5),
+        Grid("int_sym4", (-2, -1, 1, 2), 1.0, "abs_max", 2.0),
+        Grid("five", (-2, -1, 0, 1, 2), 1.0, "abs_max", 2.0),
+    )
+}
+TERNARY = "ternary"
+
+
+def find_grid(name: str) -> Grid:
+    """Return the grid of this name; raises BitcpmError, naming the grids, where there is none."""
+    if name not in GRIDS:
+        raise BitcpmError.of("grid", name, "is no grid", f"Use {', '.join(GRIDS)}")
+    return GRIDS[name]

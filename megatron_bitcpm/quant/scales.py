@@ -1,0 +1,113 @@
+"""Scales of groups: the mean or the largest of the absolute values, never below eps.
+
+    abs_sum    s = max(sum(|w|) * float32(1 / n), eps)     n inputs in the group
+    abs_max    s = max(max(|w|) / divisor, eps)            divisor of the grid, an IEEE division
+
+All in float32 whatever the type of w. A sum has one order, `megatron_bitcpm.quant.sums`; a maximum
+needs none. Both keep NaN: a group whose sum or maximum is not finite has a NaN scale, so that a
+diverging run is seen.
+
+Shape legend: O out, I in, G groups per row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+
+from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.quant.grids import find_grid
+from megatron_bitcpm.quant.groups import count_groups, resolve_group_size
+from megatron_bitcpm.quant.sums import sum_abs_canonical
+
+DEFAULT_EPS = 1e-5
+# Below the smallest normal float32 the scale itself would depend on flush-to-zero settings.
+SMALLEST_EPS = 2.0**-126
+
+
+def round_to_float32(value: float) -> float:
+    """Return `value` rounded to the nearest float32, as a Python float."""
+    return ctypes.c_float(value).value
+
+
+def check_eps(eps: float) -> None:
+    """Raise BitcpmError unless eps is finite and at least 2^-126, the smallest normal float32."""
+    if not SMALLEST_EPS <= eps <= 3.4e38:
+        raise BitcpmError.of(
+            "eps", eps, "the smallest scale must be a positive normal float32", "Use 1e-5"
+        )
+
+
+def abs_sums(w_OI: torch.Tensor, group_size: int = -1) -> torch.Tensor:
+    """Sum absolute values per group in the canonical order: float32 sums_OG, [O, G]."""
+    return sum_abs_canonical(w_OI, resolve_group_size(w_OI.shape[1], group_size))
+
+
+def abs_maxima(w_OI: torch.Tensor, group_size: int = -1) -> torch.Tensor:
+    """Return the largest absolute value per group: float32 maxima_OG, [O, G], NaN where w has NaN.
+
+    The order does not matter, so the maximum over shards is the maximum of their maxima.
+    """
+    num_groups = count_groups(w_OI.shape[1], group_size)
+    if not num_groups:
+        return w_OI.new_empty(w_OI.shape[0], 0, dtype=torch.float32)
+    w_OGI = w_OI.reshape(w_OI.shape[0], num_groups, w_OI.shape[1] // num_groups)
+    return w_OGI.to(torch.float32).abs().amax(-1)
+
+
+def scales_from_sums(sums: torch.Tensor, n: int, eps: float = DEFAULT_EPS) -> torch.Tensor:
+    """Turn sums of absolute values into scales: ``max(sum * float32(1 / n), eps)``.
+
+    Args:
+        sums: float32, any shape, units of w.
+        n: inputs behind each sum (the full row's length when sums of ranks were added), >= 1.
+        eps: smallest scale, units of w.
+    Returns:
+        Scales of the same shape, float32; NaN where the sum is not finite.
+    Raises:
+        BitcpmError: n < 1, or eps not a positive normal float32.
+    """
+    check_eps(eps)
+    if n < 1:
+        raise BitcpmError.of("n", n, "a mean needs at least one input", "Pass the group's length")
+    return _bound_below(sums * round_to_float32(1.0 / n), eps, sums)
+
+
+def scales_from_max(
+    maxima: torch.Tensor, eps: float = DEFAULT_EPS, grid: str = "five"
+) -> torch.Tensor:
+    """Turn largest absolute values into scales: ``max(maximum / divisor, eps)``.
+
+    Args:
+        maxima: float32, any shape, units of w, >= 0 or NaN.
+        eps: smallest scale, units of w.
+        grid: a grid whose scale is a maximum, which is every one but ternary.
+    Returns:
+        Scales of the same shape, float32; NaN where the maximum is not finite.
+    Raises:
+        BitcpmError: the grid takes its scale from sums or is unknown; eps out of range.
+    """
+    check_eps(eps)
+    found = find_grid(grid)
+    if found.statistic != "abs_max":
+        raise BitcpmError.of(
+            "grid", grid, "its scale is a mean, not a maximum", "Use scales_from_sums"
+        )
+    # A tensor as divisor: by a Python number, torch multiplies with the reciprocal on some devices.
+    return _bound_below(maxima / torch.full_like(maxima, found.divisor), eps, maxima)
+
+
+def compute_scales(w_OI: torch.Tensor, group_size: int, eps: float, grid: str) -> torch.Tensor:
+    """Return scales_OG, float32, [O, G], of a latent weight; arguments as `fake_quant.quantize`."""
+    check_eps(eps)
+    if find_grid(grid).statistic == "abs_max":
+        return scales_from_max(abs_maxima(w_OI, group_size), eps, grid)
+    group_len = resolve_group_size(w_OI.shape[1], group_size)
+    return scales_from_sums(abs_sums(w_OI, group_size), max(group_len, 1), eps)
+
+
+def _bound_below(scales: torch.Tensor, eps: float, statistic: torch.Tensor) -> torch.Tensor:
+    bounded = scales.clamp(min=round_to_float32(eps))
+    return bounded.masked_fill(~statistic.isfinite(), math.nan)

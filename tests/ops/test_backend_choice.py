@@ -1,0 +1,200 @@
+"""Which implementation of the operators runs: choice, report, broken compiled modules."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_operators import GRIDS, random_weight
+
+from megatron_bitcpm import ops
+from megatron_bitcpm.errors import BackendError
+from megatron_bitcpm.ops import _cpu
+from megatron_bitcpm.ops._schema import SCHEMAS
+
+needs_native = pytest.mark.skipif(_cpu.native is None, reason="compiled module not built")
+
+
+def test_unknown_backend_and_instruction_set_are_refused():
+    for name in ("gpu", "cpu"):
+        with pytest.raises(BackendError, match=rf"quant.backend={name}: is no backend. Use auto"):
+            ops.use_backend(name)
+    if _cpu.native is not None:
+        with pytest.raises(BackendError) as caught:
+            _cpu.select_isa("sse9")
+        choices = " or ".join(_cpu.native.supported_isas())
+        assert str(caught.value) == (
+            "BITCPM_CPU_ISA=sse9: this processor and build have no such kernels. "
+            f"Use auto or {choices}."
+        )
+
+
+@pytest.mark.parametrize(
+    ("device_type", "message"),
+    [
+        ("cuda", "there are no compiled operators for cuda. Use auto."),
+        (
+            "npu",
+            "torch_npu is not imported in this process. Build them as docs/ascend.md says, "
+            "or use auto.",
+        ),
+    ],
+)
+def test_native_is_refused_where_no_kernel_is_built(device_type, message):
+    if device_type in sys.modules or f"torch_{device_type}" in sys.modules:
+        pytest.skip("this machine has such a device")
+    with pytest.raises(BackendError) as caught:
+        ops.use_backend("native", device_type)
+    assert str(caught.value) == f"quant.backend=native: {message}"
+    for name in ("reference", "auto"):
+        ops.use_backend(name, device_type)
+        assert ops.backend_report()["requested"] == name
+        assert ops.backend_report()["npu"]["backend"] == "reference"
+
+
+@needs_native
+def test_backend_report_names_what_runs(monkeypatch):
+    assert ops.backend_report()["cpu"]["backend"] == "native"
+    assert ops.backend_report()["cpu"]["isa"] in _cpu.native.supported_isas()
+    assert ops.backend_report()["cpu"]["isas"] == _cpu.native.supported_isas()
+    assert set(ops.backend_report()["cpu"]["ops"]) == set(SCHEMAS)
+    assert ops.backend_report()["cpu"]["grids"] == GRIDS
+    ops.use_backend("reference")
+    # The compiled module must not be touched now.
+    monkeypatch.setattr(_cpu, "native", object())
+    report = ops.backend_report()
+    assert report["cpu"]["backend"] == "reference" and report["requested"] == "reference"
+    w = random_weight()
+    assert torch.equal(ops.fake_quantize_(w.clone()), ops.fake_quantize(w))
+    codes = ops.quantize(w)[0]
+    ops.abs_sums(w), ops.fake_quantize_with_scales(w, torch.ones(8, 1)), ops.int8_per_token(w)
+    ops.fake_quantize_with_scales_(w, torch.ones(8, 1)), ops.unpack2(ops.pack2(codes), 64)
+    ops.foreach_fake_quantize_([w]), ops.foreach_fake_quantize_with_scales_([w], [torch.ones(8, 1)])
+    ops.use_backend("auto")
+
+
+@needs_native
+def test_compiled_kernels_run_and_thread_count_changes_nothing():
+    w = random_weight(64, 4096)
+    want = ops.fake_quantize(w)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(ops.fake_quantize(w), want)
+            assert torch.equal(ops.quantize(w, 64)[1], _cpu.quantize(w, 64, 1e-5)[1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_native
+def test_huge_page_hint_changes_no_value(monkeypatch):
+    w = random_weight(1024, 4096)
+    monkeypatch.setattr(_cpu, "huge_page_min_bytes", None)
+    want = ops.fake_quantize(w)
+    monkeypatch.setattr(_cpu, "huge_page_min_bytes", 1)
+    assert torch.equal(ops.fake_quantize(w), want)
+
+
+FALLBACK = """
+import sys
+sys.modules["megatron_bitcpm._cpu"] = None
+import torch
+from megatron_bitcpm import ops
+report = ops.backend_report()
+assert report["cpu"]["backend"] == "reference", report
+assert "_cpu" in report["cpu"]["load_error"], report
+w = torch.randn(4, 64)
+codes, scales = ops.quantize(w)
+assert torch.equal(ops.fake_quantize(w), codes * scales)
+assert torch.equal(ops.fake_quantize_(w.clone()), codes * scales)
+loaded = {"megatron", "transformers", "torch_npu"} & set(sys.modules)
+assert not loaded, loaded
+ops.use_backend("auto")
+ops.use_backend("reference")
+try:
+    ops.use_backend("native")
+except ValueError as error:
+    print(error)
+"""
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+OLD_MODULE = """
+import sys, types
+module = types.ModuleType("megatron_bitcpm._cpu")
+module.fake_quantize = module.quantize = module.abs_sums = module.select_isa = print
+module.supported_isas = list
+sys.modules["megatron_bitcpm._cpu"] = module
+"""
+RAISING_MODULE = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "megatron_bitcpm._cpu":
+            raise OSError("bad ELF header\\nline two")
+sys.meta_path.insert(0, Finder())
+"""
+SHOW_REASON = """
+import torch
+from megatron_bitcpm import ops
+codes = ops.quantize(torch.ones(2, 8), grid="five")[0]
+assert ops.backend_report()["cpu"]["backend"] == "reference" and codes.tolist() == [[2] * 8] * 2
+try:
+    ops.use_backend("native")
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (
+            OLD_MODULE,
+            "built from another version, without fake_quantize_with_scales, pack2, unpack2, "
+            "int8_per_token, advise_huge_pages: reinstall",
+        ),
+        (RAISING_MODULE, "OSError: bad ELF header line two"),
+    ],
+    ids=["older version", "raises at import"],
+)
+def test_a_broken_compiled_module_is_one_line_and_the_reference(broken, reason):
+    done = run_python(broken + SHOW_REASON)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == (
+        f"no compiled CPU operators ({reason}): using the pure-torch reference, slower, equal bits"
+    )
+    assert done.stdout.strip() == (
+        f"BackendError quant.backend=native: the compiled CPU operators did not load ({reason}). "
+        "Reinstall with a C++ compiler, or use auto."
+    )
+
+
+def test_without_the_compiled_module_the_reference_runs_and_says_so_once():
+    done = run_python(FALLBACK)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no compiled CPU operators") == 1
+    assert done.stdout.startswith("quant.backend=native: the compiled CPU operators did not load (")
+    assert "_cpu" in done.stdout and done.stdout.strip().endswith("or use auto.")
+
+
+@pytest.mark.slow
+@needs_native
+def test_environment_chooses_the_instruction_set():
+    code = "from megatron_bitcpm import ops; print(ops.backend_report()['cpu']['isa'])"
+    assert run_python(code, BITCPM_CPU_ISA="generic").stdout.strip() == "generic"
+
+
+@needs_native
+def test_nothing_is_logged_when_the_module_is_there(caplog):
+    with caplog.at_level(logging.WARNING):
+        ops.fake_quantize(random_weight())
+    assert not caplog.records
