@@ -182,6 +182,29 @@ def probe_torch_npu(facts: Facts, installed: str | None) -> Finding:
     return Finding(name, "ok", npu["version"])
 
 
+def probe_npu_operators(facts: Facts) -> Finding:
+    """Say whether the compiled NPU operators loaded, and for which device.
+
+    Args:
+        facts: see `torch_facts.ask_torch`.
+    """
+    name, report = "NPU operators", facts.get("operators")
+    live = report.get("npu") if isinstance(report, dict) else None
+    if live is None:
+        return Finding(name, "absent", "unknown", "see `operators`")
+    if not isinstance(facts.get("npu"), dict):
+        return Finding(name, "absent", "not loaded", live["reason"])
+    if live["backend"] == "reference":
+        detail = live["reason"] + (f" ({live['load_error']})" if live["load_error"] else "")
+        return Finding(
+            name, "warn", "reference", detail,
+            "Build them as docs/ascend.md says; the reference gives the same bits, slower",
+        )  # fmt: skip
+    device = live["device"]
+    value = f"native, {device['vector_cores']} vector cores, {device['ub_bytes']} bytes each"
+    return Finding(name, "ok", value, f"compiled: {' '.join(live['ops'])}; others: reference")
+
+
 def probe_devices(environ: Mapping[str, str], facts: Facts) -> Finding:
     """Count the devices that torch sees, and say why there are none.
 

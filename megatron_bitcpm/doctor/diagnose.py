@@ -62,6 +62,7 @@ def diagnose(environ: Mapping[str, str] | None = None) -> list[Finding]:
             shutil.which("npu-smi"), sorted(Path("/dev").glob("davinci[0-9]*"))
         ),
         "torch_npu": lambda: ascend.probe_torch_npu(facts, has_torch_npu),
+        "NPU operators": lambda: ascend.probe_npu_operators(facts),
         "MindSpeed": lambda: software.probe_mindspeed(version_of, _location("mindspeed")),
         "apex": lambda: software.probe_apex(version_of, _location("apex")),
         "Transformer Engine": lambda: software.probe_transformer_engine(version_of),

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 from megatron_bitcpm.doctor.finding import Finding
 from megatron_bitcpm.doctor.torch_facts import Facts, failure
@@ -14,7 +15,13 @@ VersionOf = Callable[[str], str]
 """As `importlib.metadata.version`: raises PackageNotFoundError."""
 
 # Of the package's own variables: read at run time, and read by setup.py.
-VARIABLES = ("BITCPM_CPU_ISA", "BITCPM_PLATFORM", "BITCPM_REQUIRE_NATIVE")
+VARIABLES = (
+    "BITCPM_CPU_ISA",
+    "BITCPM_PLATFORM",
+    "BITCPM_REQUIRE_BACKENDS",
+    "BITCPM_REQUIRE_NATIVE",
+    "BITCPM_REQUIRE_NPU",
+)
 # Have probes of their own.
 _PROBED_APART = ("torch", "megatron-core", "torch-npu")
 
@@ -167,13 +174,24 @@ def probe_operators(facts: Facts) -> Finding:
         value += f", {live['isa']}"
     detail = live["reason"] + (f" ({live['load_error']})" if live.get("load_error") else "")
     if live["backend"] != "reference":
-        return Finding(name, "ok", value, detail)
-    fix = (
-        "Install g++, then: pip install --no-deps --no-build-isolation --force-reinstall -e ."
-        if device == "cpu"
-        else "None needed for the results: the reference gives the same bits, slower"
-    )
-    return Finding(name, "warn", value, detail, fix)
+        return Finding(name, "ok", value, "; ".join([detail, *_list_compiled(live)]))
+    fixes = {
+        "cpu": "Install g++, then: pip install --no-deps --no-build-isolation --force-reinstall "
+        "-e .",
+        "npu": "See docs/ascend.md; the reference gives the same bits, slower",
+    }
+    other = "None needed for the results: the reference gives the same bits, slower"
+    return Finding(name, "warn", value, detail, fixes.get(device, other))
+
+
+def _list_compiled(live: Mapping[str, Any]) -> list[str]:
+    """Return what an entry of `ops.backend_report` says of its compiled module, for the table."""
+    found = {
+        "this processor": live.get("isas"),
+        "compiled": live.get("ops"),
+        "grids": live.get("grids"),
+    }
+    return [f"{key}: {' '.join(names)}" for key, names in found.items() if names]
 
 
 def probe_variables(environ: Mapping[str, str], facts: Facts) -> Finding:

@@ -33,7 +33,23 @@ HEALTHY = {
     "platform": "cpu",
     "operators": {
         "requested": "auto",
-        "cpu": {"backend": "native", "isa": "avx2", "reason": "loaded", "load_error": None},
+        "cpu": {
+            "backend": "native",
+            "isa": "avx2",
+            "isas": ["avx2", "generic"],
+            "reason": "loaded",
+            "load_error": None,
+            "ops": ["abs_sums", "pack2"],
+            "grids": ["ternary", "five"],
+        },
+        "npu": {
+            "backend": "reference",
+            "reason": "torch_npu is not imported in this process",
+            "load_error": None,
+            "device": None,
+            "ops": [],
+            "grids": [],
+        },
         "other": {"backend": "reference", "reason": "no compiled kernels for other devices"},
     },
 }
@@ -276,13 +292,41 @@ def test_requirements_that_are_not_met():
 
 
 def test_which_operators_are_live():
-    assert software.probe_operators(HEALTHY).value == "native on cpu, avx2"
+    found = software.probe_operators(HEALTHY)
+    assert found.value == "native on cpu, avx2"
+    assert found.detail == (
+        "loaded; this processor: avx2 generic; compiled: abs_sums pack2; grids: ternary five"
+    )
     found = software.probe_operators(with_npu(8))
     assert (found.status, found.value) == ("warn", "reference on npu")
+    assert "docs/ascend.md" in found.fix
     broken = {"backend": "reference", "isa": None, "reason": "r", "load_error": "ImportError: x"}
     facts = {**HEALTHY, "operators": {"cpu": broken, "other": broken}}
     found = software.probe_operators(facts)
     assert found.status == "warn" and "ImportError: x" in found.detail and "g++" in found.fix
+
+
+def test_npu_operators():
+    found = ascend.probe_npu_operators(HEALTHY)
+    assert (found.status, found.detail) == ("absent", "torch_npu is not imported in this process")
+    facts = with_npu(8)
+    broken = {
+        **HEALTHY["operators"]["npu"],
+        "reason": "compiled module did not load",
+        "load_error": "ModuleNotFoundError: No module named 'megatron_bitcpm._npu'",
+    }
+    facts = {**facts, "operators": {**HEALTHY["operators"], "npu": broken}}
+    found = ascend.probe_npu_operators(facts)
+    assert (found.status, found.value) == ("warn", "reference")
+    assert "ModuleNotFoundError" in found.detail and "docs/ascend.md" in found.fix
+    device = {"vector_cores": 48, "ub_bytes": 196608}
+    live = {**broken, "backend": "native", "load_error": None, "device": device, "ops": ["pack2"]}
+    found = ascend.probe_npu_operators(
+        {**facts, "operators": {**HEALTHY["operators"], "npu": live}}
+    )
+    assert (found.status, found.value) == ("ok", "native, 48 vector cores, 196608 bytes each")
+    assert "pack2" in found.detail
+    assert ascend.probe_npu_operators({"torch": "failed: x"}).status == "absent"
 
 
 def test_collectives():

@@ -1,0 +1,31 @@
+// Tiling of fake_quantize_with_scales: pure C++, no CANN.
+#pragma once
+
+#include "../../common/group_tiling.h"
+
+namespace bitcpm::ascend {
+
+// Passed to the kernel by value.
+struct FakeQuantizeWithScalesTiling {
+  GroupTiling groups;
+};
+
+constexpr TilingStatus make_fake_quantize_with_scales_tiling(
+    DType dtype, int64_t rows, int64_t cols, int64_t group_len, const Device& device,
+    FakeQuantizeWithScalesTiling* tiling) {
+  int64_t num_groups = 0;
+  if (!count_matrix_groups(rows, cols, group_len, &num_groups)) return TilingStatus::kBadShape;
+  const int64_t size = size_of(dtype);
+  GroupCosts costs = {};
+  costs.element_size = size;
+  costs.whole_in = 2 * size;
+  costs.rest = 2 * size + 2 * size;
+  // The scales that come in, six 32-bit vectors and five of words, four broadcast blocks.
+  costs.per_group = 2 * 4 + 6 * 4 + 5 * size + 4 * kDataBlock;
+  costs.fixed = 1024;
+  costs.keeps_group_whole = false;
+  *tiling = FakeQuantizeWithScalesTiling{};
+  return cut_groups(num_groups, group_len, costs, device, &tiling->groups);
+}
+
+}  // namespace bitcpm::ascend
