@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 CORE_0_12 := $(VENV)-core-0.12.1
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help demo test test-slow lint bench clean setup setup-core-0.12
+.PHONY: help demo test test-slow lint bench kernels clean setup setup-core-0.12
 
 help:
 	@echo "make demo [TEXT=file-or-folder] [OUT=folder]   text -> ternary training -> Hugging Face -> speech"
@@ -55,6 +55,12 @@ test test-slow: setup setup-core-0.12
 	$(BIN)/python -m pytest -m "$(SPEED) and not npu and not gpu" --durations=5 || status=1; \
 	$(CORE_0_12)/bin/python -m pytest -m "$(SPEED) and both_versions" --durations=5 || status=1; \
 	exit $$status
+
+# What the operator tests run besides this machine's own kernels: the CPU kernels with sanitizers and
+# for 64-bit Arm (under qemu), the Ascend kernels on the host check. Tests also build them on demand.
+kernels:
+	$(MAKE) -C csrc/cpu/checks native asan neon
+	$(MAKE) -C csrc/ascend/host_check runner wrong semantics
 
 lint: setup
 	$(BIN)/ruff check .

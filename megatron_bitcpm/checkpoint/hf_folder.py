@@ -74,6 +74,7 @@ def export_hf(
     output = Path(os.path.realpath(output))
     reader = CheckpointReader(checkpoint)
     check_expressible(reader.config.model)
+    read_stamp(reader)  # refuses a quantiser that has no such form
     _check_output(output, overwrite)
     tokenizer_folder = _check_tokenizer(reader, tokenizer)
     if max_shard_bytes < 1:
@@ -138,11 +139,14 @@ def _fill(
     _write_json(scratch / CONFIG_FILE, config)
     _write_json(scratch / GENERATION_FILE, generation_config(ids))
     facts = _read_facts(reader)
-    groups = list_ternary_tensors(reader.config.model, read_stamp(reader))
+    stamp = read_stamp(reader)
+    groups = list_ternary_tensors(reader.config.model, stamp)
     if groups:
         _write_json(scratch / QUANTIZER_FILE, _describe_quantizer(reader, facts, groups))
     report = verify_tensors(scratch, groups, reader)
-    card = write_model_card(config, facts, report if groups else None)
+    card = write_model_card(
+        config, facts, report if groups else None, stamp.quant if stamp else None
+    )
     (scratch / "README.md").write_text(card, encoding="utf-8")
     return {**report, **facts, "files": files, "bytes": total_bytes}
 

@@ -13,7 +13,8 @@
 
 The rows of linear_qkv are interleaved by query group: its query heads, its key head, its value
 head. Those of linear_fc1 are all of gate, then all of up. Only rows move, and groups run along the
-inputs, so a fused weight is quantised whole and split afterwards.
+inputs, so a fused weight is quantised whole and split afterwards; with one scale per projection
+(`group_size: tensor`) each row is quantised with the scale of its projection.
 
 The ternary values are those of the training forward, bit for bit: the same operator on the same
 latent weight, rows that were sharded summed in the same slices and order.
@@ -35,6 +36,11 @@ from megatron_bitcpm import ops
 from megatron_bitcpm.checkpoint.reader import CheckpointReader
 from megatron_bitcpm.config import ModelConfig, QuantConfig
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.parallel.projections import (
+    ProjectionRows,
+    projection_scales,
+    split_query_groups,
+)
 from megatron_bitcpm.quant.groups import ShardedGroups, abs_sums_sliced, resolve_sharded_groups
 from megatron_bitcpm.quant.selection import is_excluded
 
@@ -56,11 +62,30 @@ class FusedLinear:
     hf_names: tuple[str, ...]
     row_parallel: bool
 
+    def rows(self, model: ModelConfig) -> ProjectionRows:
+        """Which rows belong to which projection."""
+        # self_attn.q_proj -> q
+        names = tuple(name.split(".")[-1].removesuffix("_proj") for name in self.hf_names)
+        return ProjectionRows(
+            names, model.num_query_groups, model.num_attention_heads, model.head_dim
+        )
+
+    def shape(self, model: ModelConfig) -> tuple[int, int]:
+        """Rows and inputs of the full fused weight, (O, I)."""
+        queries = model.num_attention_heads * model.head_dim
+        return {
+            "self_attention.linear_qkv": (
+                queries + 2 * model.num_query_groups * model.head_dim,
+                model.hidden_size,
+            ),
+            "self_attention.linear_proj": (model.hidden_size, queries),
+            "mlp.linear_fc1": (2 * model.ffn_hidden_size, model.hidden_size),
+            "mlp.linear_fc2": (model.hidden_size, model.ffn_hidden_size),
+        }[self.name]
+
     def split(self, weight: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
         """Split a fused weight, [O, I], into the rows of its projections."""
-        if len(self.hf_names) == 3:
-            return split_qkv(weight, model)
-        return tuple(weight.chunk(len(self.hf_names)))
+        return self.rows(model).split(weight)
 
 
 LINEARS = (
@@ -91,11 +116,9 @@ def split_qkv(weight: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, .
     Returns:
         q [heads * head_dim, I], k and v [groups * head_dim, I].
     """
-    in_features = weight.shape[1]
-    heads = model.num_attention_heads // model.num_query_groups
-    grouped = weight.view(model.num_query_groups, heads + 2, model.head_dim, in_features)
-    parts = grouped.split((heads, 1, 1), dim=1)
-    return tuple(part.reshape(-1, in_features) for part in parts)
+    return split_query_groups(
+        weight, model.num_query_groups, model.num_attention_heads, model.head_dim
+    )
 
 
 @dataclass(frozen=True)
@@ -110,12 +133,14 @@ class QuantizerStamp:
     quant: QuantConfig
     tp_size: int
 
-    def groups_of(
-        self, linear: FusedLinear, in_features: int, layer: int, num_layers: int
-    ) -> ShardedGroups | None:
-        """How the groups of a linear lie; None where it stayed in full precision."""
+    def is_ternary(self, linear: FusedLinear, layer: int, num_layers: int) -> bool:
+        """Whether a linear was trained quantised, or stayed in full precision."""
         name = f"decoder.layers.{layer}.{linear.name}"
-        if is_excluded(name, layer, num_layers, self.quant):
+        return not is_excluded(name, layer, num_layers, self.quant)
+
+    def groups_of(self, linear: FusedLinear, in_features: int) -> ShardedGroups | None:
+        """How the groups of a quantised linear lie; None with one scale per projection."""
+        if self.quant.group_size == "tensor":
             return None
         return resolve_sharded_groups(
             in_features,
@@ -144,7 +169,7 @@ def parse_stamp(stamp: Any, source: Path) -> QuantizerStamp:
         source: the file or its folder, for messages.
 
     Raises:
-        CheckpointError: the stamp is damaged, or of a quantiser unknown here.
+        CheckpointError: the stamp is damaged, or of a quantiser that is not exported.
     """
     try:
         fields = {key: stamp[key] for key in QuantConfig.model_fields if key in stamp}
@@ -158,6 +183,11 @@ def parse_stamp(stamp: Any, source: Path) -> QuantizerStamp:
             "quantizer", source, f"unreadable stamp: {reason}",
             "Use the package version that wrote the checkpoint",
         ) from error  # fmt: skip
+    if quant.grid != "ternary":
+        raise CheckpointError.of(
+            "quant.grid", quant.grid, "Hugging Face exports hold ternary weights only",
+            "Train with quant.grid=ternary to export",
+        )  # fmt: skip
     if numerics not in NUMERICS:
         raise CheckpointError.of(
             "numerics", numerics, f"the checkpoint's codes need {' or '.join(NUMERICS)}",
@@ -185,6 +215,23 @@ def fake_quantize_full(
     return ops.fake_quantize(w_OI, groups.scale_len, eps)
 
 
+def fake_quantize_projections(
+    w_OI: torch.Tensor, rows: ProjectionRows, row_parallel: bool, tp_size: int, eps: float
+) -> torch.Tensor:
+    """Like `fake_quantize_full`, with one scale per projection.
+
+    Args:
+        w_OI: full fused latent weight, [O, I].
+        rows: which row belongs to which projection.
+        row_parallel: whether the training had cut the rows into tp_size slices.
+        tp_size: tensor-parallel size of the training.
+        eps: smallest scale.
+    """
+    sums_O1 = abs_sums_sliced(w_OI, tp_size) if row_parallel else ops.abs_sums(w_OI, -1)
+    scales_O1 = projection_scales(sums_O1.flatten(), rows, w_OI.shape[1], eps, "ternary")
+    return ops.fake_quantize_with_scales(w_OI, scales_O1)
+
+
 def read_forward_weight(
     reader: CheckpointReader, stamp: QuantizerStamp | None, linear: FusedLinear, layer: int
 ) -> torch.Tensor:
@@ -196,31 +243,35 @@ def read_forward_weight(
         linear: one of `LINEARS`.
         layer: global layer number, from 0.
     """
-    w_OI = reader.layer_tensor(f"{linear.name}.weight", layer)
-    if stamp is None:
+    w_OI, model = reader.layer_tensor(f"{linear.name}.weight", layer), reader.config.model
+    if stamp is None or not stamp.is_ternary(linear, layer, model.num_layers):
         return w_OI
-    groups = stamp.groups_of(linear, w_OI.shape[1], layer, reader.config.model.num_layers)
+    groups, eps = stamp.groups_of(linear, w_OI.shape[1]), stamp.quant.eps
     if groups is None:
-        return w_OI
-    return fake_quantize_full(w_OI, groups, stamp.tp_size, stamp.quant.eps)
+        return fake_quantize_projections(
+            w_OI, linear.rows(model), linear.row_parallel, stamp.tp_size, eps
+        )
+    return fake_quantize_full(w_OI, groups, stamp.tp_size, eps)
 
 
 def list_ternary_tensors(model: ModelConfig, stamp: QuantizerStamp | None) -> dict[str, int]:
-    """Return the ternary Hugging Face tensors: name -> inputs per scale."""
+    """Return the ternary Hugging Face tensors: name -> weights per scale.
+
+    These are consecutive inputs of a row, or all weights of the tensor.
+    """
     if stamp is None:
         return {}
-    widths = {
-        "self_attention.linear_proj": model.num_attention_heads * model.head_dim,
-        "mlp.linear_fc2": model.ffn_hidden_size,
-    }
     tensors = {}
     for layer in range(model.num_layers):
         for linear in LINEARS:
-            in_features = widths.get(linear.name, model.hidden_size)
-            groups = stamp.groups_of(linear, in_features, layer, model.num_layers)
-            if groups is not None:
-                for name in linear.hf_names:
-                    tensors[f"model.layers.{layer}.{name}.weight"] = groups.scale_len
+            if not stamp.is_ternary(linear, layer, model.num_layers):
+                continue
+            out_features, in_features = linear.shape(model)
+            groups = stamp.groups_of(linear, in_features)
+            parts = linear.rows(model).split(torch.arange(out_features))
+            for name, part in zip(linear.hf_names, parts, strict=True):
+                size = part.numel() * in_features if groups is None else groups.scale_len
+                tensors[f"model.layers.{layer}.{name}.weight"] = size
     return tensors
 
 

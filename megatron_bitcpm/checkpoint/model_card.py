@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.version import __version__
 
 _TERNARY = """\
 A ternary (1.58-bit) language model, pseudo-quantised: every weight of the {tensors} projection
-matrices is one of -s, 0, s, where s is the scale of its group of inputs ({groups}). The values are
+matrices is one of -s, 0, s, where s is the scale of {groups}. The values are
 stored in {dtype}, so the folder is as large as a full-precision one and loads as a plain Llama.
 Embeddings, norms and the output layer are in full precision.{excluded}
 
 Exported by megatron_bitcpm {version} and compared with its training checkpoint: no code differs.
 Check again with `bitcpm verify FOLDER [CHECKPOINT]`. `bitcpm_quantizer.json` records the quantiser.
+"""
+_ACTIVATION = """
+In training each token was rounded to 8 bits in front of these matrices. The format of this
+folder has no such step: whoever loads it multiplies with activations in full precision.
 """
 _FULL_PRECISION = """\
 A language model in full precision ({dtype}), a plain Llama, exported by megatron_bitcpm {version}.
@@ -35,7 +40,10 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
 
 def write_model_card(
-    config: dict[str, Any], facts: dict[str, Any], report: dict[str, Any] | None
+    config: dict[str, Any],
+    facts: dict[str, Any],
+    report: dict[str, Any] | None,
+    quant: QuantConfig | None,
 ) -> str:
     """Return the text of README.md.
 
@@ -43,6 +51,7 @@ def write_model_card(
         config: content of config.json.
         facts: of the training: iteration, tokens, valid_loss, seq_length.
         report: of `verify`; None for a full-precision model.
+        quant: the quantiser of a ternary model.
     """
     dtype = config["torch_dtype"]
     tags = ["llama", "megatron-bitcpm", *(["ternary", "1.58-bit"] if report else [])]
@@ -55,13 +64,13 @@ def write_model_card(
         "# Ternary Llama" if report else "# Llama",
         "",
     ]
-    if report:
+    if report and quant:
         expected = 7 * config["num_hidden_layers"]
         left_out = expected - report["ternary_tensors"]
         lines.append(
             _TERNARY.format(
                 tensors=report["ternary_tensors"],
-                groups=_describe_groups(report["group_sizes"]),
+                groups=_describe_groups(report["group_sizes"], quant),
                 dtype=dtype,
                 excluded=f" {left_out} projections were kept in full precision too."
                 if left_out
@@ -69,6 +78,8 @@ def write_model_card(
                 version=__version__,
             )
         )
+        if quant.activation != "none":
+            lines.append(_ACTIVATION)
     else:
         lines.append(_FULL_PRECISION.format(dtype=dtype, version=__version__))
     lines += [_USE, "## Facts", "", "| | |", "|---|---|"]
@@ -84,8 +95,10 @@ def write_model_card(
     return "\n".join(lines) + "\n"
 
 
-def _describe_groups(sizes: list[int]) -> str:
-    return f"{', '.join(map(str, sizes))} inputs"
+def _describe_groups(sizes: list[int], quant: QuantConfig) -> str:
+    if quant.group_size == "tensor":
+        return "the whole matrix"
+    return f"its group of inputs ({', '.join(map(str, sizes))} inputs)"
 
 
 def _list_facts(

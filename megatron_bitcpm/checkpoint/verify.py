@@ -152,7 +152,7 @@ def verify_tensors(
 
     Args:
         folder: Hugging Face folder.
-        groups: ternary tensor -> inputs per scale; empty for a full-precision model.
+        groups: ternary tensor -> weights per scale; empty for a full-precision model.
         reader: the checkpoint it must equal, or None.
     """
     config, model = _check_config(folder, reader)
@@ -313,7 +313,8 @@ def _check_shapes(
         shape = shapes.get(name, ())
         if len(shape) != 2 or not isinstance(group_size, int) or group_size < 1:
             raise folder_error(folder, f"{QUANTIZER_FILE}: {name} with groups of {group_size}")
-        if shape[1] % group_size:
+        # A scale is of inputs of a row, or of the whole tensor.
+        if shape[1] % group_size and group_size != math.prod(shape):
             raise folder_error(folder, f"{name}: {shape[1]} inputs are no multiple of {group_size}")
 
 
@@ -327,14 +328,20 @@ def _check_tensor(folder: Path, name: str, found: torch.Tensor, dtype: str) -> N
 
 def _check_groups(folder: Path, name: str, w_OI: torch.Tensor, group_size: int) -> None:
     """Raise unless each group holds at most one magnitude besides 0."""
-    magnitudes = w_OI.abs().view(w_OI.shape[0], -1, group_size)
+    groups = w_OI.view(-1, group_size)
+    magnitudes = groups.abs()
     odd = (magnitudes != 0) & (magnitudes != magnitudes.amax(-1, keepdim=True))
     if odd.any():
-        row, group = odd.any(-1).nonzero()[0].tolist()
-        values = w_OI.view(w_OI.shape[0], -1, group_size)[row, group].unique().tolist()
+        number = int(odd.any(-1).nonzero()[0])
+        if group_size > w_OI.shape[1]:
+            where = "the one group"
+        else:
+            row, group = divmod(number, w_OI.shape[1] // group_size)
+            where = f"row {row}, group {group}"
+        unit = "weights" if group_size > w_OI.shape[1] else "inputs"
+        values = groups[number].unique().tolist()
         shown = ", ".join(f"{value:.7g}" for value in values[:8])
         more = f", ... ({len(values)} values)" if len(values) > 8 else ""
         raise folder_error(
-            folder, f"{name} is not ternary: row {row}, group {group} of {group_size} inputs holds "
-            f"{shown}{more}",
+            folder, f"{name} is not ternary: {where} of {group_size} {unit} holds {shown}{more}",
         )  # fmt: skip

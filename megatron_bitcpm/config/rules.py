@@ -28,6 +28,12 @@ def cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _run_problems(config)
     if config.quant.enabled:
         yield from _quant_problems(config)
+    elif config.quant.activation != "none":
+        yield _no_effect(
+            "quant.activation", config.quant.activation,
+            "with quant.enabled false: only ternary linears quantise their input",
+            "Use none",
+        )  # fmt: skip
 
 
 def _no_effect(field: str, value: object, reason: str, fix: str = "Remove it") -> str:
@@ -317,29 +323,33 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
 def _quant_problems(config: RunConfig) -> Iterator[str]:
     model, quant = config.model, config.quant
     tp = config.parallel.tensor_model_parallel_size
-    if quant.group_size == 0:
+    size = quant.group_size
+    if size == 0:
         yield format_problem("quant.group_size", 0, "is not a size", "Use -1 for the whole row")
-    elif quant.group_size > 0:
+    elif size != "tensor" and size > 0:
         # Row-parallel layers (attention output, fc2) see only their shard of the inputs.
         rows = {
             "hidden_size": model.hidden_size,
             f"attention width / tp {tp}": model.num_attention_heads * model.head_dim // tp,
             f"ffn_hidden_size / tp {tp}": model.ffn_hidden_size // tp,
         }
-        bad = {name: n for name, n in rows.items() if n % quant.group_size}
+        bad = {name: n for name, n in rows.items() if n % size}
         if bad:
             shared = [g for g in range(1, 1025) if all(n % g == 0 for n in rows.values())]
-            near = sorted(shared, key=lambda g: abs(g - quant.group_size))[:3]
+            near = sorted(shared, key=lambda g: abs(g - size))[:3]
             yield format_problem(
-                "quant.group_size", quant.group_size,
+                "quant.group_size", size,
                 "does not divide " + ", ".join(f"{n} ({name})" for name, n in bad.items()),
                 f"Use {', '.join(map(str, sorted(near)))} or -1",
             )  # fmt: skip
     # At tp 1 it is allowed: the setting belongs to the run, whatever its layout of the day.
-    if quant.scale_sync == "local" and quant.group_size > 0:
-        yield _no_effect(
-            "quant.scale_sync", "local", "with group_size > 0: such groups never span ranks"
+    if quant.scale_sync == "local" and size not in (-1, 0):
+        reason = (
+            "with group_size tensor: its scale is that of all shards"
+            if size == "tensor"
+            else "with group_size > 0: such groups never span ranks"
         )
+        yield _no_effect("quant.scale_sync", "local", reason)
     first, last = quant.full_precision_first_layers, quant.full_precision_last_layers
     if first + last >= model.num_layers:
         yield format_problem(

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -112,9 +120,23 @@ class QuantConfig(_Section):
     """The quantiser of the ternary linears (BitCPM-CANN report, section 3.1)."""
 
     enabled: bool = Field(True, description="False trains the same model in full precision.")
-    grid: Literal["ternary"] = Field("ternary", description="Levels of a quantised weight.")
-    group_size: int = Field(
-        -1, ge=-1, description="Inputs per scale; must divide the row; -1 is the whole row."
+    grid: Literal["ternary", "asym4", "half_sym4", "int_sym4", "five"] = Field(
+        "ternary",
+        description="Levels of a quantised weight, in units of its scale: ternary -1 0 1, asym4 "
+        "-2 -1 0 1, half_sym4 -1.5 -0.5 0.5 1.5, int_sym4 -2 -1 1 2, five -2 -1 0 1 2. The scale "
+        "of ternary is a mean of absolute values, that of the others follows the largest one "
+        "(BitCPM-CANN report, section 3.1).",
+    )
+    group_size: Annotated[int, Field(ge=-1)] | Literal["tensor"] = Field(
+        -1,
+        description="Inputs per scale; must divide the row; -1 is the whole row, tensor a whole "
+        "Hugging Face projection (q, k, v, o, gate, up or down), as in BitNet b1.58.",
+    )
+    activation: Literal["none", "int8_per_token"] = Field(
+        "none",
+        description="What enters a ternary linear: its input as it is, or each token of it on the "
+        "int8 grid with the scale absmax / 127 (BitNet b1.58). Under row parallelism a rank sees "
+        "its slice of the token, so that the scale depends on tp.",
     )
     eps: float = Field(
         1e-5,
@@ -143,6 +165,17 @@ class QuantConfig(_Section):
     full_precision_last_layers: int = Field(
         0, ge=0, description="Trailing layers (global numbers) that stay in full precision."
     )
+
+    @field_validator("group_size", mode="wrap")
+    @classmethod
+    def _check_group_size(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        """Give one problem for the field, not one for each type it may have."""
+        try:
+            if not isinstance(value, bool):
+                return handler(value)
+        except ValidationError:
+            pass
+        raise PydanticCustomError("group_size", "must be a whole number of at least -1, or tensor")
 
 
 class ParallelConfig(_Section):

@@ -3,7 +3,8 @@
 * `linear`: the ternary linear (start here).
 * `convert`: `ternarize_`, which swaps the linears of a built model.
 * `requantize`: when weights are quantised: in every forward, or in place after each step.
-* `scale_sync`: scales of rows that are sharded over tensor-parallel ranks.
+* `scale_sync`: scales of rows and projections that span tensor-parallel ranks.
+* `projections`: whose rows are whose inside fused weights, for one scale per projection.
 * `weight_stats`: statistics of the codes, by layer.
 * `agree`: failures and decisions that all ranks share.
 * `megatron_api`: calls that differ between releases of megatron-core; `version`: the tested ones.

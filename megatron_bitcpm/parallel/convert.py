@@ -29,6 +29,7 @@ from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.agree import first_reason
 from megatron_bitcpm.parallel.linear import TernarySite, ternary_class
 from megatron_bitcpm.parallel.megatron_api import tensor_parallel_group
+from megatron_bitcpm.parallel.projections import ProjectionRows
 from megatron_bitcpm.parallel.requantize import Requantizer
 from megatron_bitcpm.parallel.version import check_megatron_version
 from megatron_bitcpm.quant.groups import resolve_sharded_groups
@@ -80,13 +81,16 @@ class TernaryModel:
             f"{quant.grid}, group_size {quant.group_size}, scale_sync {quant.scale_sync}, "
             f"requantize {self.requantizer.mode}"
         ]
+        if quant.activation != "none":
+            lines[0] += f", activation {quant.activation}"
         for (kind, shape, row_parallel), count in kinds.items():
             way = "row" if row_parallel else "column"
             lines.append(f"  {count:4d} x {kind:<12} {way:<6} {list(shape)}")
         lines += [f"  full precision by configuration: {name}" for name in self.excluded]
         if self.sites:
             device = self.sites[0].weight.device.type
-            backend = ops.backend_report()["cpu" if device == "cpu" else "other"]
+            report = ops.backend_report()
+            backend = report.get(device, report["other"])
             lines.append(f"  operators: {backend['backend']} on {device} ({backend['reason']})")
         return "\n".join(lines)
 
@@ -244,11 +248,43 @@ def _make_site(
         row_parallel=isinstance(module, RowParallelLinear),
         requantizer=requantizer,
     )
-    site.groups = resolve_sharded_groups(
-        site.in_features_full,
-        site.tp_size,
-        quant.group_size,
-        "row" if site.row_parallel else "column",
-        quant.scale_sync,
-    )
+    if quant.group_size == "tensor":
+        site.projection_rows = find_projection_rows(name, module)
+    else:
+        site.groups = resolve_sharded_groups(
+            site.in_features_full,
+            site.tp_size,
+            quant.group_size,
+            "row" if site.row_parallel else "column",
+            quant.scale_sync,
+        )
     return site
+
+
+def find_projection_rows(name: str, module: torch.nn.Module) -> ProjectionRows:
+    """Return which rows of a linear belong to which Hugging Face projection.
+
+    Args:
+        name: global name of the linear; its last part says what it is.
+        module: the linear, with Megatron's TransformerConfig.
+
+    Raises:
+        ModelError: the order of its rows is not known.
+    """
+    config, kind = module.config, name.rsplit(".", 1)[-1]
+    if kind == "linear_proj":
+        return ProjectionRows(("o",))
+    if kind == "linear_fc2":
+        return ProjectionRows(("down",))
+    if kind == "linear_fc1":
+        return ProjectionRows(("gate", "up") if config.gated_linear_unit else ("up",))
+    heads, channels = config.num_attention_heads, config.kv_channels
+    query_groups = config.num_query_groups or heads
+    if kind == "linear_qkv" and module.output_size == (heads + 2 * query_groups) * channels:
+        return ProjectionRows(("q", "k", "v"), query_groups, heads, channels)
+    raise ModelError.of(
+        "quant.group_size", "tensor",
+        f"which projections the rows of {name} hold, {type(module).__name__} "
+        f"[{module.output_size}, {module.input_size}], is not known",
+        "Exclude it (quant.exclude), or use group_size -1",
+    )  # fmt: skip

@@ -31,8 +31,8 @@ from megatron_bitcpm.parallel.every_step_check import (
     reason_against_every_step,
     rewrite_model_params,
 )
-from megatron_bitcpm.parallel.linear import TernarySite
-from megatron_bitcpm.parallel.scale_sync import update_shared_scales
+from megatron_bitcpm.parallel.linear import TernarySite, fake_quantize_sites_
+from megatron_bitcpm.parallel.scale_sync import update_given_scales
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,10 @@ class Requantizer:
             if not site.fresh:
                 self._refresh(self._unit_of(site))
             return weight
-        if site.shares_scales:
+        if site.takes_scales:
             if self._optimizer is None:
                 # Nobody tells when the weight changes, so the scales cannot be kept.
-                update_shared_scales([site])
+                update_given_scales([site])
             elif not site.fresh:
                 self._refresh(self._unit_of(site))
         return site.fake_quantize(weight)
@@ -130,10 +130,10 @@ class Requantizer:
             return
         in_flight = unit.bucket_group is not None and unit.bucket_group.param_gather_handle
         assert not in_flight, f"{stale[0].name}: its parameter gather has not finished"
-        update_shared_scales(stale)
+        update_given_scales(stale)
+        if self.mode == "every_step":
+            fake_quantize_sites_(stale)
         for site in stale:
-            if self.mode == "every_step":
-                site.fake_quantize_()
             site.fresh = True
 
     # -- optimizer -------------------------------------------------------------------------------

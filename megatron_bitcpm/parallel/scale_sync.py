@@ -1,7 +1,8 @@
-"""Scales of rows that are sharded over tensor-parallel ranks.
+"""Scales that a rank cannot know alone: of rows and projections that span tensor-parallel ranks.
 
-Each rank sums |w| over its slice of the row (`ops.abs_sums`), all ranks gather all sums, and every
-rank adds them in rank order. An all-reduce would be cheaper to write and wrong: its order of
+Each rank takes the statistic of its part of each row: the sum of |w| (`ops.abs_sums`), or the
+largest |w| for grids whose scale follows it. All ranks gather all of them, and every rank puts
+them together in rank order. An all-reduce would be cheaper to write and wrong: its order of
 additions depends on the position in the ring and on what else is in the buffer, so the same weights
 would get other scales in another call. One gather serves all layers: a row costs four bytes.
 """
@@ -12,18 +13,23 @@ import torch
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.parallel.linear import TernarySite
-from megatron_bitcpm.quant.groups import add_in_rank_order
+from megatron_bitcpm.parallel.projections import (
+    join_ranks,
+    projection_scales,
+    scales_of_statistics,
+)
 
 
 @torch.no_grad()
-def update_shared_scales(sites: list[TernarySite]) -> None:
-    """Set `scales_OG` of every site whose rows are sharded, with one all-gather per group.
+def update_given_scales(sites: list[TernarySite]) -> None:
+    """Set `scales_OG` of every site that is quantised with given scales.
 
-    All ranks of a tensor-parallel group must call this with the same sites in the same order.
+    One all-gather for each tensor-parallel group of several ranks. All ranks of a group must call
+    this with the same sites in the same order.
     """
     by_group: dict[int, list[TernarySite]] = {}
     for site in sites:
-        if site.shares_scales:
+        if site.takes_scales:
             by_group.setdefault(id(site.tp_group), []).append(site)
     for members in by_group.values():
         _exchange(members)
@@ -31,12 +37,33 @@ def update_shared_scales(sites: list[TernarySite]) -> None:
 
 def _exchange(sites: list[TernarySite]) -> None:
     group, tp_size = sites[0].tp_group, sites[0].tp_size
-    sums_O = torch.cat([ops.abs_sums(site.weight.data, -1).flatten() for site in sites])
-    gathered = [torch.empty_like(sums_O) for _ in range(tp_size)]
-    torch.distributed.all_gather(gathered, sums_O, group=group)
-    full_O = add_in_rank_order(gathered)
-    parts = full_O.split([site.weight.shape[0] for site in sites])
-    for site, part_O in zip(sites, parts, strict=True):
-        site.scales_OG = ops.scales_from_sums(
-            part_O.unsqueeze(1), site.in_features_full, site.quant.eps
+    stats = torch.cat([_row_statistics(site) for site in sites])
+    gathered = [stats]
+    if tp_size > 1:
+        gathered = [torch.empty_like(stats) for _ in range(tp_size)]
+        torch.distributed.all_gather(gathered, stats, group=group)
+    rows = [site.weight.shape[0] for site in sites]
+    per_site = zip(*(part.split(rows) for part in gathered), strict=True)
+    for site, parts in zip(sites, per_site, strict=True):
+        site.scales_OG = _scales(site, list(parts))
+
+
+def _row_statistics(site: TernarySite) -> torch.Tensor:
+    """Return the statistic of each local row, float32 [O]."""
+    statistic = ops.abs_sums if site.quant.grid == "ternary" else ops.abs_maxima
+    return statistic(site.weight.data, -1).flatten()
+
+
+def _scales(site: TernarySite, parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return the scales of a site's local rows, float32 [O, 1], from the ranks' statistics."""
+    quant, rows = site.quant, site.projection_rows
+    stats = join_ranks(parts, rows, site.row_parallel, quant.grid)
+    if rows is None:
+        return scales_of_statistics(
+            stats.unsqueeze(1), site.in_features_full, quant.eps, quant.grid
         )
+    scales = projection_scales(stats, rows, site.in_features_full, quant.eps, quant.grid)
+    if not site.row_parallel and site.tp_size > 1:
+        rank = torch.distributed.get_rank(site.tp_group)
+        scales = scales[rows.rows_of_rank(len(scales), site.tp_size, rank, scales.device)]
+    return scales

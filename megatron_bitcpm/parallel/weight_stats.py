@@ -20,13 +20,13 @@ import torch
 from megatron_bitcpm import ops
 from megatron_bitcpm.parallel.convert import TernaryModel
 from megatron_bitcpm.parallel.linear import TernarySite
-from megatron_bitcpm.parallel.scale_sync import update_shared_scales
+from megatron_bitcpm.parallel.scale_sync import update_given_scales
 
 MAX_WEIGHTS = 1_000_000
 """Largest sample of one layer, in weights over all its linears and ranks."""
 
-# Stands for the code of a weight that is not finite: not zero, and equal to itself.
-_NO_CODE = 2.0
+# Stands for the code of a weight that is not finite: no level of a grid, and equal to itself.
+_NO_CODE = 100.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LayerStatistics:
     """What was measured on the sample of one layer, or of the whole model.
 
     Attributes:
-        zero_fraction: codes that are 0, of all codes.
+        zero_fraction: codes that are 0, of all codes; 0 in grids without that level.
         flip_fraction: codes that differ from those of the look before; None at the first look.
         mean_scale: mean over weights of the scale of each, in units of the weight.
         quant_error: ||w - wq|| / ||w|| (Frobenius) of the latent weight w in the model's dtype and
@@ -84,7 +84,7 @@ class CodeSampler:
         sites, first_look = self._ternary.sites, not self._has_looked
         self._has_looked = True
         with self._ternary.latents():
-            update_shared_scales(sites)
+            update_given_scales(sites)
             looks = [self._look_at(site) for site in sites]
         mine: dict[int, _Sums] = {}
         # To the host in one piece: one wait for the device.
@@ -109,14 +109,14 @@ class CodeSampler:
 
         Counts are exact: a sample is far smaller than 2**24.
         """
-        rows = self._rows[id(site)]
+        rows, quant = self._rows[id(site)], site.quant
         w_RI, wq_RI = site.weight.detach()[rows], site.fake_quantize(site.weight.detach(), rows)
-        if site.shares_scales:
+        if site.takes_scales:
             assert site.scales_OG is not None
             scales_RG = site.scales_OG[rows]
         else:
-            scales_RG = ops.quantize(w_RI, site.quant.group_size, site.quant.eps)[1]
-        codes_RI = wq_RI.sign().nan_to_num(nan=_NO_CODE).to(torch.int8)
+            scales_RG = ops.quantize(w_RI, site.local_group_size, quant.eps, quant.grid)[1]
+        codes_RI = _half_levels(wq_RI, scales_RG)
         before_RI = self._codes_before.get(id(site), codes_RI)
         self._codes_before[id(site)] = codes_RI
         numbers = [
@@ -154,6 +154,19 @@ class _Sums:
             mean_scale=self.scale / self.weights,
             quant_error=0.0 if norm == 0 else math.sqrt(self.error_squared / norm),
         )
+
+
+def _half_levels(wq_RI: torch.Tensor, scales_RG: torch.Tensor) -> torch.Tensor:
+    """Return the levels of quantised weights in halves of the scale, int8 [R, I].
+
+    A weight is a level times its scale, rounded to the weight's type: that moves the quotient by
+    far less than half a level.
+    """
+    wq_RGI = wq_RI.float().view(*scales_RG.shape, -1)
+    halves_RGI = (wq_RGI / scales_RG.unsqueeze(-1) * 2).round()
+    # A level times its scale may overflow the type of the weight.
+    halves_RGI = halves_RGI.where(halves_RGI.isfinite(), _NO_CODE)
+    return halves_RGI.to(torch.int8).view(wq_RI.shape)
 
 
 def _gather_from_model_parallel_ranks(mine: dict[int, _Sums]) -> list[dict[int, _Sums]]:

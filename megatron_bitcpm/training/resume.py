@@ -65,13 +65,18 @@ def _local_scale_problems(config: RunConfig, saved: RunConfig, folder: Path) -> 
     """With scales of shards another tensor-parallel size is another quantiser."""
     quant = saved.quant
     tp, saved_tp = (c.parallel.tensor_model_parallel_size for c in (config, saved))
-    if tp == saved_tp or not quant.enabled or quant.scale_sync != "local":
+    local = []
+    if quant.scale_sync == "local":
+        local.append("quant.scale_sync local")
+    if quant.activation != "none":
+        local.append(f"quant.activation {quant.activation}")
+    if tp == saved_tp or not quant.enabled or not local:
         return []
     return [
         format_problem(
             "parallel.tensor_model_parallel_size",
             tp,
-            f"the checkpoint {folder.name} was trained with {saved_tp} and quant.scale_sync local, "
+            f"the checkpoint {folder.name} was trained with {saved_tp} and {' and '.join(local)}, "
             "whose scales depend on it",
             f"Use {saved_tp}, or start a new run with init_from",
         )

@@ -17,7 +17,7 @@ QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
 FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("tp2_bf16", "tp2_local")]
 SLOW += [pytest.param("tp2_groups_filters", marks=pytest.mark.slow)]
-TERNARY = ["tp1_untied", "tp2_tied_fp32", *SLOW]
+TERNARY = ["tp1_untied", "tp2_tied_fp32", "tp2_tensor", *SLOW]
 
 
 def gather_layer(ranks: list[dict], layer: int) -> dict[str, torch.Tensor]:
@@ -97,6 +97,21 @@ def test_group_sizes_of_sharded_rows(case, o_proj, down_proj, exported):
     assert groups["model.layers.0.self_attn.o_proj.weight"] == o_proj
     assert groups["model.layers.0.mlp.down_proj.weight"] == down_proj
     assert groups["model.layers.0.mlp.up_proj.weight"] == 48
+
+
+def test_one_scale_per_projection(exported):
+    folder, tensors = exported("tp2_tensor"), load_all(exported("tp2_tensor"))
+    scales = set()
+    for name, group_size in groups_of(folder).items():
+        assert group_size == tensors[name].numel()
+        magnitudes = set(tensors[name].abs().unique().tolist()) - {0.0}
+        assert len(magnitudes) == 1, name
+        scales |= magnitudes
+    # In bfloat16 two may agree by chance.
+    assert len(scales) > 5 * LAYERS
+    card = (folder / "README.md").read_text()
+    assert "where s is the scale of the whole matrix." in card.replace("\n", " ")
+    assert "rounded to 8 bits in front of these matrices" in card.replace("\n", " ")
 
 
 @pytest.mark.slow

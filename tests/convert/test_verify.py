@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_bitcpm.checkpoint.hf_folder import export_hf
 from megatron_bitcpm.checkpoint.reader import CheckpointReader
 from megatron_bitcpm.checkpoint.verify import verify
 from megatron_bitcpm.errors import CheckpointError
@@ -285,3 +286,40 @@ def test_a_layer_is_a_slice_of_the_stack(trained):
     assert stacked.dtype is torch.float32
     for layer in range(3):
         assert torch.equal(reader.layer_tensor("mlp.linear_fc1.weight", layer), stacked[layer])
+
+
+def test_a_tensor_has_one_scale(damaged, trained):
+    """A row of its own scale makes it not ternary; another scale needs the checkpoint."""
+    folder, checkpoint = damaged("tp2_tensor"), trained("tp2_tensor").directory
+    verify(folder, checkpoint)
+
+    def double(tensors):
+        tensors[DOWN] *= 2
+
+    edit_tensors(folder, double)
+    verify(folder)
+    refuse(rf"1 scales differ: {re.escape(DOWN)} \(1\)", folder, checkpoint)
+
+    def double_a_row(tensors):
+        tensors[DOWN][7] *= 2
+
+    edit_tensors(folder, double_a_row)
+    refuse(rf"{re.escape(DOWN)} is not ternary: the one group of 7680 weights holds ", folder)
+
+
+def test_other_grids_are_refused_by_name(damaged):
+    folder = damaged("tp2_tensor")
+    path = folder / "bitcpm_quantizer.json"
+    stamp = json.loads(path.read_text())["quantizer"]
+    edit_json(path, quantizer={**stamp, "grid": "five"})
+    refuse("^quant.grid=five: Hugging Face exports hold ternary weights only. Train with ", folder)
+
+
+def test_a_checkpoint_of_another_grid_is_not_exported(trained, tmp_path):
+    run = shutil.copytree(trained("tp2_tensor").directory, tmp_path / "run")
+    (path,) = run.glob("iter_*/bitcpm_state.json")
+    stamp = json.loads(path.read_text())["quantizer"]
+    edit_json(path, quantizer={**stamp, "grid": "half_sym4"})
+    with pytest.raises(CheckpointError, match=r"^quant\.grid=half_sym4: Hugging Face exports"):
+        export_hf(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -59,6 +59,14 @@ CASES = {
             "exclude": ["decoder.layers.2.mlp.*", "*.1.self_attention.linear_proj"],
         },
     },
+    "tp2_tensor": {
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "quant": {
+            "group_size": "tensor",
+            "activation": "int8_per_token",
+            "requantize": "every_step",
+        },
+    },
     "full_precision": {"quant": {"enabled": False}},
 }
 

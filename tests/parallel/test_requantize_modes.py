@@ -31,7 +31,7 @@ def latent_hash(run: TinyRun) -> str:
 
 def train_once(rank: int, mode: str, steps: int, events: dict, options: dict) -> dict:
     """Train; return every loss and norm in hexadecimal, and the hash of the latent weights."""
-    quant = QuantConfig(requantize=mode, group_size=options.pop("group_size", -1))
+    quant = QuantConfig(requantize=mode, **options.pop("quant", {}))
     trace = []
     with tiny_run(quant, **options) as run:
         assert run.ternary.requantizer.mode == mode
@@ -85,8 +85,46 @@ def test_tp2_bf16_with_accumulation_recompute_and_a_skipped_step():
 def test_dp2_distributed_optimizer(group_size, overlap):
     step, forward = both_modes(
         2, 16, {"skip": SKIPPED_STEP, "eval": 12, "save": 6, "toggle_hooks": overlap},
-        distributed_optimizer=True, overlap=overlap, group_size=group_size,
+        distributed_optimizer=True, overlap=overlap, quant={"group_size": group_size},
         bucket_size=20_000 if overlap else None,
+    )  # fmt: skip
+    assert step == forward
+
+
+SLOW = pytest.mark.slow
+TENSOR = {"group_size": "tensor"}
+INT8 = {"activation": "int8_per_token"}
+
+
+@pytest.mark.parametrize(
+    ("quant", "overlap"),
+    [
+        (TENSOR, True),
+        pytest.param({**TENSOR, **INT8}, False, marks=SLOW),
+        ({"grid": "five"}, False),
+        pytest.param({**TENSOR, "grid": "half_sym4", **INT8}, True, marks=SLOW),
+        pytest.param({"grid": "asym4", "group_size": 32}, True, marks=SLOW),
+        pytest.param({"grid": "int_sym4"}, True, marks=SLOW),
+        pytest.param(INT8, False, marks=SLOW),
+    ],
+)
+def test_other_quantisers(quant, overlap):
+    """At tp 2; with overlap at dp 2, where the scales of each bucket group come by themselves."""
+    layout = {"distributed_optimizer": True, "overlap": True, "bucket_size": 20_000}
+    step, forward = both_modes(
+        2, 10, {"skip": SKIPPED_STEP - 5, "save": 6}, quant=quant, recompute="full",
+        **(layout if overlap else {"tp": 2}),
+    )  # fmt: skip
+    assert step == forward
+    ternary = run_ranks(2, train_once, "every_step", 2, {}, layout if overlap else {"tp": 2})
+    assert ternary[0]["trace"][0] != step[0]["trace"][0], "the quantiser must be another one"
+
+
+@pytest.mark.slow
+def test_one_scale_per_projection_at_tp2_dp2_with_overlap():
+    step, forward = both_modes(
+        4, 10, {"skip": SKIPPED_STEP - 5}, quant={**TENSOR, **INT8}, tp=2,
+        distributed_optimizer=True, overlap=True, bucket_size=20_000,
     )  # fmt: skip
     assert step == forward
 

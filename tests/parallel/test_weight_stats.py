@@ -49,9 +49,9 @@ def latent_weights(run) -> dict[str, np.ndarray]:
         return {s.name: s.weight.detach().float().numpy().copy() for s in run.ternary.sites}
 
 
-def watch(rank: int, mode: str, group_size: int, options: dict) -> dict:
+def watch(rank: int, mode: str, changes: dict, options: dict) -> dict:
     """Statistics after each step, with the latents and the weights of the forward after it."""
-    quant = QuantConfig(requantize=mode, group_size=group_size)
+    quant = QuantConfig(requantize=mode, **changes)
     with tiny_run(quant, lr=2e-2, **options) as run:
         assert run.ternary.requantizer.mode == mode
         sampler = CodeSampler(run.ternary)
@@ -120,7 +120,7 @@ def test_statistics_are_those_of_the_weights_in_the_forward(layout, mode):
     world, options = LAYOUTS[layout]
     group_size = 32 if layout == "dp2-overlap" else -1
     model = tiny_model_config(num_layers=4 if "pp2" in layout else 2)
-    ranks = run_ranks(world, watch, mode, group_size, {**options, "model": model})
+    ranks = run_ranks(world, watch, mode, {"group_size": group_size}, {**options, "model": model})
     before = None
     for look in range(STEPS):
         statistics = ranks[0]["looks"][look][0]
@@ -144,6 +144,45 @@ def test_statistics_are_those_of_the_weights_in_the_forward(layout, mode):
         before = quantised
     flips = [rank_look[0].total.flip_fraction for rank_look in ranks[0]["looks"]]
     assert flips[SKIPPED_STEP] == 0 and flips[1] > 0 and flips[3] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout"),
+    [
+        ({"group_size": "tensor"}, "tp2"),
+        ({"grid": "five"}, "one"),
+        pytest.param({"grid": "half_sym4"}, "tp2", marks=pytest.mark.slow),
+        pytest.param({"grid": "int_sym4", "group_size": "tensor"}, "one", marks=pytest.mark.slow),
+    ],
+)
+def test_statistics_of_other_quantisers(changes, layout):
+    world, options = LAYOUTS[layout]
+    ranks = run_ranks(world, watch, "every_step", changes, options)
+    before = None
+    for look in range(STEPS):
+        found = ranks[0]["looks"][look][0].total
+        latents, quantised = join(ranks, look, 1), join(ranks, look, 2)
+        w, wq = flat(latents, ""), flat(quantised, "")
+        codes = flat({name: levels(matrix) for name, matrix in quantised.items()}, "")
+        assert found.zero_fraction == (codes == 0).mean()
+        if before is not None:
+            assert found.flip_fraction == (codes != before).mean()
+        assert found.quant_error == pytest.approx(np.linalg.norm(w - wq) / np.linalg.norm(w), 1e-5)
+        if "grid" not in changes:
+            assert found.mean_scale == pytest.approx(expected_mean_scale(latents, ""), rel=1e-5)
+        elif "group_size" not in changes:
+            divisor = 2 if changes["grid"] == "five" else 1.5
+            scales = {n: np.abs(m).max(1, keepdims=True) + 0 * m for n, m in latents.items()}
+            assert found.mean_scale == pytest.approx(flat(scales, "").mean() / divisor, rel=1e-5)
+        before = codes
+
+
+def levels(wq: np.ndarray) -> np.ndarray:
+    """Which of the few values of its row each weight has: a number that stands for its level."""
+    magnitudes = np.abs(wq)
+    ranks = [np.unique(row, return_inverse=True)[1] for row in magnitudes]
+    has_zero = (magnitudes == 0).any(1, keepdims=True)
+    return (np.array(ranks) + ~has_zero) * np.sign(wq)
 
 
 def losses(rank: int, looking: bool, options: dict) -> list[tuple]:

@@ -49,6 +49,19 @@ def test_set_overrides_win_and_parse_yaml():
     assert config.quant.group_size == 64 and config.quant.exclude == ("*.linear_proj",)
 
 
+def test_one_scale_per_projection_and_other_grids_survive_the_round_trip():
+    config = parse_config(
+        yaml.safe_dump(BASE),
+        ["quant.group_size=tensor", "quant.grid=half_sym4", "quant.activation=int8_per_token",
+         "parallel.tensor_model_parallel_size=4"],
+        world_size=4,
+    )  # fmt: skip
+    quant = config.quant
+    assert (quant.group_size, quant.grid) == ("tensor", "half_sym4")
+    assert quant.activation == "int8_per_token"
+    assert parse_config(config.to_yaml(), world_size=4) == config
+
+
 def test_unknown_keys_name_the_nearest():
     assert problems(["quant.groupsize=64"]) == [
         "quant.groupsize=64: unknown key. Did you mean group_size."
@@ -82,7 +95,17 @@ def test_all_problems_at_once():
             "512 (ffn_hidden_size / tp 1). Use 32, 64, 128 or -1.",
         ),
         ("quant.eps=0", "quant.eps=0: must be greater than or equal to "),
-        ("quant.grid=five", "quant.grid=five: must be 'ternary'. Correct the value."),
+        (
+            "quant.grid=six",
+            "quant.grid=six: must be 'ternary', 'asym4', 'half_sym4', 'int_sym4' or 'five'. ",
+        ),
+        (
+            "quant.group_size=row",
+            "quant.group_size=row: must be a whole number of at least -1, or ",
+        ),
+        ("quant.group_size=true", "group_size=True: must be a whole number of at least -1, or "),
+        ("quant.group_size=-2", "quant.group_size=-2: must be a whole number of at least -1, or "),
+        ("quant.activation=int4", "quant.activation=int4: must be 'none' or 'int8_per_token'."),
         ("model.num_attention_heads=3", "does not divide hidden_size 256"),
         ("model.num_query_groups=3", "does not divide num_attention_heads 4. Use 1, 2, 4."),
         ("model.kv_channels=33", "RoPE needs an even head dimension"),
@@ -331,6 +354,12 @@ def test_other_hugging_face_configs_are_refused(tmp_path, hf, expected):
             "save_interval 10 is not shorter than training.train_iters 10",
         ),
         (["quant.scale_sync=local", "quant.group_size=64"], "has no effect with group_size > 0"),
+        (["quant.scale_sync=local", "quant.group_size=tensor"], "no effect with group_size tensor"),
+        (
+            ["quant.enabled=false", "quant.activation=int8_per_token"],
+            "quant.activation=int8_per_token: has no effect with quant.enabled false: only ternary "
+            "linears quantise their input. Use none.",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(overrides, expected):

@@ -82,12 +82,18 @@ def test_what_must_stay(key, value, before):
     assert line.startswith(f"{key}={value}: the checkpoint iter_0000004 was trained with {before}.")
 
 
-@pytest.mark.parametrize(("scale_sync", "is_refused"), [("local", True), ("exact", False)])
-def test_scales_of_shards_hold_the_tensor_parallel_size(scale_sync, is_refused):
-    two, four = (
-        run_config(quant__scale_sync=scale_sync, parallel__tensor_model_parallel_size=tp)
-        for tp in (2, 4)
-    )
+@pytest.mark.parametrize(
+    ("quant", "is_refused"),
+    [
+        ({"scale_sync": "local"}, True),
+        ({"scale_sync": "exact"}, False),
+        ({"activation": "int8_per_token"}, True),
+        ({"group_size": "tensor"}, False),
+    ],
+)
+def test_scales_of_shards_hold_the_tensor_parallel_size(quant, is_refused):
+    changes = {f"quant__{key}": value for key, value in quant.items()}
+    two, four = (run_config(**changes, parallel__tensor_model_parallel_size=tp) for tp in (2, 4))
     check_resumable(two, two, FOLDER)
     if not is_refused:
         return check_resumable(four, two, FOLDER)
