@@ -10,10 +10,6 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "isa.h"
 #include "threads.h"
 
@@ -38,19 +34,6 @@ std::string select_isa(const std::string& name) {
     }
   }
   throw std::invalid_argument("instruction set " + name + " is not supported here");
-}
-
-// Ask for huge pages under a fresh output, where the system leaves that to the program: most of the
-// time of a large output is spent on the first touch of its 4 KiB pages. A hint; failure is fine.
-void advise_huge_pages(uintptr_t address, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t first = (address + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t last = (address + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)address, (void)bytes;
-#endif
 }
 
 template <class T>
@@ -140,7 +123,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The operators on the CPU, over addresses; see csrc/cpu/kernels.h.";
   m.def("supported_isas", &bitcpm::supported_isas);
   m.def("select_isa", &bitcpm::select_isa);
-  m.def("advise_huge_pages", &bitcpm::advise_huge_pages);
   m.def("fake_quantize", &bitcpm::fake_quantize_jobs, release());
   m.def("fake_quantize_with_scales", &bitcpm::fake_quantize_jobs_with_scales, release());
   m.def("quantize", &bitcpm::quantize_at, release());

@@ -1,10 +1,10 @@
 """Times the CPU operators against memory: copies that move the same bytes and compute nothing.
 
 Every candidate runs once per round, so that a noisy machine slows all of them alike, and a ratio is
-the median of the rounds' ratios. Next to them run torch's own ways to compute the formula, eager
-and compiled; their sums have another order, so the scales and elements that differ from the
-operator's are counted. What does not live here: the candidates
-(`megatron_bitcpm.evaluation.bench_ops_cases`), output and file names (`bitcpm bench`).
+the median of the rounds' ratios. Then run torch's own ways to compute the formula, eager and
+compiled, apart, because they take a hundred times as long and leave other memory behind; their sums
+have another order, so the scales and elements that differ from the operator's are counted. What does
+not live here: the candidates (`megatron_bitcpm.evaluation.bench_ops_cases`), output and file names (`bitcpm bench`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from megatron_bitcpm.evaluation.bench_ops_cases import (
     compile_formula,
     compute_scales_in_torch,
     list_candidates,
+    list_formulas,
     quantize_with_formula,
     time_interleaved,
     time_isas,
     time_threads,
 )
-from megatron_bitcpm.ops import _cpu
 from megatron_bitcpm.quant import fake_quant
 from megatron_bitcpm.quant.scales import DEFAULT_EPS
 
@@ -37,14 +37,13 @@ from megatron_bitcpm.quant.scales import DEFAULT_EPS
 LIMITS = {
     "fake_quantize/clone": 1.15,
     "fake_quantize_/mul_": 1.15,
-    "pack2/copy_": 1.2,
+    "pack2/clone_of_half": 1.2,
 }
-# Smallest gain from a second thread on a tensor that stays in the second-level cache.
+# Smallest gain from a second thread on a float32 tensor that stays in the second-level cache. On
+# fewer bytes the constant 4 us of Python and torch's dispatcher, which do not scale, weigh more.
 THREADS_LIMIT = 1.7
-OTHER_RATIOS = (
-    "fake_quantize_small_pages/clone",
-    "foreach_fake_quantize_/mul_",
-    "unpack2/copy_",
+RATIOS = ("foreach_fake_quantize_/mul_",)
+TORCH_RATIOS = (
     "eager/fake_quantize",
     "compiled/fake_quantize",
     "reference/fake_quantize",
@@ -76,8 +75,8 @@ def bench_ops(
         JSON-able: `machine`, `case`; `limits`, each with `ratio`, `limit` and `met`; `median_ms`
         and `min_ms` by candidate (None where it could not run, with the reason in `unavailable`);
         `ratio`, medians of the rounds' ratios; `isa_median_ms` by instruction set and operator;
-        `threads`, milliseconds per call on one and two threads and the gain; `elements` and
-        `scales` of the weight, `differing_elements` from the operator's result by candidate, and
+        `threads`, by dtype, milliseconds per call on one and two threads and the gain; `elements`
+        and `scales` of the weight, `differing_elements` from the operator's result by candidate, and
         `differing_scales`, those of torch's float32 mean.
     Raises:
         BitcpmError: dtype or rounds out of range, or arguments the operators refuse.
@@ -89,9 +88,12 @@ def bench_ops(
     w = _make_weight(out_features, in_features, dtype, seed)
     ops.fake_quantize(w, group_size, eps)  # refuses bad arguments before anything is measured
     compiled, unavailable = compile_formula(w, group_size, eps)
-    times_ms = time_interleaved(list_candidates(w, group_size, eps, compiled), rounds)
-    threads = _measure_threads(dtype, group_size, eps, rounds, seed)
-    ratios = _list_ratios(times_ms)
+    times_ms = time_interleaved(list_candidates(w, group_size, eps), rounds)
+    ratios = _list_ratios(times_ms, (*LIMITS, *RATIOS))
+    torch_times_ms = time_interleaved(list_formulas(w, group_size, eps, compiled), rounds)
+    ratios |= _list_ratios(torch_times_ms, TORCH_RATIOS)
+    times_ms |= {name: ms for name, ms in torch_times_ms.items() if name not in times_ms}
+    threads = _measure_threads(group_size, eps, rounds, seed)
     return {
         "machine": describe_machine(),
         "case": {
@@ -101,7 +103,7 @@ def bench_ops(
             "eps": eps,
             "rounds": rounds,
         },
-        "limits": _check_limits(ratios, threads["gain"]),
+        "limits": _check_limits(ratios, threads["float32"]["gain"]),
         "median_ms": {**_find_medians(times_ms), **dict.fromkeys(unavailable)},
         "min_ms": {name: round(min(values), 3) for name, values in times_ms.items()},
         "ratio": ratios,
@@ -132,7 +134,6 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "backend": report["backend"],
         "isa": report["isa"],
-        "huge_page_hint": report["backend"] == "native" and _cpu.huge_page_min_bytes is not None,
     }
 
 
@@ -151,27 +152,27 @@ def _make_weight(out_features: int, in_features: int, dtype: str, seed: int) -> 
     return w.to(getattr(torch, dtype))
 
 
-def _measure_threads(
-    dtype: str, group_size: int, eps: float, rounds: int, seed: int
-) -> dict[str, Any]:
+def _measure_threads(group_size: int, eps: float, rounds: int, seed: int) -> dict[str, Any]:
     """Time one and two threads on rows that fill one core's second-level cache."""
     row_len = 1024 if group_size == -1 else group_size * max(1, 1024 // group_size)
-    rows = max(1, _find_l2_bytes() // (row_len * getattr(torch, dtype).itemsize))
-    w = _make_weight(rows, row_len, dtype, seed)
-    times_ms = time_threads(w, group_size, eps, rounds)
-    gains = [one / two for one, two in zip(times_ms["1"], times_ms["2"], strict=True)]
-    return {
-        "shape": list(w.shape),
-        "bytes": w.nbytes,
-        "median_ms": {n: round(statistics.median(values), 5) for n, values in times_ms.items()},
-        "gain": round(statistics.median(gains), 3),
-    }
+    found = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        rows = max(1, _find_l2_bytes() // (row_len * getattr(torch, dtype).itemsize))
+        w = _make_weight(rows, row_len, dtype, seed)
+        times_ms = time_threads(w, group_size, eps, rounds)
+        gains = [one / two for one, two in zip(times_ms["1"], times_ms["2"], strict=True)]
+        found[dtype] = {
+            "shape": list(w.shape),
+            "median_ms": {n: round(statistics.median(values), 5) for n, values in times_ms.items()},
+            "gain": round(statistics.median(gains), 3),
+        }
+    return found
 
 
-def _list_ratios(times_ms: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def _list_ratios(times_ms: Mapping[str, Sequence[float]], names: Sequence[str]) -> dict[str, float]:
     """Medians of the rounds' ratios, by numerator/denominator."""
     ratios = {}
-    for name in (*LIMITS, *OTHER_RATIOS):
+    for name in names:
         above, below = name.split("/")
         if above in times_ms:
             # The reference has fewer rounds: the first ones.

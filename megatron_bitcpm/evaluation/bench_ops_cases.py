@@ -1,7 +1,7 @@
 """What `bench_ops` times: the operators, memory floors, and torch's own ways to the same formula.
 
 A floor moves the bytes that an operator must move and computes (almost) nothing: `clone` for a new
-tensor, `mul_` in place, `copy_` of half of input plus output for the packed forms. What does not
+tensor, `mul_` in place, a `clone` of half of input plus output for the packed forms. What does not
 live here: ratios, limits and the report, see `megatron_bitcpm.evaluation.bench_ops`.
 """
 
@@ -56,37 +56,23 @@ def compile_formula(
     return compiled, {}
 
 
-def list_candidates(
-    w: torch.Tensor,
-    group_size: int,
-    eps: float,
-    compiled: Callable[..., torch.Tensor] | None,
-) -> dict[str, Candidate]:
+def list_candidates(w: torch.Tensor, group_size: int, eps: float) -> dict[str, Candidate]:
     """Return what is timed on w [O, I], by name; a floor comes right before what it bounds."""
     codes, scales = ops.quantize(w, group_size, eps)
     packed = ops.pack2(codes)
-    source = torch.ones((codes.nbytes + packed.nbytes) // 2, dtype=torch.uint8)
-    target = torch.zeros_like(source)
+    half = torch.ones((codes.nbytes + packed.nbytes) // 2, dtype=torch.uint8)
     # In-place forms work on copies of their own; time does not depend on the values.
     scaled, quantized, quantized_with_scales, listed = (w.clone() for _ in range(4))
     slice_len = -(-w.shape[0] // LIST_LEN)
     ws, scales_of_ws = list(listed.split(slice_len)), list(scales.split(slice_len))
 
-    def without_huge_pages() -> torch.Tensor:
-        before, _cpu.huge_page_min_bytes = _cpu.huge_page_min_bytes, None
-        try:
-            return ops.fake_quantize(w, group_size, eps)
-        finally:
-            _cpu.huge_page_min_bytes = before
-
     candidates: dict[str, Candidate] = {
         "clone": w.clone,
         "fake_quantize": lambda: ops.fake_quantize(w, group_size, eps),
-        "fake_quantize_small_pages": without_huge_pages,
         "mul_": lambda: scaled.mul_(1.0),
         "fake_quantize_": lambda: ops.fake_quantize_(quantized, group_size, eps),
         "foreach_fake_quantize_": lambda: ops.foreach_fake_quantize_(ws, group_size, eps),
-        "copy_": lambda: target.copy_(source),
+        "clone_of_half": half.clone,
         "pack2": lambda: ops.pack2(codes),
         "unpack2": lambda: ops.unpack2(packed, w.shape[1]),
         "quantize": lambda: ops.quantize(w, group_size, eps),
@@ -103,7 +89,20 @@ def list_candidates(
     for name in GRIDS:
         if name != TERNARY:
             candidates[f"fake_quantize {name}"] = _bind_grid(w, group_size, eps, name)
-    candidates["eager"] = lambda: quantize_with_formula(w, group_size, eps)
+    return candidates
+
+
+def list_formulas(
+    w: torch.Tensor,
+    group_size: int,
+    eps: float,
+    compiled: Callable[..., torch.Tensor] | None,
+) -> dict[str, Candidate]:
+    """Return the operator and torch's own ways to the same formula, by name."""
+    candidates: dict[str, Candidate] = {
+        "fake_quantize": lambda: ops.fake_quantize(w, group_size, eps),
+        "eager": lambda: quantize_with_formula(w, group_size, eps),
+    }
     if compiled is not None:
         candidates["compiled"] = lambda: compiled(w, group_size, eps)
     candidates["reference"] = lambda: fake_quant.fake_quantize(w, group_size, eps)
@@ -140,7 +139,7 @@ def time_isas(
     active = _cpu.isa or "auto"
     candidates = {}
     for isa in _cpu.native.supported_isas():
-        for name, candidate in list_candidates(w, group_size, eps, None).items():
+        for name, candidate in list_candidates(w, group_size, eps).items():
             if name in names:
                 candidates[f"{isa} {name}"] = _on_isa(isa, candidate)
     try:

@@ -42,15 +42,11 @@ _FUNCTIONS = (
     "int8_per_token",
     "supported_isas",
     "select_isa",
-    "advise_huge_pages",
 )
 
 native: Any = None
 load_error: str | None = None
 isa: str | None = None
-# Outputs from this size get a huge-page hint: on 4096x4096 bfloat16 it saves half to two thirds of
-# the time, which goes into the first touch of 8192 small pages. None turns the hint off.
-huge_page_min_bytes: int | None = 4 << 20
 # Set by ops.use_backend: False sends the CPU to the reference although the module is there.
 enabled = True
 
@@ -62,7 +58,7 @@ def fake_quantize(
     if not enabled:
         return _reference.fake_quantize(w, group_size, eps, grid)
     w, group_len = _prepare(w, group_size, eps, grid)
-    wq = _allocate(w, w.shape, w.dtype)
+    wq = torch.empty_like(w)
     _write_levels([(w, wq, group_len)], eps, grid)
     return wq
 
@@ -74,7 +70,7 @@ def quantize(
     if not enabled:
         return _reference.quantize(w, group_size, eps, grid)
     w, group_len = _prepare(w, group_size, eps, grid)
-    codes = _allocate(w, w.shape, torch.int8)
+    codes = torch.empty_like(w, dtype=torch.int8)
     scales = _allocate_per_group(w, group_len)
     if w.numel():
         native.quantize(
@@ -107,7 +103,7 @@ def fake_quantize_with_scales(
     _checks.check_weight_and_scales(w, scales)
     find_grid(grid)
     w = w.contiguous()
-    wq = _allocate(w, w.shape, w.dtype)
+    wq = torch.empty_like(w)
     _write_levels_with_scales([(w, wq, scales)], grid)
     return wq
 
@@ -179,7 +175,7 @@ def pack2(codes: torch.Tensor) -> torch.Tensor:
     _checks.raise_problem(_checks.find_codes_problem(codes))
     codes = codes.contiguous()
     rows, cols = codes.shape
-    packed = _allocate(codes, (rows, count_packed_bytes(cols)), torch.uint8)
+    packed = codes.new_empty(rows, count_packed_bytes(cols), dtype=torch.uint8)
     if codes.numel():
         bad_row = native.pack2(
             codes.data_ptr(), packed.data_ptr(), rows, cols, torch.get_num_threads()
@@ -195,7 +191,7 @@ def unpack2(packed: torch.Tensor, in_features: int) -> torch.Tensor:
         return _reference.unpack2(packed, in_features)
     _checks.raise_problem(_checks.find_packed_problem(packed, in_features))
     packed = packed.contiguous()
-    codes = _allocate(packed, (packed.shape[0], in_features), torch.int8)
+    codes = packed.new_empty(packed.shape[0], in_features, dtype=torch.int8)
     if codes.numel():
         bad_row = native.unpack2(
             packed.data_ptr(), codes.data_ptr(), *codes.shape, torch.get_num_threads()
@@ -211,7 +207,7 @@ def int8_per_token(x: torch.Tensor) -> torch.Tensor:
         return _reference.int8_per_token(x)
     _checks.raise_problem(_checks.find_activation_problem(x))
     x = x.contiguous()
-    x_q = _allocate(x, x.shape, x.dtype)
+    x_q = torch.empty_like(x)
     if x.numel():
         cols = x.shape[-1]
         native.int8_per_token(
@@ -226,14 +222,6 @@ def _prepare(w: torch.Tensor, group_size: int, eps: float, grid: str) -> tuple[t
     check_eps(eps)
     find_grid(grid)
     return w.contiguous(), resolve_group_size(w.shape[1], group_size)
-
-
-def _allocate(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return a new output on the device of x, with the huge-page hint where it is large."""
-    output = x.new_empty(shape, dtype=dtype)
-    if huge_page_min_bytes is not None and output.nbytes >= huge_page_min_bytes:
-        native.advise_huge_pages(output.data_ptr(), output.nbytes)
-    return output
 
 
 def _allocate_per_group(w: torch.Tensor, group_len: int) -> torch.Tensor:

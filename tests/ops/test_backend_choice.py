@@ -89,15 +89,6 @@ def test_compiled_kernels_run_and_thread_count_changes_nothing():
         torch.set_num_threads(threads)
 
 
-@needs_native
-def test_huge_page_hint_changes_no_value(monkeypatch):
-    w = random_weight(1024, 4096)
-    monkeypatch.setattr(_cpu, "huge_page_min_bytes", None)
-    want = ops.fake_quantize(w)
-    monkeypatch.setattr(_cpu, "huge_page_min_bytes", 1)
-    assert torch.equal(ops.fake_quantize(w), want)
-
-
 FALLBACK = """
 import sys
 sys.modules["megatron_bitcpm._cpu"] = None
@@ -160,7 +151,7 @@ except ValueError as error:
         (
             OLD_MODULE,
             "built from another version, without fake_quantize_with_scales, pack2, unpack2, "
-            "int8_per_token, advise_huge_pages: reinstall",
+            "int8_per_token: reinstall",
         ),
         (RAISING_MODULE, "OSError: bad ELF header line two"),
     ],
