@@ -2,9 +2,11 @@
 
 Every candidate runs once per round, so that a noisy machine slows all of them alike, and a ratio is
 the median of the rounds' ratios. Then run torch's own ways to compute the formula, eager and
-compiled, apart, because they take a hundred times as long and leave other memory behind; their sums
-have another order, so the scales and elements that differ from the operator's are counted. What does
-not live here: the candidates (`megatron_bitcpm.evaluation.bench_ops_cases`), output and file names (`bitcpm bench`).
+compiled, apart, because they take a hundred times as long and leave other memory behind. Their sums
+have another order, so the scales and elements that differ from the operator's are counted.
+
+What does not live here: the candidates (`megatron_bitcpm.evaluation.bench_ops_cases`), output and
+file names (`bitcpm bench`).
 """
 
 from __future__ import annotations
@@ -76,8 +78,8 @@ def bench_ops(
         and `min_ms` by candidate (None where it could not run, with the reason in `unavailable`);
         `ratio`, medians of the rounds' ratios; `isa_median_ms` by instruction set and operator;
         `threads`, by dtype, milliseconds per call on one and two threads and the gain; `elements`
-        and `scales` of the weight, `differing_elements` from the operator's result by candidate, and
-        `differing_scales`, those of torch's float32 mean.
+        and `scales` of the weight, `differing_elements` from the operator's result by candidate,
+        and `differing_scales`, those of torch's float32 mean.
     Raises:
         BitcpmError: dtype or rounds out of range, or arguments the operators refuse.
     """

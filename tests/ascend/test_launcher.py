@@ -97,6 +97,7 @@ def test_setup_calls_cmake(tmp_path: Path, environ: dict[str, str], cann: Path) 
 
 
 @pytest.mark.parametrize(("step", "name"), [("-S", "cmake -S"), ("--build", "cmake --build")])
+@pytest.mark.slow
 def test_setup_fails_in_one_line_with_cmake(
     tmp_path: Path, environ: dict[str, str], cann: Path, step: str, name: str
 ) -> None:

@@ -72,9 +72,10 @@ def train_while_saving(rank, directory, layout):
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(TP2, marks=pytest.mark.slow), SHARDED],
+    [TP2, SHARDED],
     ids=["tp2", "dp2_sharded"],
 )
+@pytest.mark.slow
 def test_training_goes_on_during_a_save(layout, tmp_path):
     wanted = run_ranks(2, train_while_saving, str(tmp_path), layout)
     folder = find_checkpoint(tmp_path)

@@ -62,6 +62,7 @@ def train_seeing_the_past(rank: int, arguments: list[str], old: str) -> tuple[in
         checkpointing.find_checkpoint = original
 
 
+@pytest.mark.slow
 def test_all_ranks_begin_from_the_checkpoint_that_the_first_one_sees(write_config, tmp_path):
     train_well(1, write_config("source"))
     config = write_config(

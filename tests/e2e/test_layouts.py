@@ -40,7 +40,7 @@ LAYOUTS = {
             "overlap_param_gather": True},
     ),
 }  # fmt: skip
-FAST = ("tp2-sp", "cp2")
+FAST = ("tp2-sp",)
 
 
 def options(layout: dict, **more) -> dict:

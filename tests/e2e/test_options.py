@@ -87,6 +87,7 @@ def test_init_from_needs_the_same_tokenizer(write_config, corpus, tmp_path):
     assert not list((tmp_path / "begun").glob("*iter_*"))
 
 
+@pytest.mark.slow
 def test_a_blend_with_named_validation_sets(write_config, corpus, tmp_path):
     from megatron_bitcpm.data.prepare import prepare
 
@@ -130,6 +131,7 @@ def test_a_blend_with_named_validation_sets(write_config, corpus, tmp_path):
     train_well(1, tmp_path / "alone.yaml", "--resume")
 
 
+@pytest.mark.slow
 def test_fp16_finds_its_loss_scale(write_config, tmp_path):
     # So large a first scale overflows: steps are skipped until it fits.
     config = write_config(

@@ -18,14 +18,12 @@ SEQUENCE_PARALLEL = {"parallel__tensor_model_parallel_size": 2, "parallel__seque
     "quantiser",
     [
         {"quant__group_size": "tensor", "quant__activation": "int8_per_token"},
-        pytest.param({"quant__grid": "five", "quant__group_size": 16}, marks=pytest.mark.slow),
-        pytest.param(
-            {"quant__grid": "half_sym4", "quant__activation": "int8_per_token"},
-            marks=pytest.mark.slow,
-        ),
+        {"quant__grid": "five", "quant__group_size": 16},
+        {"quant__grid": "half_sym4", "quant__activation": "int8_per_token"},
     ],
     ids=["tensor-int8", "five-groups", "half-int8"],
 )
+@pytest.mark.slow
 def test_both_modes_are_one_run(write_config, tmp_path, quantiser):
     settings = {**SEQUENCE_PARALLEL, **quantiser, "training__recompute": "full",
                 "training__train_iters": 4}  # fmt: skip

@@ -82,7 +82,8 @@ def train_with_full_disk(rank: int, arguments: list[str]) -> tuple[int, str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-@pytest.mark.parametrize("async_save", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.slow
 def test_a_failed_save_stops_all_ranks_and_the_run_goes_on(write_config, tmp_path, async_save):
     settings = {
         "parallel__tensor_model_parallel_size": 2, "checkpoint__async_save": async_save,

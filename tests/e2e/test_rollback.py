@@ -99,6 +99,7 @@ def train_and_get_a_signal(rank: int, arguments: list[str], bad: range) -> tuple
         LossGuard.observe = original
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_middle_of_a_spike_keeps_the_good_checkpoint(write_config, tmp_path):
     config = write_config("run", **SPIKE, guard__action="rollback", checkpoint__keep_last_n=1)
     arguments = ["train", "--config", str(config)]

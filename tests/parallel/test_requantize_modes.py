@@ -101,7 +101,7 @@ INT8 = {"activation": "int8_per_token"}
     [
         (TENSOR, True),
         pytest.param({**TENSOR, **INT8}, False, marks=SLOW),
-        ({"grid": "five"}, False),
+        pytest.param({"grid": "five"}, False, marks=SLOW),
         pytest.param({**TENSOR, "grid": "half_sym4", **INT8}, True, marks=SLOW),
         pytest.param({"grid": "asym4", "group_size": 32}, True, marks=SLOW),
         pytest.param({"grid": "int_sym4"}, True, marks=SLOW),
@@ -129,7 +129,8 @@ def test_one_scale_per_projection_at_tp2_dp2_with_overlap():
     assert step == forward
 
 
-@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True])
 def test_virtual_pipeline_with_distributed_optimizer(overlap):
     """Two chunks on each stage; with overlap the schedule starts each chunk's gather itself."""
     step, forward = both_modes(

@@ -103,6 +103,7 @@ torch.npu = types.SimpleNamespace(is_available=lambda: True, device_count=lambda
 """
 
 
+@pytest.mark.slow
 def test_autoload_without_cann_kills_torch_and_the_doctor_survives(tmp_path):
     folder = fake_torch_npu(tmp_path, LIKE_WITHOUT_CANN, autoload=True)
     # The command itself, in a process where `import torch` fails.
