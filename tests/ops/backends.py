@@ -135,9 +135,8 @@ class Backend:
         make: arguments of `make` that build it, empty where the package's build has done it.
         tools: programs it needs.
         grids: what it knows of the grids.
-        lacks: operators it does not have.
-        finds_bad_codes: pack2 refuses codes that are not ternary; an accelerator's kernel cannot,
-            its Python side looks first.
+        lacks: operators it does not have, or "refusal of codes": an accelerator's pack2 cannot
+            refuse codes that are not ternary, its Python side looks first.
         marks: pytest marks of its tests.
     """
 
@@ -147,8 +146,11 @@ class Backend:
     tools: tuple[str, ...] = ()
     grids: frozenset[str] = frozenset(GRIDS)
     lacks: frozenset[str] = frozenset()
-    finds_bad_codes: bool = True
     marks: tuple[pytest.MarkDecorator, ...] = field(default=())
+
+    def can(self, op: str, grid: str) -> bool:
+        """Whether it declares to have an operator in a grid."""
+        return op not in self.lacks and grid in self.grids
 
     def find_absence(self) -> str | None:
         """Return why it cannot run here, or None."""
@@ -182,7 +184,7 @@ def list_isas() -> list[str]:
 SLOW = (pytest.mark.slow,)
 CPU_CHECKS = ("-C", "csrc/cpu/checks")
 ASCEND_CHECK = ("-C", "csrc/ascend/host_check", "runner")
-ASCEND_LACKS = frozenset({"unpack2", "int8_per_token"})
+ASCEND_LACKS = frozenset({"unpack2", "int8_per_token", "refusal of codes"})
 TERNARY_ONLY = frozenset({"ternary"})
 
 BACKENDS = [
@@ -215,7 +217,6 @@ BACKENDS = [
             tools=("make", "g++"),
             grids=TERNARY_ONLY,
             lacks=ASCEND_LACKS,
-            finds_bad_codes=False,
             marks=SLOW,
         )
         for seed, nan in enumerate(("propagate", "drop"))

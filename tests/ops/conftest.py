@@ -9,6 +9,23 @@ def to_params(rows: list[Backend]) -> list:
     return [pytest.param(row, id=row.name, marks=row.marks) for row in rows]
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave out what a backend declares not to have; see `uses` in test_contract.py."""
+    left_out = [item for item in items if not can_run(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def can_run(item) -> bool:
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    row = params.get("backend")
+    if not isinstance(row, Backend):
+        return True
+    mark = item.get_closest_marker("uses")
+    needs = dict(mark.kwargs) if mark else {"op": "fake_quantize", "grid": "ternary"}
+    return row.can(needs["op"], params.get("grid", needs["grid"]))
+
+
 @pytest.fixture(scope="session")
 def built_runners():
     """Names of the runners that were brought up to date; all of them end with the session."""
