@@ -1,6 +1,7 @@
 # Two commands: `make demo` and `make test`. Both set themselves up in .venv.
 PYTHON ?= python3
 VENV ?= .venv
+PYTEST_ARGS ?=
 OUT ?= demo-output
 TEXT ?= stdlib:
 ITERS ?=
@@ -10,13 +11,14 @@ BIN := $(VENV)/bin
 CORE_0_12 := $(VENV)-core-0.12.1
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help demo test test-slow lint bench kernels clean setup setup-core-0.12
+.PHONY: help demo test test-slow test-operators lint bench kernels clean setup setup-core-0.12
 
 help:
 	@echo "make demo [TEXT=file-or-folder] [OUT=folder]   text -> ternary training -> Hugging Face -> speech"
 	@echo "make test                                      tests, with megatron-core 0.16.1 and 0.12.1"
 	@echo "make test-slow                                 the longer checks, with both"
-	@echo "make lint | bench | clean"
+	@echo "make test-operators                            of them, those of the operators on all backends"
+	@echo "make lint | bench | kernels | clean"
 
 # The environment: the pinned lock, then this package with its C++ operator.
 $(VENV)/.locked: requirements/lock.txt
@@ -52,7 +54,7 @@ test: SPEED := not slow
 test-slow: SPEED := slow
 test test-slow: setup setup-core-0.12
 	@status=0; \
-	$(BIN)/python -m pytest -m "$(SPEED) and not npu and not gpu" --durations=5 || status=1; \
+	$(BIN)/python -m pytest -m "$(SPEED) and not npu and not gpu" --durations=5 $(PYTEST_ARGS) || status=1; \
 	$(CORE_0_12)/bin/python -m pytest -m "$(SPEED) and both_versions" --durations=5 || status=1; \
 	exit $$status
 
@@ -61,6 +63,9 @@ test test-slow: setup setup-core-0.12
 kernels:
 	$(MAKE) -C csrc/cpu/checks native asan neon
 	$(MAKE) -C csrc/ascend/host_check runner wrong semantics
+
+test-operators: setup
+	$(BIN)/python -m pytest -m "slow and not npu and not gpu" --durations=5 tests/ops tests/ascend
 
 lint: setup
 	$(BIN)/ruff check .
