@@ -16,6 +16,9 @@ inline void check_matrix(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.dim() == 2, name, " must have two dimensions, not ", tensor.dim());
   TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
   TORCH_CHECK(has_plain_format(tensor), name, " must be in a plain (ND) format");
+  // To a kernel no address means that an output is not wanted. The storage is asked, because a view
+  // into one without memory has an address all the same: its offset.
+  TORCH_CHECK(tensor.numel() == 0 || tensor.storage().data() != nullptr, name, " has no memory");
 }
 
 inline void check_same_device(const at::Tensor& tensor, const at::Tensor& other) {

@@ -9,7 +9,7 @@ import re
 import subprocess
 
 import pytest
-from helpers.host_check import COMPILER, HOST_CHECK, ROOT, build_host_check
+from helpers.host_check import HOST_CHECK, ROOT, build_host_check, require_tools
 
 HEADERS = HOST_CHECK / "include"
 COMPILE_TIME = HOST_CHECK / "wrong/compile_time.inc"
@@ -100,12 +100,11 @@ def test_the_documented_times_are_what_the_model_prints() -> None:
 
 
 def compile_case(name: str | None) -> subprocess.CompletedProcess[str]:
-    if COMPILER is None:
-        pytest.skip("no g++")
+    require_tools("g++")
     options = ["-std=c++17", "-fsyntax-only", "-Werror=narrowing", f"-I{HEADERS}", "-x", "c++"]
     define = [f"-DCASE_{name}"] if name else []
     return subprocess.run(
-        [COMPILER, *options, *define, str(COMPILE_TIME)],
+        ["g++", *options, *define, str(COMPILE_TIME)],
         capture_output=True,
         text=True,
         check=False,

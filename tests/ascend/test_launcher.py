@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.host_check import ROOT, require_tools
 
-ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = ("abs_sums", "fake_quantize", "fake_quantize_with_scales", "pack2")
 HOST_COMPILER = shutil.which("g++")
 
@@ -140,8 +140,7 @@ def test_required_without_cann_is_an_error(tmp_path: Path, environ: dict[str, st
 @pytest.fixture
 def project(tmp_path: Path, cann: Path) -> tuple[list[str], Path]:
     """Return cmake's arguments for a tree in which every compiler is a stand-in, and its log."""
-    if shutil.which("cmake") is None or HOST_COMPILER is None:
-        pytest.skip("cmake or g++ is absent")
+    require_tools("cmake", "g++")
     log = tmp_path / "bisheng-calls"
     # Sources of this project become empty objects; CMake's own trials are really compiled.
     write_program(
@@ -255,8 +254,7 @@ int main() try {
 def test_device_is_what_the_platform_reports(
     tmp_path: Path, soc: str, cores: int, expected: str
 ) -> None:
-    if HOST_COMPILER is None:
-        pytest.skip("g++ is absent")
+    require_tools("g++")
     header = tmp_path / "tiling/platform/platform_ascendc.h"
     header.parent.mkdir(parents=True)
     header.write_text(PLATFORM_HEADER)

@@ -3,7 +3,8 @@
 The launchers and their Python module are compiled as they are. Behind them stand a task queue that
 runs when the test says so, in place of torch_npu's, and the host check, in place of the device.
 Operators are called through the dispatcher's PrivateUse1 kernels with tensors on the CPU, so the
-whole way is run: Python checks, launcher, tiling, kernel. The values expected are those of numpy.
+whole way is run: Python checks, launcher, tiling, kernel. The values expected are those of
+`tests/ops/numpy_ternary.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import ctypes
 import gc
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.host_check import ROOT, require_tools
+from ops import numpy_ternary as expected
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.ops import _npu
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/checks/launcher-on-host"
 DOUBLES = ROOT / "tests/ascend/launcher_on_host"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,9 +39,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def build_module() -> Path:
     """Compile the module; about 25 s with two cores, later runs only what has changed."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is absent")
+    require_tools("g++")
     BUILD.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
     ascend = ROOT / "csrc/ascend"
@@ -65,14 +64,14 @@ def build_module() -> Path:
         name = str(source.relative_to(ROOT)).replace("/", "_")
         target = BUILD / f"{name}.{torch.__version__}.o"
         if not target.exists() or target.stat().st_mtime < changed:
-            subprocess.run([compiler, *plain, *flags, "-c", source, "-o", target], check=True)
+            subprocess.run(["g++", *plain, *flags, "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, jobs))
     module = BUILD / f"_npu.{torch.__version__}.so"
     libraries = [f"-L{torch_folder}/lib", "-ltorch_python", "-ltorch_cpu", "-ltorch", "-lc10"]
-    subprocess.run([compiler, "-shared", *objects, *libraries, "-o", module], check=True)
+    subprocess.run(["g++", "-shared", *objects, *libraries, "-o", module], check=True)
     return module
 
 
@@ -126,46 +125,23 @@ def make_weight(rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> torc
     return w.to(dtype)
 
 
-def sum_canonically(groups: np.ndarray) -> np.ndarray:
-    """Sum |w| over the last axis: 64 lanes in order, then an adjacent-pair tree; float32."""
-    length = groups.shape[-1]
-    padded = np.zeros((*groups.shape[:-1], -(-length // 64) * 64), np.float32)
-    padded[..., :length] = np.abs(groups)
-    lanes = np.zeros((*groups.shape[:-1], 64), np.float32)
-    for start in range(0, padded.shape[-1], 64):
-        lanes += padded[..., start : start + 64]
-    while lanes.shape[-1] > 1:
-        lanes = lanes[..., ::2] + lanes[..., 1::2]
-    return lanes[..., 0]
-
-
 def quantize_with_numpy(
     w: torch.Tensor, group_len: int, scales: np.ndarray | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return wq, codes, scales and sums of finite or NaN weights."""
-    groups = w.float().numpy().reshape(len(w), -1, group_len)
-    with np.errstate(invalid="ignore"):
-        sums = sum_canonically(groups)
-        if scales is None:
-            scales = np.maximum(sums * np.float32(1 / group_len), np.float32(1e-5))
-        s = scales[..., None]
-        codes = np.where(2 * np.abs(groups) > s, np.sign(groups), 0).astype(np.float32)
-        wq = codes * s
-    wq[codes == 0] = 0
-    codes[np.isnan(codes) | np.isnan(s)] = 0
-    wq = np.where(np.isnan(s) | np.isnan(groups), np.float32("nan"), wq)
-    return (
-        torch.from_numpy(wq.reshape(w.shape)).to(w.dtype),
-        torch.from_numpy(codes.reshape(w.shape)).to(torch.int8),
-        torch.from_numpy(scales),
-        torch.from_numpy(sums),
-    )
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the bits of wq, the codes, the bits of the scales and of the sums."""
+    x = w.float().numpy()
+    sums = expected.abs_sums(x, group_len)
+    if scales is None:
+        scales = expected.compute_scales(x, group_len, 1e-5, "ternary")
+    codes = expected.codes_from_scales(x, scales)
+    wq = expected.level_bits(codes, scales, w.dtype)
+    # Under scales that were handed in a weight that is not finite shows alone.
+    wq = np.where(np.isfinite(x), wq, expected.NAN_BITS[w.dtype])
+    return wq, codes, expected.float32_bits(scales), expected.float32_bits(sums)
 
 
-def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.dtype == expected.dtype and got.shape == expected.shape
-    assert torch.equal(got.isnan(), expected.isnan())
-    assert torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
+def assert_bits(got: torch.Tensor, bits: np.ndarray) -> None:
+    assert np.array_equal(expected.bits_of(got), bits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,20 +157,17 @@ def test_functional_operators(
     got_sums = call("abs_sums", w, group_size)
     given = torch.rand(rows, cols // group_len) + 0.1
     got_given = call("fake_quantize_with_scales", w, given)
-    finite = quantize_with_numpy(w.nan_to_num(0), group_len)[1]
-    got_packed = call("pack2", finite)
+    got_packed = call("pack2", torch.from_numpy(codes))
     names = ["fake_quantize", "fake_quantize", "abs_sums", "fake_quantize_with_scales", "pack2"]
     assert run_tasks(library) == names
-    assert_same(got_wq, wq)
-    assert_same(got_codes, codes)
-    assert_same(got_scales, scales)
-    assert_same(got_sums, sums)
-    assert_same(got_given, quantize_with_numpy(w, group_len, given.numpy())[0])
-    fields = np.ones((rows, -(-cols // 128) * 128), np.uint8)
-    fields[:, :cols] = finite.numpy() + 1
-    blocks = fields.reshape(rows, -1, 4, 32)
-    packed = blocks[:, :, 0] | blocks[:, :, 1] << 2 | blocks[:, :, 2] << 4 | blocks[:, :, 3] << 6
-    assert np.array_equal(got_packed.numpy(), packed.reshape(rows, -1))
+    assert got_wq.dtype == got_given.dtype == dtype
+    assert_bits(got_wq, wq)
+    assert got_codes.dtype == torch.int8 and np.array_equal(got_codes.numpy(), codes)
+    assert got_scales.dtype == got_sums.dtype == torch.float32
+    assert_bits(got_scales, scales)
+    assert_bits(got_sums, sums)
+    assert_bits(got_given, quantize_with_numpy(w, group_len, given.numpy())[0])
+    assert np.array_equal(got_packed.numpy(), expected.pack2(codes))
 
 
 @pytest.mark.parametrize("cores", [1, 3, 40])
@@ -206,10 +179,10 @@ def test_a_list_is_one_task_that_outlives_its_inputs(library: ctypes.CDLL, cores
     before = [w.clone() for w in ws]
     call("foreach_fake_quantize_", ws, -1)
     for w, old in zip(ws, before, strict=True):
-        assert_same(w, old)
+        assert w.numel() == 0 or np.array_equal(expected.bits_of(w), expected.bits_of(old))
     assert run_tasks(library) == ["fake_quantize"]
     for w, old in zip(ws[:3], before[:3], strict=True):
-        assert_same(w, quantize_with_numpy(old, old.shape[1])[0])
+        assert_bits(w, quantize_with_numpy(old, old.shape[1])[0])
 
     ws = [b.clone() for b in before[:3]]
     scales = [torch.full((len(w), 2), 0.5) for w in ws]
@@ -222,15 +195,15 @@ def test_a_list_is_one_task_that_outlives_its_inputs(library: ctypes.CDLL, cores
     del filler
     for w, old in zip(ws, before[:3], strict=True):
         given = np.full((len(old), 2), 0.5, np.float32)
-        assert_same(w, quantize_with_numpy(old, old.shape[1] // 2, given)[0])
+        assert_bits(w, quantize_with_numpy(old, old.shape[1] // 2, given)[0])
 
 
 def test_outputs_of_a_strided_weight(library: ctypes.CDLL) -> None:
     full = make_weight(8, 128, torch.bfloat16)
-    expected = quantize_with_numpy(full[1::2].contiguous(), 32)[0]
+    bits = quantize_with_numpy(full[1::2].contiguous(), 32)[0]
     got = call("fake_quantize", full[1::2], 32)
     run_tasks(library)
-    assert_same(got, expected)
+    assert_bits(got, bits)
 
 
 def test_empty_tensors_queue_nothing(library: ctypes.CDLL) -> None:
@@ -264,6 +237,15 @@ def test_launchers_refuse_what_python_should_have(built: tuple[Any, ctypes.CDLL]
     ):
         with pytest.raises(RuntimeError, match=message):
             function(*args)
+    # The second half is a view whose offset alone makes an address.
+    without_memory = torch.zeros(8, 8)
+    halves = (without_memory[:4], without_memory[4:])
+    without_memory.untyped_storage().resize_(0)
+    for half in halves:
+        with pytest.raises(RuntimeError, match="w has no memory"):
+            module.fake_quantize(half, 8, 1e-5)
+        with pytest.raises(RuntimeError, match="scales has no memory"):
+            module.fake_quantize_with_scales(torch.zeros(4, 8), half)
     library.set_device(0, 196608)
     with pytest.raises(RuntimeError, match="no vector cores"):
         module.fake_quantize(w, 8, 1e-5)

@@ -11,15 +11,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST_CHECK = ROOT / "csrc/ascend/host_check"
-COMPILER = shutil.which("g++")
+
+
+def require_tools(*names: str) -> None:
+    """Skip the test where a program is absent; fail it with BITCPM_REQUIRE_BACKENDS=1."""
+    absent = [name for name in names if shutil.which(name) is None]
+    if not absent:
+        return
+    reason = f"not installed: {', '.join(absent)}"
+    if os.environ.get("BITCPM_REQUIRE_BACKENDS") == "1":
+        pytest.fail(f"{reason}, and BITCPM_REQUIRE_BACKENDS=1")
+    pytest.skip(reason)
 
 
 def build_host_check(target: str) -> Path:
     """Return the program ascend-<target>, built by make; skip without a compiler."""
-    if COMPILER is None or shutil.which("make") is None:
-        if os.environ.get("BITCPM_REQUIRE_BACKENDS"):
-            pytest.fail("g++ and make are required to build the host check")
-        pytest.skip("no g++ and make to build the host check")
+    require_tools("g++", "make")
     folder = ROOT / "build/checks"
     # The runner is built as its own tests build it; the others run too little to be worth -O2.
     options = [] if target == "runner" else ["OPTIMISE=-O1"]

@@ -212,7 +212,7 @@ BACKENDS = [
     *(
         Backend(
             f"ascend:nan-{nan}",
-            run_runner("ascend-runner", blocks=3, seed=seed, nan=nan),
+            run_runner("ascend-runner", blocks=3, seed=seed, nan=nan, sat=seed),
             make=ASCEND_CHECK,
             tools=("make", "g++"),
             grids=TERNARY_ONLY,

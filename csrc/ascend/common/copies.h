@@ -15,7 +15,7 @@ __aicore__ inline void copy_in(const LocalTensor<T>& to, const AscendC::GlobalTe
   const uint32_t missing = blocks_up(len, kElements) * kElements - len;
   const bool dense = missing == 0;
   const AscendC::DataCopyExtParams shape{
-      static_cast<uint16_t>(dense ? 1 : rows),
+      to_uint16(dense ? 1 : rows),
       static_cast<uint32_t>((dense ? rows : 1) * len * sizeof(T)), 0, 0, 0};
   const AscendC::DataCopyPadExtParams<T> pad{!dense, 0, to_uint8(missing),
                                              static_cast<T>(0)};
@@ -28,7 +28,7 @@ __aicore__ inline void copy_out(const AscendC::GlobalTensor<T>& to, const LocalT
                                 uint32_t rows, uint32_t len) {
   const bool dense = len * sizeof(T) % kBlockBytes == 0;
   const AscendC::DataCopyExtParams shape{
-      static_cast<uint16_t>(dense ? 1 : rows),
+      to_uint16(dense ? 1 : rows),
       static_cast<uint32_t>((dense ? rows : 1) * len * sizeof(T)), 0, 0, 0};
   AscendC::DataCopyPad(to, from, shape);
 }

@@ -11,9 +11,9 @@ struct Device {
   uint32_t ub_bytes;  // unified buffer of one vector core
 };
 
-// The most that a kernel takes of the unified buffer: CANN promises 192 KiB less 256 bytes, and
-// default builds keep another 8 KiB for the compiler.
-constexpr uint32_t kMaxUbBytes = 184 * 1024;
+// Of the unified buffer kernels know 192 KiB, of which default builds keep 8 KiB for the compiler.
+constexpr int64_t kMaxUbBytes = 192 * 1024;
+constexpr int64_t kCompilerUbBytes = 8 * 1024;
 
 constexpr uint32_t kDataBlock = 32;     // bytes; the grain of every vector operand and local copy
 constexpr uint32_t kMaxCopyRows = 4095;  // blocks of one DataCopyPad
@@ -24,7 +24,7 @@ constexpr int64_t align_down(int64_t number, int64_t to) { return number / to * 
 constexpr int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t usable_ub(const Device& device) {
-  return lesser(device.ub_bytes, kMaxUbBytes);
+  return lesser(device.ub_bytes, kMaxUbBytes) - kCompilerUbBytes;
 }
 
 // Why a tiling cannot be made; the launcher turns it into one line.

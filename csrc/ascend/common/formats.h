@@ -22,8 +22,10 @@ struct BFloat16 {
   static constexpr int16_t kMagnitude = 0x7fff;
   static constexpr int16_t kNaNBits = 0x7fc0;
   static constexpr int16_t kLargest = 0x7f7f;
-  // Shifts that turn a word of ones into kNaNBits: first right, then left.
-  static constexpr uint16_t kNaNRight = 7, kNaNLeft = 6;
+  // Shifts that turn a word of ones into kNaNBits, and into infinity: first right, then left.
+  static constexpr uint16_t kNaNRight = 7, kNaNLeft = 6, kInfRight = 8, kInfLeft = 7;
+  // Bits of the least float32 that is rounded to infinity.
+  static constexpr int32_t kOverflow = 0x7f7f8000;
 };
 
 struct Float16 {
@@ -33,7 +35,8 @@ struct Float16 {
   static constexpr int16_t kMagnitude = 0x7fff;
   static constexpr int16_t kNaNBits = 0x7e00;
   static constexpr int16_t kLargest = 0x7bff;
-  static constexpr uint16_t kNaNRight = 10, kNaNLeft = 9;
+  static constexpr uint16_t kNaNRight = 10, kNaNLeft = 9, kInfRight = 11, kInfLeft = 10;
+  static constexpr int32_t kOverflow = 0x477ff000;  // 65520
 };
 
 }  // namespace bitcpm::ascend

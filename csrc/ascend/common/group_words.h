@@ -20,6 +20,8 @@ class GroupWords {
  public:
   static constexpr uint32_t kVectors = 6;
 
+  __aicore__ inline GroupWords() {}
+
   // `groups` of a tile at most; the scratch has space for kVectors 32-bit vectors, three more
   // vectors of words, and four data blocks per group, in this order, all padded to 16 groups.
   __aicore__ inline void Init(const LocalTensor<float>& scratch, uint32_t groups) {
@@ -94,7 +96,6 @@ class GroupWords {
     AscendC::ShiftLeft(temp, temp, static_cast<uint32_t>(22), count);
     then();
     AscendC::Or(words(dst), words(scales_), words(temp_), 2 * count);
-    then();
   }
 
   // One data block per group, full of: the threshold; the level; the sign bit, which a bad group
@@ -142,8 +143,23 @@ class GroupWords {
     AscendC::Cast(view<Native>(level_), scales_, AscendC::RoundMode::CAST_RINT, size);
     AscendC::Cast(good_word_, good_, AscendC::RoundMode::CAST_NONE, size);
     AscendC::Cast(bad_word_, bad_, AscendC::RoundMode::CAST_NONE, size);
+    AscendC::Adds(temp_, view<int32_t>(scales_), -Format::kOverflow, count);
     then();
+    // A cast saturates or not, as bit CTRL[48] of the core stands, which not every CANN lets a kernel
+    // set. So where the level overflows, infinity is put in: the larger word.
     const LocalTensor<uint16_t> temp = view<uint16_t>(temp_word_);
+    AscendC::ShiftRight(temp_, temp_, static_cast<int32_t>(31), count);  // ones below overflow
+    then();
+    AscendC::Not(words(temp_), words(temp_), 2 * count);
+    then();
+    AscendC::Cast(temp_word_, temp_, AscendC::RoundMode::CAST_NONE, size);
+    then();
+    AscendC::ShiftRight(temp, temp, static_cast<uint16_t>(Format::kInfRight), count);
+    then();
+    AscendC::ShiftLeft(temp, temp, static_cast<uint16_t>(Format::kInfLeft), count);
+    then();
+    AscendC::Max(level_, level_, temp_word_, count);
+    then();
     AscendC::Or(threshold_, threshold_, bad_word_, count);
     AscendC::ShiftRight(temp, view<uint16_t>(bad_word_),
                         static_cast<uint16_t>(Format::kNaNRight), count);

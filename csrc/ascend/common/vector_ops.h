@@ -20,22 +20,21 @@ __aicore__ inline uint32_t blocks_up(uint32_t number, uint32_t by) {
   return (number + by - 1) / by;
 }
 
-// Repeats and strides are 8 bits wide; the host check sees one that does not fit.
-__aicore__ inline uint8_t to_uint8(uint32_t number) {
+// Repeats and strides are 8 bits wide, numbers of copied rows 16; the host check sees one that does
+// not fit.
+template <class To>
+__aicore__ inline To narrow_to(uint32_t number) {
 #ifdef BITCPM_HOST_CHECK
-  return host_check::checked_narrow<uint8_t>(number);
+  return host_check::checked_narrow<To>(number);
 #else
-  return static_cast<uint8_t>(number);
+  return static_cast<To>(number);
 #endif
 }
+__aicore__ inline uint8_t to_uint8(uint32_t number) { return narrow_to<uint8_t>(number); }
+__aicore__ inline uint16_t to_uint16(uint32_t number) { return narrow_to<uint16_t>(number); }
 
 // The next vector call reads what the last one wrote.
 __aicore__ inline void then() { AscendC::PipeBarrier<PIPE_V>(); }
-
-// Casts to 16-bit types keep infinities; by default they would become the largest number.
-__aicore__ inline void keep_infinities() {
-  AscendC::SetSaturationFlag<AscendC::SaturationMode::FLOAT>(false);
-}
 
 template <class To, class From>
 __aicore__ inline LocalTensor<To> view(const LocalTensor<From>& tensor) {
@@ -180,6 +179,15 @@ __aicore__ inline void add_to_lanes(const LocalTensor<float>& lanes, const Local
   }
 }
 
+// In each of `repeats` repeats of `lanes` lanes, the sum of each data block by an adjacent-pair tree:
+// eight sums a repeat. `step` is in data blocks. CANN 8.5.0 to 9.0.1 know the instruction as
+// BlockReduceSum only; 9.1 calls it ReduceDataBlock, mask before repeats, and keeps the old name.
+__aicore__ inline void sum_blocks(const LocalTensor<float>& sums, const LocalTensor<float>& from,
+                                  uint32_t lanes, uint32_t repeats, uint32_t step) {
+  AscendC::BlockReduceSum(sums, from, static_cast<int32_t>(repeats), static_cast<int32_t>(lanes), 1,
+                          1, static_cast<int32_t>(step));
+}
+
 // One adjacent-pair tree over the first `lanes` floats of each group: first within data blocks,
 // then over a group's eight results, two instructions at full rate. `partial` has eight floats per
 // group, zeros wherever a group has no lanes. Results beyond the last group stay as they are.
@@ -188,21 +196,16 @@ __aicore__ inline void reduce_lanes(const LocalTensor<float>& sums,
                                     const LocalTensor<float>& from, uint32_t lanes, uint32_t groups,
                                     uint32_t stride) {
   for (uint32_t g = 0; g < groups; g += kMaxRepeats)
-    AscendC::BlockReduceSum(partial[g * kBlockFloats], from[g * stride],
-                            static_cast<int32_t>(least(kMaxRepeats, groups - g)),
-                            static_cast<int32_t>(lanes), 1, 1,
-                            static_cast<int32_t>(stride / kBlockFloats));
+    sum_blocks(partial[g * kBlockFloats], from[g * stride], lanes, least(kMaxRepeats, groups - g),
+               stride / kBlockFloats);
   then();
   const uint32_t full = groups / kBlocksPerRepeat, rest = groups % kBlocksPerRepeat;
   for (uint32_t r = 0; r < full; r += kMaxRepeats)
-    AscendC::BlockReduceSum(sums[r * kBlocksPerRepeat], partial[r * kSumLanes],
-                            static_cast<int32_t>(least(kMaxRepeats, full - r)),
-                            static_cast<int32_t>(kSumLanes), 1, 1,
-                            static_cast<int32_t>(kBlocksPerRepeat));
+    sum_blocks(sums[r * kBlocksPerRepeat], partial[r * kSumLanes], kSumLanes,
+               least(kMaxRepeats, full - r), kBlocksPerRepeat);
   if (rest)
-    AscendC::BlockReduceSum(sums[full * kBlocksPerRepeat], partial[full * kSumLanes], 1,
-                            static_cast<int32_t>(rest * kBlockFloats), 1, 1,
-                            static_cast<int32_t>(kBlocksPerRepeat));
+    sum_blocks(sums[full * kBlocksPerRepeat], partial[full * kSumLanes], rest * kBlockFloats, 1,
+               kBlocksPerRepeat);
   then();
 }
 

@@ -9,23 +9,21 @@
 //   w= wq= codes= scales= sums= packed= files; fake_quantize writes those that are given
 //   blocks= vector cores of the device, seed= order of the cores, ub= bytes of the unified buffer
 //   nan=propagate|drop what maximum and minimum do with NaN
-//   sat=0|1 whether casts to 16-bit types saturate when a kernel starts
+//   sat=0|1 whether casts to 16-bit types saturate
 // Answers: blocks used, bytes_read, bytes_written, passes (full-rate vector passes per element),
 // instructions, barriers, copies, ub_bytes.
 //
 // `ascend-runner model` prints the modelled times instead; see runner_model.h.
 
 #include <cstdio>
-#include <cstdlib>
-#include <fstream>
 #include <iostream>
 #include <map>
 #include <memory>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "../../common/check_command.h"
 #include "runner_kernels.h"
 #include "runner_model.h"
 
@@ -33,89 +31,14 @@ namespace {
 
 using namespace bitcpm::ascend;
 using bitcpm::DType;
+using bitcpm::checks::Command;
 using host_check::Access;
-
-class Command {
- public:
-  explicit Command(const std::string& line) {
-    std::istringstream words(line);
-    words >> op;
-    for (std::string word; words >> word;) {
-      const size_t equals = word.find('=');
-      if (equals == std::string::npos) throw std::runtime_error("no value: " + word);
-      values_[word.substr(0, equals)] = word.substr(equals + 1);
-    }
-  }
-
-  std::string op;
-
-  bool has(const std::string& key) const { return values_.count(key) != 0; }
-  std::string get(const std::string& key, const std::string& otherwise) const {
-    const auto found = values_.find(key);
-    return found == values_.end() ? otherwise : found->second;
-  }
-  std::string need(const std::string& key) const {
-    if (!has(key)) throw std::runtime_error(op + " needs " + key + "=");
-    return values_.at(key);
-  }
-  int64_t number(const std::string& key, int64_t otherwise) const {
-    return has(key) ? parse(key) : otherwise;
-  }
-  int64_t number(const std::string& key) const {
-    need(key);
-    return parse(key);
-  }
-
- private:
-  int64_t parse(const std::string& key) const {
-    const std::string& text = values_.at(key);
-    char* end = nullptr;
-    const long long value = std::strtoll(text.c_str(), &end, 10);
-    if (text.empty() || *end != '\0' || value < 0 || value > (int64_t{1} << 40))
-      throw std::runtime_error(key + "=" + text + " is no size");
-    return value;
-  }
-
-  std::map<std::string, std::string> values_;
-};
-
-DType parse_dtype(const std::string& name) {
-  if (name == "f32") return DType::kFloat32;
-  if (name == "bf16") return DType::kBFloat16;
-  if (name == "f16") return DType::kFloat16;
-  throw std::runtime_error("dtype=" + name + " is none of f32 bf16 f16");
-}
-
-float parse_eps(const Command& command) {
-  const std::string text = command.get("eps", "3727c5ac");  // 1e-5
-  char* end = nullptr;
-  const uint32_t bits = static_cast<uint32_t>(std::strtoul(text.c_str(), &end, 16));
-  if (text.size() != 8 || *end != '\0') throw std::runtime_error("eps=" + text + " is no float32");
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // Exactly the bytes of one array, so that the machine sees each overrun.
 class Array {
  public:
   explicit Array(int64_t bytes) : data(static_cast<size_t>(bytes), 0xa5) {}
-
-  void read(const std::string& path) {
-    std::ifstream file(path, std::ios::binary | std::ios::ate);
-    if (!file) throw std::runtime_error("cannot read " + path);
-    if (static_cast<size_t>(file.tellg()) != data.size())
-      throw std::runtime_error(path + " has " + std::to_string(file.tellg()) + " bytes, not " +
-                               std::to_string(data.size()));
-    file.seekg(0);
-    file.read(reinterpret_cast<char*>(data.data()), static_cast<std::streamsize>(data.size()));
-  }
-  void write(const std::string& path) const {
-    std::ofstream file(path, std::ios::binary);
-    file.write(reinterpret_cast<const char*>(data.data()),
-               static_cast<std::streamsize>(data.size()));
-    if (!file) throw std::runtime_error("cannot write " + path);
-  }
+  int64_t bytes() const { return static_cast<int64_t>(data.size()); }
   uint8_t* address() { return data.data(); }
 
   std::vector<uint8_t> data;
@@ -128,7 +51,7 @@ class Arrays {
 
   uint8_t* in(const std::string& key, int64_t bytes, Access access = Access::kIn) {
     Array& array = add(bytes);
-    array.read(command_.need(key));
+    command_.read(key, array.address(), bytes);
     machine.add_buffer(array.address(), array.data.size(), access, key);
     return array.address();
   }
@@ -145,7 +68,8 @@ class Arrays {
     return address;
   }
   void write_outputs() const {
-    for (const auto& [path, array] : outputs_) array->write(path);
+    for (const auto& [path, array] : outputs_)
+      bitcpm::checks::write_file(path, array->data.data(), array->bytes());
   }
 
   host_check::Machine machine;
@@ -168,7 +92,7 @@ struct Matrix {
 };
 
 Matrix parse_matrix(const Command& command) {
-  return {parse_dtype(command.need("dtype")), command.number("rows"), command.number("cols"),
+  return {command.dtype(), command.number("rows"), command.number("cols"),
           command.number("group_len")};
 }
 
@@ -182,10 +106,7 @@ Run parse_run(const Command& command) {
   run.device.vector_cores = static_cast<uint32_t>(command.number("blocks", 48));
   run.device.ub_bytes = static_cast<uint32_t>(command.number("ub", kMaxUbBytes));
   run.seed = static_cast<uint32_t>(command.number("seed", 0));
-  const std::string nan = command.get("nan", "propagate");
-  if (nan != "propagate" && nan != "drop")
-    throw std::runtime_error("nan=" + nan + " is none of propagate drop");
-  run.nan_max = nan == "drop" ? host_check::NanMax::kDrop : host_check::NanMax::kPropagate;
+  run.nan_max = static_cast<host_check::NanMax>(command.choose("nan", {"propagate", "drop"}));
   run.saturate = command.number("sat", 1) != 0;
   return run;
 }
@@ -207,7 +128,7 @@ std::string report(const Result& result, int64_t elements) {
 
 std::string run_group_op(const Command& command, Arrays& arrays, const Run& run) {
   const Matrix matrix = parse_matrix(command);
-  const bool in_place = command.number("inplace", 0) != 0;
+  const bool in_place = command.flag("inplace");
   const auto take_wq = [&](uint8_t** w, uint8_t** wq) {
     if (in_place) {
       *w = *wq = arrays.in_out("w", "wq", matrix.bytes());
@@ -237,7 +158,7 @@ std::string run_group_op(const Command& command, Arrays& arrays, const Run& run)
     if (command.has("codes")) codes = arrays.out("codes", matrix.rows * matrix.cols);
     if (command.has("scales")) scales = arrays.out("scales", matrix.groups() * 4);
     result = run_fake_quantize_kernel(arrays.machine, run, matrix.dtype, matrix.rows, matrix.cols,
-                                      matrix.group_len, parse_eps(command), w, wq, codes, scales);
+                                      matrix.group_len, command.eps(), w, wq, codes, scales);
   }
   return report(result, matrix.rows * matrix.cols);
 }

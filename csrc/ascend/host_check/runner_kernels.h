@@ -16,10 +16,10 @@ namespace bitcpm::ascend {
 
 // On what machine.
 struct Run {
-  Device device{48, kMaxUbBytes};
+  Device device{48, static_cast<uint32_t>(kMaxUbBytes)};
   uint32_t seed = 0;
   host_check::NanMax nan_max = host_check::NanMax::kPropagate;
-  bool saturate = true;  // how a core's casts to 16 bits are set when a kernel starts
+  bool saturate = true;  // casts to 16 bits: infinity becomes the largest number
 };
 
 struct Result {
@@ -64,9 +64,9 @@ inline Result run_fake_quantize_kernel(host_check::Machine& machine, const Run& 
 inline Result run_abs_sums_kernel(host_check::Machine& machine, const Run& run, DType dtype,
                                   int64_t rows, int64_t cols, int64_t group_len, uint8_t* w,
                                   uint8_t* sums) {
-  AbsSumsTiling tiling;
+  GroupTiling tiling;
   check_status(make_abs_sums_tiling(dtype, rows, cols, group_len, run.device, &tiling));
-  return launch(machine, run, tiling.groups.blocks, [&] {
+  return launch(machine, run, tiling.blocks, [&] {
     switch (dtype) {
       case DType::kFloat32: return bitcpm_abs_sums_f32(w, sums, tiling);
       case DType::kBFloat16: return bitcpm_abs_sums_bf16(w, sums, tiling);
@@ -78,10 +78,10 @@ inline Result run_abs_sums_kernel(host_check::Machine& machine, const Run& run, 
 inline Result run_with_scales_kernel(host_check::Machine& machine, const Run& run, DType dtype,
                                      int64_t rows, int64_t cols, int64_t group_len, uint8_t* w,
                                      uint8_t* scales, uint8_t* wq) {
-  FakeQuantizeWithScalesTiling tiling;
+  GroupTiling tiling;
   check_status(
       make_fake_quantize_with_scales_tiling(dtype, rows, cols, group_len, run.device, &tiling));
-  return launch(machine, run, tiling.groups.blocks, [&] {
+  return launch(machine, run, tiling.blocks, [&] {
     switch (dtype) {
       case DType::kFloat32: return bitcpm_fake_quantize_with_scales_f32(w, scales, wq, tiling);
       case DType::kBFloat16: return bitcpm_fake_quantize_with_scales_bf16(w, scales, wq, tiling);

@@ -59,9 +59,11 @@ inline Counted count_work(const ModelCase& model_case) {
     result = run_pack2_kernel(machine, run, rows, cols, codes.data(), packed.data());
   } else {
     know(w, Access::kIn, "w");
-    know(wq, Access::kOut, "wq");
-    know(codes, Access::kOut, "codes");
-    know(scales, name == "fake_quantize_with_scales" ? Access::kIn : Access::kOut, "scales");
+    const bool to_levels = name.rfind("fake_quantize", 0) == 0;
+    if (to_levels) know(wq, Access::kOut, "wq");
+    if (name == "quantize") know(codes, Access::kOut, "codes");
+    if (name != "fake_quantize")
+      know(scales, to_levels ? Access::kIn : Access::kOut, "scales");
     const auto fake_quantize = [&](uint8_t* to_wq, uint8_t* to_codes, uint8_t* to_scales) {
       return run_fake_quantize_kernel(machine, run, model_case.dtype, rows, cols,
                                       model_case.group_len, 1e-5f, w.data(), to_wq, to_codes,

@@ -49,7 +49,6 @@ struct Bench {
     load(a_buffer, a);
     load(b_buffer, b);
     pipe.InitBuffer(out_buffer, size_of(words, "out_bytes") + 256);
-    SetSaturationFlag<SaturationMode::FLOAT>(number(words, "sat", 0) != 0);
     if (number(words, "clear", 0) != 0) {
       Duplicate(out_buffer.Get<int16_t>(), int16_t{0},
                 static_cast<int>(size_of(words, "out_bytes") / 2));
@@ -298,6 +297,7 @@ std::string execute(const std::string& line) {
   machine.add_buffer(result.data(), result.size(), host_check::Access::kOut, "out");
   host_check::Config config;
   if (words.count("nan") != 0) config.nan_max = host_check::NanMax::kDrop;
+  config.saturate = number(words, "sat", 0) != 0;
   const host_check::Meter meter = machine.run(config, [&] {
     Bench bench(words, a, b);
     run(bench, a);

@@ -9,17 +9,15 @@
 // sums= packed= x= xq=. jobs=N hands the rows of w over as N tensors, as the operators over lists
 // do. Every array is an allocation of exactly its size, so that a sanitizer sees each overrun.
 
-#include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <iostream>
 #include <map>
 #include <memory>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "../../common/check_command.h"
 #include "../isa.h"
 #include "../threads.h"
 
@@ -48,50 +46,14 @@ class Buffer {
   std::unique_ptr<void, Free> data_;
 };
 
-class Command {
+class Command : public bitcpm::checks::Command {
  public:
-  explicit Command(const std::string& line) {
-    std::istringstream words(line);
-    words >> op;
-    for (std::string word; words >> word;) {
-      const size_t equals = word.find('=');
-      if (equals == std::string::npos) throw std::runtime_error("no value: " + word);
-      values_[word.substr(0, equals)] = word.substr(equals + 1);
-    }
-  }
+  using bitcpm::checks::Command::Command;
 
-  std::string op;
-
-  std::string get(const std::string& key, const std::string& otherwise) const {
-    const auto found = values_.find(key);
-    return found == values_.end() ? otherwise : found->second;
-  }
-  std::string need(const std::string& key) const {
-    const auto found = values_.find(key);
-    if (found == values_.end()) throw std::runtime_error(op + " needs " + key + "=");
-    return found->second;
-  }
-  int64_t number(const std::string& key) const { return parse(key, need(key)); }
-  int64_t number(const std::string& key, int64_t otherwise) const {
-    return parse(key, get(key, std::to_string(otherwise)));
-  }
   int threads() const { return static_cast<int>(number("threads", 1)); }
-
-  float eps() const {
-    const std::string text = need("eps");
-    size_t used = 0;
-    const unsigned long bits = std::stoul(text, &used, 16);
-    if (used != text.size() || text.size() != 8)
-      throw std::runtime_error("eps=" + text + ": not eight hexadecimal digits");
-    return bitcpm_bits_to_float(static_cast<uint32_t>(bits));
-  }
-
-  DType dtype() const {
-    return static_cast<DType>(choose("dtype", need("dtype"), {"f32", "bf16", "f16"}));
-  }
   Grid grid() const {
-    return static_cast<Grid>(choose("grid", get("grid", "ternary"),
-                                    {"ternary", "asym4", "half_sym4", "int_sym4", "five"}));
+    return static_cast<Grid>(
+        choose("grid", {"ternary", "asym4", "half_sym4", "int_sym4", "five"}));
   }
 
   bitcpm::Kernels kernels() const {
@@ -103,46 +65,12 @@ class Command {
 
   Buffer read(const std::string& key, int64_t bytes) const {
     Buffer buffer(bytes);
-    std::ifstream file(need(key), std::ios::binary | std::ios::ate);
-    if (!file || file.tellg() != std::streamoff(bytes))
-      throw std::runtime_error(key + "=" + need(key) + ": not a file of " +
-                               std::to_string(bytes) + " bytes");
-    file.seekg(0);
-    file.read(buffer.as<char>(), bytes);
+    bitcpm::checks::Command::read(key, buffer.as<char>(), bytes);
     return buffer;
   }
   void write(const std::string& key, const Buffer& buffer) const {
-    std::ofstream file(need(key), std::ios::binary);
-    file.write(buffer.as<char>(), buffer.bytes());
-    if (!file.flush()) throw std::runtime_error(key + "=" + need(key) + ": cannot be written");
+    bitcpm::checks::write_file(need(key), buffer.as<char>(), buffer.bytes());
   }
-
- private:
-  static float bitcpm_bits_to_float(uint32_t bits) {
-    float value;
-    static_assert(sizeof value == sizeof bits, "float32");
-    __builtin_memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-  static int64_t parse(const std::string& key, const std::string& text) {
-    size_t used = 0;
-    int64_t value = -1;
-    try {
-      value = std::stoll(text, &used);
-    } catch (const std::exception&) {
-      used = 0;
-    }
-    if (text.empty() || used != text.size() || value < 0)
-      throw std::runtime_error(key + "=" + text + ": not a number from 0");
-    return value;
-  }
-  static int choose(const char* key, const std::string& name, const std::vector<std::string>& of) {
-    for (size_t index = 0; index < of.size(); ++index)
-      if (name == of[index]) return static_cast<int>(index);
-    throw std::runtime_error(std::string(key) + "=" + name + ": unknown");
-  }
-
-  std::map<std::string, std::string> values_;
 };
 
 // The groups of w, [rows, cols] cut into groups of group_len.
@@ -167,7 +95,7 @@ struct TensorList {
   TensorList(const Command& command, const Groups& groups, bool with_scales) {
     const DType dtype = command.dtype();
     const int64_t pieces = command.number("jobs", 1);
-    const bool inplace = command.number("inplace", 0) != 0;
+    const bool inplace = command.flag("inplace");
     const int64_t row_bytes = groups.cols * size_of(dtype);
     const Buffer whole = command.read("w", groups.rows * row_bytes);
     const Buffer all_scales =
@@ -276,7 +204,7 @@ std::string run_int8_per_token(const Command& command) {
   const int64_t rows = command.number("rows"), cols = command.number("cols");
   const DType dtype = command.dtype();
   const Buffer x = command.read("x", rows * cols * size_of(dtype));
-  const bool inplace = command.number("inplace", 0) != 0;
+  const bool inplace = command.flag("inplace");
   const Buffer fresh(inplace ? 0 : rows * cols * size_of(dtype));
   const Buffer& xq = inplace ? x : fresh;
   bitcpm::int8_per_token(command.kernels(), dtype, x.as<void>(), xq.as<void>(), rows, cols,

@@ -37,11 +37,11 @@ void launch_fake_quantize(DType dtype, void*, const void* w, void* wq, void* cod
   });
 }
 
-void launch_abs_sums(DType dtype, void*, const void* w, void* sums, const AbsSumsTiling& tiling) {
+void launch_abs_sums(DType dtype, void*, const void* w, void* sums, const GroupTiling& tiling) {
   Machine machine;
-  uint8_t* w_ = add(machine, w, elements(tiling.groups) * size_of(dtype), Access::kIn, "w");
-  uint8_t* sums_ = add(machine, sums, tiling.groups.num_groups * 4, Access::kOut, "sums");
-  launch(machine, Run{}, tiling.groups.blocks, [&] {
+  uint8_t* w_ = add(machine, w, elements(tiling) * size_of(dtype), Access::kIn, "w");
+  uint8_t* sums_ = add(machine, sums, tiling.num_groups * 4, Access::kOut, "sums");
+  launch(machine, Run{}, tiling.blocks, [&] {
     switch (dtype) {
       case DType::kFloat32: return bitcpm_abs_sums_f32(w_, sums_, tiling);
       case DType::kBFloat16: return bitcpm_abs_sums_bf16(w_, sums_, tiling);
@@ -51,13 +51,13 @@ void launch_abs_sums(DType dtype, void*, const void* w, void* sums, const AbsSum
 }
 
 void launch_fake_quantize_with_scales(DType dtype, void*, const void* w, const void* scales,
-                                      void* wq, const FakeQuantizeWithScalesTiling& tiling) {
+                                      void* wq, const GroupTiling& tiling) {
   Machine machine;
-  const int64_t bytes = elements(tiling.groups) * size_of(dtype);
+  const int64_t bytes = elements(tiling) * size_of(dtype);
   uint8_t* w_ = add(machine, w, bytes, wq == w ? Access::kInOut : Access::kIn, "w");
   uint8_t* wq_ = wq == w ? w_ : add(machine, wq, bytes, Access::kOut, "wq");
-  uint8_t* scales_ = add(machine, scales, tiling.groups.num_groups * 4, Access::kIn, "scales");
-  launch(machine, Run{}, tiling.groups.blocks, [&] {
+  uint8_t* scales_ = add(machine, scales, tiling.num_groups * 4, Access::kIn, "scales");
+  launch(machine, Run{}, tiling.blocks, [&] {
     switch (dtype) {
       case DType::kFloat32: return bitcpm_fake_quantize_with_scales_f32(w_, scales_, wq_, tiling);
       case DType::kBFloat16: return bitcpm_fake_quantize_with_scales_bf16(w_, scales_, wq_, tiling);

@@ -7,6 +7,6 @@ namespace bitcpm::ascend {
 
 // `sums` is float32, one per group; `stream` is an aclrtStream.
 void launch_abs_sums(DType dtype, void* stream, const void* w, void* sums,
-                     const AbsSumsTiling& tiling);
+                     const GroupTiling& tiling);
 
 }  // namespace bitcpm::ascend

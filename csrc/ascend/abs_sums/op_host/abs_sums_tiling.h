@@ -5,14 +5,9 @@
 
 namespace bitcpm::ascend {
 
-// Passed to the kernel by value.
-struct AbsSumsTiling {
-  GroupTiling groups;
-};
-
 constexpr TilingStatus make_abs_sums_tiling(DType dtype, int64_t rows, int64_t cols,
                                             int64_t group_len, const Device& device,
-                                            AbsSumsTiling* tiling) {
+                                            GroupTiling* tiling) {
   int64_t num_groups = 0;
   if (!count_matrix_groups(rows, cols, group_len, &num_groups)) return TilingStatus::kBadShape;
   const int64_t size = size_of(dtype);
@@ -23,8 +18,7 @@ constexpr TilingStatus make_abs_sums_tiling(DType dtype, int64_t rows, int64_t c
   costs.per_group = 2 * 4 + 3 * 4 + kDataBlock;
   costs.fixed = 1024;
   costs.keeps_group_whole = false;
-  *tiling = AbsSumsTiling{};
-  return cut_groups(num_groups, group_len, costs, device, &tiling->groups);
+  return cut_groups(num_groups, group_len, costs, device, tiling);
 }
 
 }  // namespace bitcpm::ascend

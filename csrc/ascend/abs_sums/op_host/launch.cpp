@@ -16,7 +16,7 @@ at::Tensor abs_sums(const at::Tensor& w, int64_t group_len) {
       at::empty({w.size(0), w.size(1) / group_len}, w.options().dtype(at::kFloat));
   if (w.numel() == 0) return sums;
   const DType dtype = dtype_of(w);
-  AbsSumsTiling tiling;
+  GroupTiling tiling;
   check_tiling(
       make_abs_sums_tiling(dtype, w.size(0), w.size(1), group_len, get_device(), &tiling));
   enqueue("bitcpm_abs_sums", w, [w, sums, dtype, tiling](void* stream) {

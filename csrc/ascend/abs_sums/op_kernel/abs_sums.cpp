@@ -12,10 +12,11 @@ class AbsSums {
   static constexpr uint32_t kElements = kBlockBytes / sizeof(Word);  // of a data block
 
  public:
+  __aicore__ inline AbsSums() {}
+
   __aicore__ inline void Init(AscendC::TPipe* pipe, GM_ADDR w, GM_ADDR sums,
-                              const AbsSumsTiling& tiling) {
-    keep_infinities();
-    tiling_ = tiling.groups;
+                              const GroupTiling& tiling) {
+    tiling_ = tiling;
     w_.SetGlobalBuffer(reinterpret_cast<__gm__ Word*>(w),
                        static_cast<uint64_t>(tiling_.num_groups * tiling_.group_len));
     sums_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(sums),
@@ -118,7 +119,6 @@ class AbsSums {
     then();
     AscendC::Or(words(sums), words(finite_), words(nan_), 2 * count);
     out_.EnQue(sums);
-    then();
   }
 
   __aicore__ inline void CopyOut(int64_t group, uint32_t groups) {
@@ -139,7 +139,7 @@ class AbsSums {
 };
 
 template <class Format>
-__aicore__ inline void run_abs_sums(GM_ADDR w, GM_ADDR sums, const AbsSumsTiling& tiling) {
+__aicore__ inline void run_abs_sums(GM_ADDR w, GM_ADDR sums, const GroupTiling& tiling) {
   AscendC::TPipe pipe;
   AbsSums<Format> op;
   op.Init(&pipe, w, sums, tiling);
@@ -149,17 +149,17 @@ __aicore__ inline void run_abs_sums(GM_ADDR w, GM_ADDR sums, const AbsSumsTiling
 }  // namespace bitcpm::ascend
 
 extern "C" __global__ __vector__ void bitcpm_abs_sums_f32(GM_ADDR w, GM_ADDR sums,
-                                                          bitcpm::ascend::AbsSumsTiling tiling) {
+                                                          bitcpm::ascend::GroupTiling tiling) {
   bitcpm::ascend::run_abs_sums<bitcpm::ascend::Float32>(w, sums, tiling);
 }
 
 extern "C" __global__ __vector__ void bitcpm_abs_sums_bf16(GM_ADDR w, GM_ADDR sums,
-                                                           bitcpm::ascend::AbsSumsTiling tiling) {
+                                                           bitcpm::ascend::GroupTiling tiling) {
   bitcpm::ascend::run_abs_sums<bitcpm::ascend::BFloat16>(w, sums, tiling);
 }
 
 extern "C" __global__ __vector__ void bitcpm_abs_sums_f16(GM_ADDR w, GM_ADDR sums,
-                                                          bitcpm::ascend::AbsSumsTiling tiling) {
+                                                          bitcpm::ascend::GroupTiling tiling) {
   bitcpm::ascend::run_abs_sums<bitcpm::ascend::Float16>(w, sums, tiling);
 }
 
@@ -167,8 +167,8 @@ extern "C" __global__ __vector__ void bitcpm_abs_sums_f16(GM_ADDR w, GM_ADDR sum
 namespace bitcpm::ascend {
 
 void launch_abs_sums(DType dtype, void* stream, const void* w, void* sums,
-                     const AbsSumsTiling& tiling) {
-  const uint32_t blocks = tiling.groups.blocks;
+                     const GroupTiling& tiling) {
+  const uint32_t blocks = tiling.blocks;
   if (blocks == 0) return;
   const auto from = (GM_ADDR) const_cast<void*>(w);
   const auto to = (GM_ADDR)sums;

@@ -17,9 +17,10 @@ class FakeQuantize {
   static constexpr uint32_t kElements = kBlockBytes / sizeof(Word);  // of a data block
 
  public:
+  __aicore__ inline FakeQuantize() {}
+
   __aicore__ inline void Init(AscendC::TPipe* pipe, GM_ADDR w, GM_ADDR wq, GM_ADDR codes,
                               GM_ADDR scales, const FakeQuantizeTiling& tiling) {
-    keep_infinities();
     tiling_ = tiling.groups;
     one_over_n_ = tiling.one_over_n;
     eps_ = tiling.eps;
@@ -149,7 +150,6 @@ class FakeQuantize {
       tile = in_.template DeQue<Word>();
     }
     AscendC::Duplicate(lanes_, 0.0f, static_cast<int32_t>(kSumLanes));
-    then();
     for (int64_t start = 0; start < tiling_.group_len; start += tiling_.piece) {
       LocalTensor<Word> w = TakePiece(tile, whole, at, start);
       const uint32_t count = PaddedPiece(start);
@@ -256,7 +256,6 @@ class FakeQuantize {
     const LocalTensor<int8_t> codes = codes_out_.template AllocTensor<int8_t>();
     AscendC::Cast(codes, halves, AscendC::RoundMode::CAST_NONE, code_count);
     codes_out_.EnQue(codes);
-    then();
   }
 
   // Cast, from groups `stride` elements apart to groups `code_stride` apart, with zeros between.

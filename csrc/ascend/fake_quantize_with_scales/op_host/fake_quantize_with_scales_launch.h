@@ -7,6 +7,6 @@ namespace bitcpm::ascend {
 
 // `scales` is float32, one per group; wq may be w; `stream` is an aclrtStream.
 void launch_fake_quantize_with_scales(DType dtype, void* stream, const void* w, const void* scales,
-                                      void* wq, const FakeQuantizeWithScalesTiling& tiling);
+                                      void* wq, const GroupTiling& tiling);
 
 }  // namespace bitcpm::ascend

@@ -13,7 +13,7 @@ namespace {
 struct Job {
   at::Tensor w, scales, wq;
   DType dtype;
-  FakeQuantizeWithScalesTiling tiling;
+  GroupTiling tiling;
 };
 
 // Adds a job unless there is nothing to do.

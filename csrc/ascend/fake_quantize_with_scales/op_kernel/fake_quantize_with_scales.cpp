@@ -16,10 +16,11 @@ class FakeQuantizeWithScales {
   static constexpr uint32_t kElements = kBlockBytes / sizeof(Word);  // of a data block
 
  public:
+  __aicore__ inline FakeQuantizeWithScales() {}
+
   __aicore__ inline void Init(AscendC::TPipe* pipe, GM_ADDR w, GM_ADDR scales, GM_ADDR wq,
-                              const FakeQuantizeWithScalesTiling& tiling) {
-    keep_infinities();
-    tiling_ = tiling.groups;
+                              const GroupTiling& tiling) {
+    tiling_ = tiling;
     const uint64_t total = static_cast<uint64_t>(tiling_.num_groups * tiling_.group_len);
     w_.SetGlobalBuffer(reinterpret_cast<__gm__ Word*>(w), total);
     wq_.SetGlobalBuffer(reinterpret_cast<__gm__ Word*>(wq), total);
@@ -126,7 +127,6 @@ class FakeQuantizeWithScales {
     then();
     AscendC::Or(words(wq), words(wq), words(infinite), size16);
     out_.EnQue(wq);
-    then();
   }
 
   __aicore__ inline void CopyOut(int64_t at, uint32_t rows, uint32_t len) {
@@ -148,7 +148,7 @@ class FakeQuantizeWithScales {
 
 template <class Format>
 __aicore__ inline void run_fake_quantize_with_scales(GM_ADDR w, GM_ADDR scales, GM_ADDR wq,
-                                                     const FakeQuantizeWithScalesTiling& tiling) {
+                                                     const GroupTiling& tiling) {
   AscendC::TPipe pipe;
   FakeQuantizeWithScales<Format> op;
   op.Init(&pipe, w, scales, wq, tiling);
@@ -158,17 +158,17 @@ __aicore__ inline void run_fake_quantize_with_scales(GM_ADDR w, GM_ADDR scales, 
 }  // namespace bitcpm::ascend
 
 extern "C" __global__ __vector__ void bitcpm_fake_quantize_with_scales_f32(
-    GM_ADDR w, GM_ADDR scales, GM_ADDR wq, bitcpm::ascend::FakeQuantizeWithScalesTiling tiling) {
+    GM_ADDR w, GM_ADDR scales, GM_ADDR wq, bitcpm::ascend::GroupTiling tiling) {
   bitcpm::ascend::run_fake_quantize_with_scales<bitcpm::ascend::Float32>(w, scales, wq, tiling);
 }
 
 extern "C" __global__ __vector__ void bitcpm_fake_quantize_with_scales_bf16(
-    GM_ADDR w, GM_ADDR scales, GM_ADDR wq, bitcpm::ascend::FakeQuantizeWithScalesTiling tiling) {
+    GM_ADDR w, GM_ADDR scales, GM_ADDR wq, bitcpm::ascend::GroupTiling tiling) {
   bitcpm::ascend::run_fake_quantize_with_scales<bitcpm::ascend::BFloat16>(w, scales, wq, tiling);
 }
 
 extern "C" __global__ __vector__ void bitcpm_fake_quantize_with_scales_f16(
-    GM_ADDR w, GM_ADDR scales, GM_ADDR wq, bitcpm::ascend::FakeQuantizeWithScalesTiling tiling) {
+    GM_ADDR w, GM_ADDR scales, GM_ADDR wq, bitcpm::ascend::GroupTiling tiling) {
   bitcpm::ascend::run_fake_quantize_with_scales<bitcpm::ascend::Float16>(w, scales, wq, tiling);
 }
 
@@ -176,8 +176,8 @@ extern "C" __global__ __vector__ void bitcpm_fake_quantize_with_scales_f16(
 namespace bitcpm::ascend {
 
 void launch_fake_quantize_with_scales(DType dtype, void* stream, const void* w, const void* scales,
-                                      void* wq, const FakeQuantizeWithScalesTiling& tiling) {
-  const uint32_t blocks = tiling.groups.blocks;
+                                      void* wq, const GroupTiling& tiling) {
+  const uint32_t blocks = tiling.blocks;
   if (blocks == 0) return;
   const auto from = (GM_ADDR) const_cast<void*>(w), with = (GM_ADDR) const_cast<void*>(scales);
   const auto to = (GM_ADDR)wq;

@@ -137,7 +137,7 @@ inline void cast(const AscendC::LocalTensor<D>& dst, const AscendC::LocalTensor<
   Operand d = operand("dst", dst, dst_block, dst_repeat);
   Operand a = operand("src", src, src_block, src_repeat);
   check_vector("Cast", shape, false, d, a);
-  const bool sat = core().saturate;
+  const bool sat = core().config.saturate;
   switch (static_cast<Rounding>(mode)) {
     case Rounding::kRint:
       each_lane<D, S>(shape, [sat](S x) { return convert<D>(x, Rounding::kRint, sat); }, d, a);

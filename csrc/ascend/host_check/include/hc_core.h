@@ -32,9 +32,11 @@ struct Config {
   uint32_t block_dim = 1;
   uint32_t seed = 0;
   uint32_t ub_bytes = kDefaultUbBudget;
+  bool whole_outputs = true;  // every byte of every output must have been written in the end
   NanMax nan_max = NanMax::kPropagate;
-  // State of CTRL[48] when a kernel starts. The documented default saturates: infinity becomes the
-  // largest value and NaN becomes 0 in half arithmetic and in Cast to half and bfloat16_t.
+  // State of CTRL[48]. The documented default saturates: infinity becomes the largest value and NaN
+  // becomes 0 in half arithmetic and in Cast to half and bfloat16_t. Kernels cannot change it: the
+  // functions for that do not exist in every CANN.
   bool saturate = true;
 };
 
@@ -80,6 +82,7 @@ struct View {
   uint32_t address = 0;
   int32_t buffer = -1;
   uint32_t generation = 0;
+  uint32_t epoch = 0;  // of the TPipe that gave it out
 };
 
 inline const char* pipe_name(int pipe) {
@@ -103,15 +106,14 @@ class Core {
   uint32_t block = 0;
   std::vector<Buffer> buffers;
   bool pipe_alive = false;
-  bool saturate = true;
   alignas(64) uint8_t ub[kPhysicalUb];
 
   void start_block(uint32_t index) {
     block = index;
+    end_epoch();
     buffers.clear();
     used_ = 0;
     pipe_alive = false;
-    saturate = config.saturate;
     std::memset(written_, 0, sizeof written_);
     std::memset(flags_set_, 0, sizeof flags_set_);
     std::memset(events_taken_, 0, sizeof events_taken_);
@@ -167,10 +169,24 @@ class Core {
     std::memset(ub + buffer.begin, 0xa5, buffer.end - buffer.begin);
   }
 
+  // A number that changes when a TPipe dies and when a core starts: what was given out before is
+  // of no use any more.
+  uint32_t epoch() const { return epoch_; }
+  void end_epoch() {
+    static uint32_t last = 0;  // never comes again, not in the next launch either
+    epoch_ = ++last;
+  }
+  void check_epoch(uint32_t epoch, const char* what) const {
+    if (epoch != epoch_) {
+      fail("outlived-pipe", "%s uses what a TPipe gave out that is dead, or another core's", what);
+    }
+  }
+
   const Buffer& owner(const View& view, const char* what) const {
-    if (view.buffer < 0 || static_cast<size_t>(view.buffer) >= buffers.size()) {
+    if (view.buffer < 0) {
       fail("tensor-without-buffer", "%s uses a LocalTensor that no buffer gave out", what);
     }
+    check_epoch(view.epoch, what);
     const Buffer& buffer = buffers[static_cast<size_t>(view.buffer)];
     if (buffer.state == BufferState::kScratch) return buffer;
     if (buffer.state == BufferState::kFree || buffer.generation != view.generation) {
@@ -383,6 +399,7 @@ class Core {
   }
 
   uint32_t used_ = 0;
+  uint32_t epoch_ = 0;
   uint32_t sequence_ = 1;
   Clock clock_[kPipes];
   uint32_t settled_[kPipes] = {0, 0, 0, 0};

@@ -115,6 +115,24 @@ class GlobalMemory {
     writes_before_write_.push_back(span);
   }
 
+  // Bytes from `address` to the end of its buffer; `bytes` of them must be there.
+  uint64_t room_at(const void* address, uint64_t bytes, const char* what) {
+    if (bytes == 0) return 0;
+    return find(address, bytes, what).end - reinterpret_cast<uintptr_t>(address);
+  }
+
+  // Every byte of an output has been written.
+  void end_launch() const {
+    for (const Range& range : ranges_) {
+      if (range.access != Access::kOut) continue;
+      for (size_t i = 0; i < range.writer.size(); ++i) {
+        if (range.writer[i] == 0) {
+          fail("gm-unwritten", "no core writes byte %zu of %s", i, range.name.c_str());
+        }
+      }
+    }
+  }
+
  private:
   static constexpr uint8_t kSeveral = 255;
   struct Range {

@@ -90,25 +90,25 @@ class GlobalTensor {
   using PrimType = T;
   GlobalTensor() = default;
 
+  // A tensor lies in one allocation. Without a size it ends where that ends.
   void SetGlobalBuffer(T* buffer, uint64_t elements) {
+    (void)host_check::core().memory.room_at(buffer, elements * sizeof(T), "SetGlobalBuffer");
     base_ = buffer;
     size_ = elements;
-    bounded_ = true;
   }
   void SetGlobalBuffer(T* buffer) {
     base_ = buffer;
-    size_ = 0;
-    bounded_ = false;
+    size_ = host_check::core().memory.room_at(buffer, 1, "SetGlobalBuffer") / sizeof(T);
   }
   GlobalTensor operator[](const uint64_t offset) const {
-    if (bounded_ && offset > size_) {
+    if (offset > size_) {
       host_check::fail("gm-out-of-bounds", "operator[](%llu) of a tensor of %llu elements",
                        static_cast<unsigned long long>(offset),
                        static_cast<unsigned long long>(size_));
     }
     GlobalTensor part = *this;
     part.base_ = base_ + offset;
-    part.size_ = bounded_ ? size_ - offset : 0;
+    part.size_ = size_ - offset;
     return part;
   }
   T GetValue(const uint64_t offset) const {
@@ -121,7 +121,6 @@ class GlobalTensor {
     core.meter.bytes_read += sizeof(T);
     return base_[offset];
   }
-  uint64_t GetSize() const { return size_; }
   T* GetPhyAddr() const { return base_; }
 
   template <CacheRwMode mode = CacheRwMode::RW>
@@ -132,7 +131,7 @@ class GlobalTensor {
     if (base_ == nullptr) {
       host_check::fail("gm-out-of-bounds", "%s uses a GlobalTensor without SetGlobalBuffer", what);
     }
-    if (bounded_ && first + count > size_) {
+    if (first + count > size_) {
       host_check::fail("gm-out-of-bounds", "%s ends at element %llu of a tensor of %llu", what,
                        static_cast<unsigned long long>(first + count),
                        static_cast<unsigned long long>(size_));
@@ -142,7 +141,6 @@ class GlobalTensor {
  private:
   T* base_ = nullptr;
   uint64_t size_ = 0;
-  bool bounded_ = false;
 };
 
 template <HardEvent event>
@@ -197,6 +195,7 @@ class TQueBind {
     if (indices_.empty()) {
       host_check::fail("queue-without-buffer", "AllocTensor before TPipe::InitBuffer");
     }
+    core.check_epoch(epoch_, "AllocTensor");
     int outstanding = 1;
     for (const host_check::Buffer& other : core.buffers) {
       outstanding += other.position == position() &&
@@ -242,6 +241,7 @@ class TQueBind {
   template <typename T>
   LocalTensor<T> DeQue() {
     host_check::Core& core = host_check::core();
+    if (!indices_.empty()) core.check_epoch(epoch_, "DeQue");
     if (queued_.empty()) host_check::fail("dequeue-empty", "DeQue of an empty queue");
     const int32_t index = queued_.front();
     queued_.pop_front();
@@ -293,7 +293,7 @@ class TQueBind {
   template <typename T>
   LocalTensor<T> tensor(int32_t index) const {
     const host_check::Buffer& buffer = host_check::core().buffers[static_cast<size_t>(index)];
-    return LocalTensor<T>(host_check::View{buffer.begin, index, buffer.generation},
+    return LocalTensor<T>(host_check::View{buffer.begin, index, buffer.generation, epoch_},
                           static_cast<uint32_t>((buffer.end - buffer.begin) / sizeof(T)));
   }
   int32_t next_free() {
@@ -309,6 +309,7 @@ class TQueBind {
                      indices_.size());
   }
   host_check::Buffer& own(const host_check::View& view, const char* what) const {
+    if (view.buffer >= 0) host_check::core().check_epoch(view.epoch, what);
     for (const int32_t index : indices_) {
       if (index == view.buffer) return host_check::core().buffers[static_cast<size_t>(index)];
     }
@@ -318,6 +319,7 @@ class TQueBind {
   std::vector<int32_t> indices_;
   std::deque<int32_t> queued_;
   size_t next_ = 0;
+  uint32_t epoch_ = 0;
 };
 
 template <TPosition position>
@@ -359,6 +361,7 @@ class TBuf {
   friend class TPipe;
   const host_check::Buffer& self() const {
     if (index_ < 0) host_check::fail("queue-without-buffer", "TBuf::Get before TPipe::InitBuffer");
+    host_check::core().check_epoch(epoch_, "TBuf::Get");
     return host_check::core().buffers[static_cast<size_t>(index_)];
   }
   template <typename T>
@@ -368,10 +371,11 @@ class TBuf {
       host_check::fail("ub-out-of-bounds", "TBuf::Get of %u elements from a buffer of %u bytes",
                        elements, buffer.end - buffer.begin);
     }
-    return LocalTensor<T>(host_check::View{buffer.begin + byte_offset, index_, buffer.generation},
-                          elements);
+    return LocalTensor<T>(
+        host_check::View{buffer.begin + byte_offset, index_, buffer.generation, epoch_}, elements);
   }
   int32_t index_ = -1;
+  uint32_t epoch_ = 0;
 };
 
 class TPipe;
@@ -390,7 +394,9 @@ class TPipe {
   }
   ~TPipe() {
     if (current_pipe() == this) current_pipe() = nullptr;
-    if (host_check::current_core() != nullptr) host_check::core().pipe_alive = false;
+    if (host_check::current_core() == nullptr) return;
+    host_check::core().pipe_alive = false;
+    host_check::core().end_epoch();
   }
   TPipe(const TPipe&) = delete;
   TPipe& operator=(const TPipe&) = delete;
@@ -400,6 +406,7 @@ class TPipe {
     check_length(bytes);
     if (num == 0u) host_check::fail("init-buffer", "a queue of 0 buffers");
     if (!queue.indices_.empty()) host_check::fail("init-buffer", "a queue initialised twice");
+    queue.epoch_ = host_check::core().epoch();
     for (uint32_t i = 0; i < num; ++i) {
       queue.indices_.push_back(host_check::core().new_buffer(bytes, Queue::position(),
                                                              host_check::BufferState::kFree));
@@ -410,6 +417,7 @@ class TPipe {
   bool InitBuffer(TBuf<position>& buffer, host_check::Count bytes) {
     check_length(bytes);
     if (buffer.index_ >= 0) host_check::fail("init-buffer", "a TBuf initialised twice");
+    buffer.epoch_ = host_check::core().epoch();
     buffer.index_ = host_check::core().new_buffer(bytes, position,
                                                   host_check::BufferState::kScratch);
     return true;
@@ -439,20 +447,6 @@ class TPipe {
 inline TPipe* GetTPipePtr() {
   if (current_pipe() == nullptr) host_check::fail("tpipe", "GetTPipePtr without a TPipe");
   return current_pipe();
-}
-
-enum class SaturationMode : uint8_t { FLOAT, FLOAT8, INT, CAST };
-
-// Only the mode of half and bfloat16_t (CTRL[48]) is part of the subset.
-template <SaturationMode mode>
-inline void SetSaturationFlag(bool enableSat) {
-  static_assert(mode == SaturationMode::FLOAT, "saturation-mode: only FLOAT is in the subset");
-  host_check::core().saturate = enableSat;
-}
-template <SaturationMode mode>
-inline bool GetSaturationFlag() {
-  static_assert(mode == SaturationMode::FLOAT, "saturation-mode: only FLOAT is in the subset");
-  return host_check::core().saturate;
 }
 
 inline int64_t GetBlockIdx() { return host_check::core().block; }

@@ -32,7 +32,7 @@ inline bfloat16_t saturated(bfloat16_t x) {
 
 template <typename T>
 [[noreturn]] __attribute__((cold, noinline)) inline void fail_overflow(const char* what) {
-  fail("integer-overflow", "%s of %d-bit integers leaves the range; the result is undocumented",
+  fail("integer-overflow", "%s of %d-bit integers leaves the range, where modes and pages differ",
        what, static_cast<int>(8 * sizeof(T)));
 }
 
@@ -44,7 +44,7 @@ inline T arithmetic(T a, T b, const Float& in_float, const Int& in_int, const ch
     return in_float(a, b);
   } else if constexpr (std::is_same_v<T, half>) {
     const half result(in_float(widen(a), widen(b)));
-    return core().saturate ? saturated(result) : result;
+    return core().config.saturate ? saturated(result) : result;
   } else {
     const int64_t wide = in_int(int64_t{a}, int64_t{b});
     if (wide < std::numeric_limits<T>::min() || wide > std::numeric_limits<T>::max()) {
@@ -79,7 +79,9 @@ struct MulOp {
   }
 };
 
-// Whether NaN survives is not documented, so both answers are modelled.
+// asc-devkit's appendix of boundary values of the memory vector compute interfaces (tables 13 and 17)
+// says that NaN survives in float. Kernels are not to rely on it, so the other answer is modelled
+// too.
 template <bool kMax>
 struct ExtremeOp {
   static constexpr const char* kName = kMax ? "Max" : "Min";

@@ -24,7 +24,8 @@ class Machine {
     memory_.add(address, bytes, access, name);
   }
 
-  // Runs `kernel` once per core in a shuffled order. Throws Error for a broken rule.
+  // Runs `kernel` once per core in a shuffled order. Throws Error for a broken rule; a kOut buffer
+  // that is not wanted must not be registered, since all bytes of the others must be written.
   // Ownership of global bytes is judged over this call, registered buffers stay registered.
   Meter run(const Config& config, const std::function<void()>& kernel) {
     if (config.block_dim < 1 || config.block_dim > 200) {
@@ -43,6 +44,7 @@ class Machine {
       kernel();
       core.end_block();
     }
+    if (config.whole_outputs) memory_.end_launch();
     return core.meter;
   }
 

@@ -174,6 +174,42 @@ KERNEL(tensor_of_no_buffer, "tensor-without-buffer") {
   Duplicate(tensor, 1.0f, 64);
 }
 
+KERNEL(tensor_of_a_dead_pipe, "outlived-pipe") {
+  LocalTensor<float> tensor;
+  {
+    TPipe pipe;
+    TBuf<TPosition::VECCALC> buffer;
+    pipe.InitBuffer(buffer, 256);
+    tensor = buffer.Get<float>();
+    if (!wrong) Duplicate(tensor, 1.0f, 64);
+  }
+  if (wrong) Duplicate(tensor, 1.0f, 64);
+}
+
+KERNEL(tensor_of_another_core, "outlived-pipe") {
+  static LocalTensor<float> kept;
+  TPipe pipe;
+  TBuf<TPosition::VECCALC> buffer;
+  pipe.InitBuffer(buffer, 256);
+  if (!wrong || kept.GetSize() == 0) kept = buffer.Get<float>();
+  Duplicate(kept, 1.0f, 64);
+}
+
+KERNEL(queue_of_a_dead_pipe, "outlived-pipe") {
+  In queue;
+  {
+    TPipe pipe;
+    pipe.InitBuffer(queue, 1, 256);
+    if (!wrong) {
+      LocalTensor<float> tensor = queue.AllocTensor<float>();
+      queue.FreeTensor(tensor);
+    }
+  }
+  if (!wrong) return;
+  LocalTensor<float> tensor = queue.AllocTensor<float>();
+  queue.FreeTensor(tensor);
+}
+
 KERNEL(more_than_the_buffer_has, "ub-out-of-bounds") {
   TPipe pipe;
   TBuf<TPosition::VECCALC> buffer;

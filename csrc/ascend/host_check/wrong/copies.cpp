@@ -118,13 +118,41 @@ KERNEL(read_past_the_end, "gm-out-of-bounds") {
 }
 
 KERNEL(read_past_the_allocation, "gm-out-of-bounds") {
-  // The tensor is declared larger than the memory.
   TPipe pipe;
   In queue;
   pipe.InitBuffer(queue, 1, 512);
   GlobalTensor<float> tensor;
-  tensor.SetGlobalBuffer(memory.in.data(), kElements + 8);
+  tensor.SetGlobalBuffer(memory.in.data());
   copy_in(queue, tensor[kElements - 32], {1, wrong ? 160u : 128u, 0, 0, 0});
+}
+
+KERNEL(tensor_larger_than_the_allocation, "gm-out-of-bounds") {
+  TPipe pipe;
+  In queue;
+  pipe.InitBuffer(queue, 1, 512);
+  GlobalTensor<float> tensor;
+  tensor.SetGlobalBuffer(memory.in.data(), kElements + (wrong ? 1 : 0));
+  copy_in(queue, tensor, {1, 128, 0, 0, 0});
+}
+
+KERNEL(read_of_the_neighbouring_allocation, "gm-out-of-bounds") {
+  TPipe pipe;
+  In queue;
+  pipe.InitBuffer(queue, 1, 512);
+  const float *first = memory.in.data(), *second = memory.both.data();
+  if (second < first) std::swap(first, second);
+  GlobalTensor<float> tensor;
+  tensor.SetGlobalBuffer(const_cast<float*>(first));
+  copy_in(queue, tensor[wrong ? static_cast<uint64_t>(second - first) : 0], {1, 128, 0, 0, 0});
+}
+
+KERNEL(output_with_a_gap, "gm-unwritten") {
+  TPipe pipe;
+  Out queue;
+  pipe.InitBuffer(queue, 1, 2048);
+  const uint32_t share = 352, begin = me() * share;
+  const uint32_t count = me() < 2 ? share : kElements - 2 * share - (wrong ? 1 : 0);
+  copy_out(queue, global(memory.out)[begin], count);
 }
 
 KERNEL(global_gap_in_bytes, "gm-out-of-bounds") {

@@ -47,6 +47,12 @@ KERNEL(narrowed_stride, "repeat-range") {
   Adds(s.x[64], s.x, 1.0f, 64, 2, {1, 1, stride, 0});
 }
 
+KERNEL(narrowed_block_count, "repeat-range") {
+  Scratch s(64);
+  const uint16_t blocks = host_check::checked_narrow<uint16_t>(wrong ? 65544 : 8);
+  Adds(s.x[64], s.x, 1.0f, blocks);
+}
+
 KERNEL(mask_over_64, "mask-range") {
   Scratch s(128);
   Adds(s.x, s.x, 1.0f, wrong ? 65 : 64, 1, {1, 1, 8, 8});

@@ -16,6 +16,8 @@ class Pack2 {
   static constexpr uint32_t kRepeatBlocks = 8;  // blocks of codes packed in one repeat
 
  public:
+  __aicore__ inline Pack2() {}
+
   __aicore__ inline void Init(AscendC::TPipe* pipe, GM_ADDR codes, GM_ADDR packed,
                               const Pack2Tiling& tiling) {
     tiling_ = tiling;
@@ -58,7 +60,7 @@ class Pack2 {
   __aicore__ inline void CopyIn(int64_t at, uint32_t rows, uint32_t len, uint32_t blocks) {
     const LocalTensor<int8_t> codes = in_.AllocTensor<int8_t>();
     const uint32_t used = blocks_up(len, kBlockBytes), missing = used * kBlockBytes - len;
-    const AscendC::DataCopyExtParams shape{static_cast<uint16_t>(rows), len, 0,
+    const AscendC::DataCopyExtParams shape{to_uint16(rows), len, 0,
                                            blocks * kPlanes - used, 0};
     const AscendC::DataCopyPadExtParams<int8_t> pad{missing != 0, 0, to_uint8(missing),
                                                     static_cast<int8_t>(0)};
@@ -82,7 +84,6 @@ class Pack2 {
     const LocalTensor<int16_t> packed = words(out_.AllocTensor<int8_t>());
     CollectPlanes(packed, fields, total);
     out_.EnQue(view<int8_t>(packed));
-    then();
   }
 
   // Codes past a row's end are 0: the data blocks that the copy left alone.
