@@ -36,11 +36,7 @@ from megatron_bitcpm import ops
 from megatron_bitcpm.checkpoint.reader import CheckpointReader
 from megatron_bitcpm.config import ModelConfig, QuantConfig
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel.projections import (
-    ProjectionRows,
-    projection_scales,
-    split_query_groups,
-)
+from megatron_bitcpm.parallel.projections import ProjectionRows, projection_scales
 from megatron_bitcpm.quant.groups import ShardedGroups, abs_sums_sliced, resolve_sharded_groups
 from megatron_bitcpm.quant.selection import is_excluded
 
@@ -105,20 +101,6 @@ _NORMS = {
 _EMBEDDING = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 _FINAL_NORM = "decoder.final_layernorm.weight"
-
-
-def split_qkv(weight: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
-    """Split a fused qkv weight into q, k and v.
-
-    Args:
-        weight: [groups * (heads_per_group + 2) * head_dim, I], interleaved by query group.
-        model: the architecture.
-    Returns:
-        q [heads * head_dim, I], k and v [groups * head_dim, I].
-    """
-    return split_query_groups(
-        weight, model.num_query_groups, model.num_attention_heads, model.head_dim
-    )
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def write_model_card(
     else:
         lines.append(_FULL_PRECISION.format(dtype=dtype, version=__version__))
     lines += [_USE, "## Facts", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in _list_facts(config, facts, report)]
+    rounded = bool(report and quant and quant.activation != "none")
+    facts_rows = _list_facts(config, facts, report, rounded)
+    lines += [f"| {name} | {value} |" for name, value in facts_rows]
     lines += [
         "",
         "This is a pretrained model: it continues text and was not tuned to follow instructions.",
@@ -102,9 +104,11 @@ def _describe_groups(sizes: list[int], quant: QuantConfig) -> str:
 
 
 def _list_facts(
-    config: dict[str, Any], facts: dict[str, Any], report: dict[str, Any] | None
+    config: dict[str, Any], facts: dict[str, Any], report: dict[str, Any] | None, rounded: bool
 ) -> list[tuple[str, str]]:
     loss = facts["valid_loss"]
+    # Measured on the trained model: the folder without that rounding is another one.
+    loss_name = f"validation loss{' (with 8-bit activations, as trained)' if rounded else ''}"
     rows = [
         ("layers, hidden, feed-forward", "{num_hidden_layers}, {hidden_size}, {intermediate_size}"),
         ("heads, key/value heads, head size", "{num_attention_heads}, {num_key_value_heads}, "
@@ -115,7 +119,7 @@ def _list_facts(
     rows += [
         ("optimizer steps", f"{facts['iteration']:,}"),
         ("tokens trained on", f"{facts['tokens']:,}, in sequences of {facts['seq_length']:,}"),
-        ("validation loss", "not measured" if loss is None else f"{loss:.4f} nats per token"),
+        (loss_name, "not measured" if loss is None else f"{loss:.4f} nats per token"),
     ]
     if report:
         rows += [

@@ -30,6 +30,7 @@ from megatron_bitcpm.checkpoint.hf_config import (
 )
 from megatron_bitcpm.checkpoint.hf_tensors import HfFolder, folder_error
 from megatron_bitcpm.checkpoint.megatron_to_hf import (
+    QuantizerStamp,
     iter_hf_tensors,
     list_ternary_tensors,
     parse_stamp,
@@ -125,8 +126,9 @@ def verify(folder: str | Path, checkpoint: str | Path | None = None) -> dict[str
     Returns:
         Counts (ternary_tensors, groups, weights, other_parameters), group_sizes, zero_fraction,
         entropy_bits_per_weight (of the codes), packed_bits_per_weight (2 bits and float32 scales);
-        with a checkpoint also its iteration, compared_tensors, differing_codes, differing_scales
-        and differing_values, all 0.
+        activation: what entered the ternary linears in training, "none" or "int8_per_token";
+        checkpoint: its folder, or None; with a checkpoint also its iteration, compared_tensors,
+        differing_codes, differing_scales and differing_values, all 0.
 
     Raises:
         CheckpointError: anything is not so; names the tensor.
@@ -160,13 +162,9 @@ def verify_tensors(
     compared = 0
     with HfFolder(folder) as stored:
         _check_shapes(folder, stored, config, groups)
-        _check_list(folder, model, groups)
-        if reader is not None and groups != list_ternary_tensors(
-            reader.config.model, read_stamp(reader)
-        ):
-            raise folder_error(
-                folder, f"{QUANTIZER_FILE} lists other tensors or groups than {reader.folder}"
-            )
+        activation = _activation_of(_check_list(folder, model, groups))
+        if reader is not None:
+            _check_source(folder, groups, activation, reader)
         for name, wanted in _wanted_tensors(stored, reader):
             found = stored.tensor(name)
             _check_tensor(folder, name, found, config["torch_dtype"])
@@ -188,6 +186,8 @@ def verify_tensors(
         "groups": count.groups,
         "weights": count.weights,
         "other_parameters": count.other,
+        "activation": activation,
+        "checkpoint": None,
     }
     if count.weights:
         report |= {
@@ -223,9 +223,10 @@ def _read_groups(folder: Path) -> dict[str, int]:
     return groups
 
 
-def _check_list(folder: Path, model: ModelConfig, groups: dict[str, int]) -> None:
-    """Raise unless the listed ternary tensors are those that the stamped quantiser makes."""
+def _check_list(folder: Path, model: ModelConfig, groups: dict[str, int]) -> QuantizerStamp | None:
+    """Return the stamped quantiser, which must make exactly the listed tensors ternary."""
     wanted: dict[str, int] = {}
+    stamp = None
     if (folder / QUANTIZER_FILE).is_file():
         stamp = parse_stamp(
             read_json(folder / QUANTIZER_FILE).get("quantizer"), folder / QUANTIZER_FILE
@@ -242,6 +243,28 @@ def _check_list(folder: Path, model: ModelConfig, groups: dict[str, int]) -> Non
         raise folder_error(
             folder, f"{QUANTIZER_FILE} lists other tensors or groups than its quantizer makes: "
             f"{', '.join(odd[:5])}{more}",
+        )  # fmt: skip
+    return stamp
+
+
+def _activation_of(stamp: QuantizerStamp | None) -> str:
+    return "none" if stamp is None else stamp.quant.activation
+
+
+def _check_source(
+    folder: Path, groups: dict[str, int], activation: str, reader: CheckpointReader
+) -> None:
+    """Raise unless the checkpoint was trained with the quantiser that the folder names."""
+    stamp = read_stamp(reader)
+    if groups != list_ternary_tensors(reader.config.model, stamp):
+        raise folder_error(
+            folder, f"{QUANTIZER_FILE} lists other tensors or groups than {reader.folder}"
+        )
+    # Where nothing is ternary there is no such file, and nothing was rounded.
+    if groups and activation != _activation_of(stamp):
+        raise folder_error(
+            folder, f"{QUANTIZER_FILE} has activation {activation!r}, the checkpoint "
+            f"{_activation_of(stamp)!r}",
         )  # fmt: skip
 
 

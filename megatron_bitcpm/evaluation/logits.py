@@ -2,13 +2,16 @@
 
 The model is built as a stock GPTModel in float32 on one rank and filled with the matrices that the
 training forward multiplied with. Fused weights go in as Megatron stores them, so that a wrong split
-in the exported folder shows up as other logits.
+in the exported folder shows up as other logits. What the training rounded to 8 bits in front of the
+ternary linears is rounded here too; a Hugging Face folder has no such step, so of such a checkpoint
+the difference measures what leaving it out does.
 
 Shape legend: B batch, S sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +19,10 @@ from typing import Any
 
 import torch
 
+from megatron_bitcpm import ops
 from megatron_bitcpm.checkpoint.megatron_to_hf import (
     LINEARS,
+    QuantizerStamp,
     read_forward_weight,
     read_stamp,
     vocabulary_size,
@@ -59,13 +64,15 @@ def megatron_model(checkpoint: str | Path) -> Iterator[torch.nn.Module]:
             padded_vocab_size,
             reader.config.data.seq_length,
         )
-        _fill(built, reader)
+        stamp = read_stamp(reader)
+        _fill(built, reader, stamp)
+        if stamp is not None and stamp.quant.activation == "int8_per_token":
+            _round_inputs(built, stamp)
         yield built.to(runtime.device).eval()
 
 
 @torch.no_grad()
-def _fill(built: torch.nn.Module, reader: CheckpointReader) -> None:
-    stamp = read_stamp(reader)
+def _fill(built: torch.nn.Module, reader: CheckpointReader, stamp: QuantizerStamp | None) -> None:
     linears = {f"{linear.name}.weight": linear for linear in LINEARS}
     for name, parameter in built.named_parameters():
         if name.startswith("decoder.layers."):
@@ -78,6 +85,22 @@ def _fill(built: torch.nn.Module, reader: CheckpointReader) -> None:
             value = reader.tensor(name)
         assert value.shape == parameter.shape, name
         parameter.copy_(value)
+
+
+def _round_inputs(built: Any, stamp: QuantizerStamp) -> None:
+    """Round what enters the ternary linears, in the slices that the ranks of the training held."""
+    layers = built.decoder.layers
+    for number, layer in enumerate(layers):
+        for linear in LINEARS:
+            if stamp.is_ternary(linear, number, len(layers)):
+                slices = stamp.tp_size if linear.row_parallel else 1
+                hook = functools.partial(_round_input, slices)
+                layer.get_submodule(linear.name).register_forward_pre_hook(hook)
+
+
+def _round_input(slices: int, _: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    x, *rest = inputs
+    return ops.int8_per_token(x.unflatten(-1, (slices, -1))).flatten(-2), *rest
 
 
 @torch.no_grad()
@@ -125,9 +148,11 @@ def compare_with_transformers(
         seed: of the random prompt and the random sequence that is scored.
     Returns:
         max_abs_logit_difference over all positions of a random sequence, largest_logit,
-        greedy_tokens, greedy_tokens_equal (length of the common beginning).
+        greedy_tokens, greedy_tokens_equal (length of the common beginning), activation ("none", or
+        "int8_per_token", which Megatron's side alone rounds with).
     """
     reader = CheckpointReader(checkpoint)
+    stamp = read_stamp(reader)
     vocab_size = vocabulary_size(reader)
     length = reader.config.model.max_position_embeddings
     generator = torch.Generator().manual_seed(seed)
@@ -154,4 +179,5 @@ def compare_with_transformers(
         "largest_logit": float(ours.abs().max()),
         "greedy_tokens": new_tokens,
         "greedy_tokens_equal": equal.index(False) if False in equal else new_tokens,
+        "activation": "none" if stamp is None else stamp.quant.activation,
     }

@@ -73,6 +73,8 @@ def test_verify_against_the_checkpoint(case, trained, exported):
     assert report["differing_codes"] == report["differing_scales"] == 0
     assert report["differing_values"] == 0
     assert report["iteration"] == 4
+    assert report["checkpoint"].startswith(str(trained(case).directory))
+    assert report["activation"] == CASES[case]["quant"].get("activation", "none")
     tied = CASES[case].get("model", {}).get("share_embeddings_and_output_weights", False)
     assert report["compared_tensors"] == 9 * LAYERS + (2 if tied else 3)
     assert 1 < report["entropy_bits_per_weight"] < 1.585
@@ -112,6 +114,10 @@ def test_one_scale_per_projection(exported):
     card = (folder / "README.md").read_text()
     assert "where s is the scale of the whole matrix." in card.replace("\n", " ")
     assert "rounded to 8 bits in front of these matrices" in card.replace("\n", " ")
+    # The loss is not that of the folder, which rounds nothing.
+    assert "\n| validation loss (with 8-bit activations, as trained) | " in card
+    plain = (exported("tp1_untied") / "README.md").read_text()
+    assert "\n| validation loss | " in plain
 
 
 @pytest.mark.slow

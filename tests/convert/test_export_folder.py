@@ -76,6 +76,7 @@ def test_record_of_the_quantizer(exported):
 
 def test_shards(trained, tmp_path, exported):
     report = export_hf(trained(CASE).directory, tmp_path / "out", max_shard_bytes=40_000)
+    assert report["activation"] == "none"
     assert len(report["files"]) > 3
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == report["bytes"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from megatron_bitcpm.checkpoint.megatron_to_hf import (
     QuantizerStamp,
     fake_quantize_full,
     list_ternary_tensors,
-    split_qkv,
+    read_forward_weight,
 )
 from megatron_bitcpm.config import ModelConfig, QuantConfig
 from megatron_bitcpm.quant.groups import resolve_sharded_groups
@@ -33,7 +35,9 @@ def test_qkv_rows(heads, groups):
     per_group = heads // groups
     rows = groups * (per_group + 2) * 4
     fused = torch.arange(rows * 8).view(rows, 8)
-    q, k, v = split_qkv(fused, model)
+    qkv = next(linear for linear in LINEARS if linear.name == "self_attention.linear_qkv")
+    assert qkv.hf_names == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    q, k, v = qkv.split(fused, model)
     assert q.shape == (heads * 4, 8)
     assert k.shape == v.shape == (groups * 4, 8)
     for head in range(heads):
@@ -84,6 +88,40 @@ def test_local_scales_are_groups():
     parts = [ops.fake_quantize(part, -1, 1e-5) for part in w.chunk(4, dim=1)]
     assert groups.scale_len == 128
     assert torch.equal(fake_quantize_full(w, groups, 4, 1e-5), torch.cat(parts, 1))
+
+
+# In float32 a 1 that is added to 2**24 is lost, so that a sum tells its order. Lanes are 64 wide.
+LOST = 2.0**24
+
+
+def scales_by_tp_size(linear_name: str, w: torch.Tensor) -> dict[int, float]:
+    """Export a weight of training with one scale per projection: its scale by tp size."""
+    linear = next(linear for linear in LINEARS if linear.name == linear_name)
+    config = SimpleNamespace(model=model_config())
+    reader = SimpleNamespace(config=config, layer_tensor=lambda name, layer: w)
+    stamps = [QuantizerStamp(QuantConfig(group_size="tensor"), tp) for tp in (1, 2, 4)]
+    return {s.tp_size: read_forward_weight(reader, s, linear, 0).max().item() for s in stamps}
+
+
+def test_one_scale_of_sharded_rows_adds_the_slices_of_training():
+    w = torch.zeros(4, 512)
+    w[:, 0] = LOST
+    w[:, 128::128] = 1.0  # in the lane of the large weight, as long as they are in its slice
+    # Of a row: one slice loses all three, two keep 1 + 1 of the second, four add them one by one.
+    assert scales_by_tp_size("mlp.linear_fc2", w) == {
+        1: 4 * LOST / 2048,
+        2: 4 * (LOST + 2) / 2048,
+        4: 4 * LOST / 2048,
+    }
+
+
+def test_one_scale_of_whole_rows_does_not_depend_on_the_layout():
+    w = torch.ones(4, 512)
+    w[:, 0] = LOST
+    whole = scales_by_tp_size("mlp.linear_fc1", w)
+    assert whole[1] == whole[2] == whole[4]
+    # Had these rows been cut, each layout would have another sum.
+    assert len({*scales_by_tp_size("mlp.linear_fc2", w).values()}) == 3
 
 
 def test_filters():

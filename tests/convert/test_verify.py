@@ -134,6 +134,25 @@ def test_a_config_of_another_rotary_base_needs_the_checkpoint(damaged, trained):
     refuse("rope_theta 10000.0, the checkpoint 5000.0", folder, trained(CASE).directory)
 
 
+def test_a_report_without_a_checkpoint_says_so(exported):
+    report = verify(exported("tp2_tensor"))
+    assert report["checkpoint"] is None
+    assert report["activation"] == "int8_per_token"
+
+
+def test_another_activation_needs_the_checkpoint(damaged, trained):
+    folder = damaged("tp2_tensor")
+    path = folder / "bitcpm_quantizer.json"
+    stamp = json.loads(path.read_text())["quantizer"]
+    edit_json(path, quantizer={**stamp, "activation": "none"})
+    assert verify(folder)["activation"] == "none"
+    refuse(
+        "has activation 'none', the checkpoint 'int8_per_token'",
+        folder,
+        trained("tp2_tensor").directory,
+    )
+
+
 def test_truncated_weights(damaged):
     folder = damaged(CASE)
     path = folder / "model.safetensors"

@@ -40,6 +40,7 @@ CASES = {
     "tp1_untied": {"quant": {"requantize": "every_step"}},
     "tp2_tied_fp32": {
         "model": {"share_embeddings_and_output_weights": True},
+        "quant": {"eps": 0.03},  # above the mean of many rows, below that of others
         "parallel": {"tensor_model_parallel_size": 2},
         "training": {"precision": "fp32"},
     },

@@ -21,16 +21,44 @@ def test_report_of_medians_ratios_limits_and_differences(monkeypatch):
     assert report["elements"] == 64 * 256
     assert report["differing_elements"]["reference"] == 0
     assert report["machine"]["threads"] == torch.get_num_threads()
-    for name, limit in (*bench.LIMITS.items(), ("threads 1->2", bench.THREADS_LIMIT)):
+    for name, limit in bench.LIMITS.items():
         found = report["limits"][name]
-        assert found["limit"] == limit
-        above = found["ratio"] > limit
-        assert found["met"] is (above if name.startswith("threads") else not above)
+        assert found == {"ratio": report["ratio"][name], "limit": limit, "met": None}
+    threads = report["limits"]["threads 1->2"]
+    assert threads["ratio"] == report["threads"]["float32"]["gain"]
+    assert threads["met"] is (threads["ratio"] >= threads["limit"])
     isas = _cpu.native.supported_isas() if _cpu.native else []
     assert list(report["isa_median_ms"]) == isas
     assert report["machine"]["isa"] == _cpu.isa  # the choice is restored
     assert all(case["gain"] > 0 for case in report["threads"].values())
     assert list(report["threads"]) == ["float32", "bfloat16", "float16"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "met"),
+    [
+        ((4096, 4096), "bfloat16", True),
+        ((4096, 4096), "float32", None),
+        ((4096, 2048), "bfloat16", None),
+    ],
+)
+def test_limits_are_for_one_case(shape, dtype, met, monkeypatch):
+    ratios = {"fake_quantize/clone": 1.0, "fake_quantize_/mul_": 1.5, "pack2/clone_of_half": 1.0}
+    monkeypatch.setattr(bench, "_make_weight", lambda *_: torch.randn(8, 256))
+    monkeypatch.setattr(bench, "_list_ratios", lambda times_ms, names: dict(ratios))
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    limits = bench_ops(*shape, dtype=dtype, rounds=1)["limits"]
+    assert limits["fake_quantize/clone"]["met"] is met
+    assert limits["fake_quantize_/mul_"]["met"] is (None if met is None else False)
+
+
+def test_threads_are_compared_on_a_tensor_that_one_core_keeps_in_its_cache(monkeypatch):
+    monkeypatch.setattr(bench, "_find_l2_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(bench, "time_threads", lambda *_: {"1": [3.0, 4.0], "2": [2.0, 2.0]})
+    threads = bench._measure_threads(-1, 1e-5, 2, 0)
+    shapes = {"float32": [192, 1024], "bfloat16": [384, 1024], "float16": [384, 1024]}
+    assert {dtype: case["shape"] for dtype, case in threads.items()} == shapes
+    assert threads["float32"]["gain"] == 1.75
 
 
 def test_every_operator_and_grid_is_timed():
