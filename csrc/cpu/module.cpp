@@ -121,6 +121,7 @@ void int8_per_token_at(uintptr_t x, uintptr_t xq, int dtype, int64_t rows, int64
 PYBIND11_MODULE(_cpu, m) {
   using release = py::call_guard<py::gil_scoped_release>;
   m.doc() = "The operators on the CPU, over addresses; see csrc/cpu/kernels.h.";
+  m.attr("abi") = 1;  // raised with every change of what is below; see ops/_cpu.py
   m.def("supported_isas", &bitcpm::supported_isas);
   m.def("select_isa", &bitcpm::select_isa);
   m.def("fake_quantize", &bitcpm::fake_quantize_jobs, release());

@@ -28,12 +28,6 @@ def cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _run_problems(config)
     if config.quant.enabled:
         yield from _quant_problems(config)
-    elif config.quant.activation != "none":
-        yield _no_effect(
-            "quant.activation", config.quant.activation,
-            "with quant.enabled false: only ternary linears quantise their input",
-            "Use none",
-        )  # fmt: skip
 
 
 def _no_effect(field: str, value: object, reason: str, fix: str = "Remove it") -> str:

@@ -42,9 +42,9 @@ LIMITS = {
     "fake_quantize_/mul_": 1.15,
     "pack2/clone_of_half": 1.2,
 }
-# Smallest gain from a second thread on a tensor that stays in the second-level cache. float16 has the
-# most work per byte; of the others' shorter calls, which are printed too, the constant 4 us of Python
-# and torch's dispatcher are a larger part.
+# Smallest gain from a second thread on a tensor that stays in the second-level cache. float16 has
+# the most work per byte; of the others' shorter calls, which are printed too, the constant 4 us of
+# Python and torch's dispatcher are a larger part.
 THREADS_LIMIT = 1.7
 THREADS_DTYPE = "float16"
 # Part of one core's second-level cache that this tensor takes. One that fills it leaves it in part

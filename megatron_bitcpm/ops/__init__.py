@@ -35,13 +35,13 @@ from megatron_bitcpm.ops._api import (
     quantize,
     unpack2,
 )
-from megatron_bitcpm.ops._backends import backend_report, use_backend
-from megatron_bitcpm.quant.scales import abs_maxima, scales_from_max, scales_from_sums
+from megatron_bitcpm.ops._backends import backend_report, describe_backend, use_backend
+from megatron_bitcpm.quant.scales import scales_from_sums
 
 __all__ = [
-    "abs_maxima",
     "abs_sums",
     "backend_report",
+    "describe_backend",
     "fake_quantize",
     "fake_quantize_",
     "fake_quantize_with_scales",
@@ -51,7 +51,6 @@ __all__ = [
     "int8_per_token",
     "pack2",
     "quantize",
-    "scales_from_max",
     "scales_from_sums",
     "unpack2",
     "use_backend",

@@ -10,8 +10,8 @@ Shape legend: O out, I in, G groups per row, P packed bytes per row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -38,6 +38,7 @@ def fake_quantize(
     Gradient: d loss / d w = d loss / d wq.
     Source: BitCPM-CANN technical report, section 3.1, eqs. 1-2.
     """
+    _require_tensor(w, "w")
     return cast(torch.Tensor, torch.ops.bitcpm.fake_quantize.default(w, group_size, eps, grid))
 
 
@@ -51,12 +52,14 @@ def quantize(
         scales: float32, units of w, [O, G]; NaN, with codes 0, for groups that hold a non-finite
         value.
     """
+    _require_tensor(w, "w")
     result = torch.ops.bitcpm.quantize.default(w, group_size, eps, grid)
     return cast(tuple[torch.Tensor, torch.Tensor], result)
 
 
 def abs_sums(w: torch.Tensor, group_size: int = -1) -> torch.Tensor:
     """Sum absolute values per group in the canonical order: float32, [O, G], no gradient."""
+    _require_tensor(w, "w")
     return cast(torch.Tensor, torch.ops.bitcpm.abs_sums.default(w, group_size))
 
 
@@ -73,6 +76,8 @@ def fake_quantize_with_scales(
         wq, [O, I], dtype of w. NaN where w is not finite, and in the whole group where the scale is
         not positive and finite.
     """
+    _require_tensor(w, "w")
+    _require_tensor(scales, "scales")
     result = torch.ops.bitcpm.fake_quantize_with_scales.default(w, scales, grid)
     return cast(torch.Tensor, result)
 
@@ -86,7 +91,9 @@ def fake_quantize_(
     Not idempotent: call it once per value of the latent weight. Any strides, but elements that
     share memory are refused.
     """
-    _refuse_recording([w])
+    _require_tensor(w, "w")
+    if w.requires_grad:
+        _refuse_recording([w])
     torch.ops.bitcpm.fake_quantize_.default(w, group_size, eps, grid)
     return w
 
@@ -95,13 +102,16 @@ def fake_quantize_with_scales_(
     w: torch.Tensor, scales: torch.Tensor, grid: str = TERNARY
 ) -> torch.Tensor:
     """Overwrite w with wq under given scales and return it; see `fake_quantize_`."""
-    _refuse_recording([w])
+    _require_tensor(w, "w")
+    _require_tensor(scales, "scales")
+    if w.requires_grad:
+        _refuse_recording([w])
     torch.ops.bitcpm.fake_quantize_with_scales_.default(w, scales, grid)
     return w
 
 
 def foreach_fake_quantize_(
-    ws: Sequence[torch.Tensor],
+    ws: Iterable[torch.Tensor],
     group_size: int = -1,
     eps: float = DEFAULT_EPS,
     grid: str = TERNARY,
@@ -115,13 +125,14 @@ def foreach_fake_quantize_(
     Raises:
         BitcpmError: as `fake_quantize_`; then no weight is changed.
     """
-    if ws:
-        _refuse_recording(ws)
-        torch.ops.bitcpm.foreach_fake_quantize_.default(list(ws), group_size, eps, grid)
+    weights = _to_list(ws, "ws", "w")
+    if weights:
+        _refuse_recording(weights)
+        torch.ops.bitcpm.foreach_fake_quantize_.default(weights, group_size, eps, grid)
 
 
 def foreach_fake_quantize_with_scales_(
-    ws: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], grid: str = TERNARY
+    ws: Iterable[torch.Tensor], scales: Iterable[torch.Tensor], grid: str = TERNARY
 ) -> None:
     """Overwrite each weight with wq under its scales; see `foreach_fake_quantize_`.
 
@@ -130,9 +141,10 @@ def foreach_fake_quantize_with_scales_(
         scales: for each weight its float32 scales, [O, G]; G may differ from weight to weight.
         grid: as for `fake_quantize`.
     """
-    if ws or scales:
-        _refuse_recording(ws)
-        torch.ops.bitcpm.foreach_fake_quantize_with_scales_.default(list(ws), list(scales), grid)
+    weights, given = _to_list(ws, "ws", "w"), _to_list(scales, "scales", "scales")
+    if weights or given:
+        _refuse_recording(weights)
+        torch.ops.bitcpm.foreach_fake_quantize_with_scales_.default(weights, given, grid)
 
 
 def pack2(codes: torch.Tensor) -> torch.Tensor:
@@ -145,6 +157,7 @@ def pack2(codes: torch.Tensor) -> torch.Tensor:
     Raises:
         BitcpmError: wrong dtype or shape, or another code: names the first row that holds one.
     """
+    _require_tensor(codes, "codes")
     return cast(torch.Tensor, torch.ops.bitcpm.pack2.default(codes))
 
 
@@ -154,6 +167,7 @@ def unpack2(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     Raises:
         BitcpmError: wrong dtype or shape, or bytes that pack2 does not write: names the first row.
     """
+    _require_tensor(packed, "packed")
     return cast(torch.Tensor, torch.ops.bitcpm.unpack2.default(packed, in_features))
 
 
@@ -169,6 +183,7 @@ def int8_per_token(x: torch.Tensor) -> torch.Tensor:
     Gradient: d loss / d x = d loss / d x_q.
     Source: transformers.integrations.bitnet.
     """
+    _require_tensor(x, "x")
     return cast(torch.Tensor, torch.ops.bitcpm.int8_per_token.default(x))
 
 
@@ -177,3 +192,25 @@ def _refuse_recording(ws: Sequence[torch.Tensor]) -> None:
         raise BitcpmError.of(
             "w.requires_grad", True, "autograd cannot record this", "Call it under torch.no_grad()"
         )
+
+
+def _require_tensor(x: Any, name: str) -> None:
+    # torch's own answer to another type is several lines long.
+    if not isinstance(x, torch.Tensor):
+        shown = None if x is None else type(x).__name__
+        raise BitcpmError.of(name, shown, "must be a tensor", "Pass a torch.Tensor")
+
+
+def _to_list(tensors: Any, name: str, member: str) -> list[torch.Tensor]:
+    """Return the members of a list, which may be any iterable but a tensor."""
+    what = "weights" if name == "ws" else "scales"
+    if isinstance(tensors, torch.Tensor):
+        shape = list(tensors.shape)
+        raise BitcpmError.of(name, shape, f"must be a list of {what}", f"Pass [{member}]")
+    if not isinstance(tensors, Iterable):
+        shown = None if tensors is None else type(tensors).__name__
+        raise BitcpmError.of(name, shown, f"must be a list of {what}", f"Pass [{member}]")
+    members = list(tensors)
+    for index, x in enumerate(members):
+        _require_tensor(x, f"{name}[{index}]")
+    return members

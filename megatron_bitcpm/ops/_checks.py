@@ -18,8 +18,14 @@ from megatron_bitcpm.quant.packing import count_packed_bytes
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _describe_layout(name: str, x: torch.Tensor) -> str:
+    return format_problem(f"{name}.layout", x.layout, "must be strided", "Call to_dense() first")
+
+
 def find_weight_problem(w: torch.Tensor, name: str = "w") -> str | None:
     """Return what is wrong with w as a latent weight, one line, or None."""
+    if w.layout != torch.strided:
+        return _describe_layout(name, w)
     if w.dtype not in DTYPES:
         return format_problem(
             f"{name}.dtype",
@@ -41,6 +47,8 @@ def find_scales_problem(
     w: torch.Tensor, scales: torch.Tensor, name: str = "scales", of: str = "w"
 ) -> str | None:
     """Return what is wrong with scales_OG for w, one line, or None."""
+    if scales.layout != torch.strided:
+        return _describe_layout(name, scales)
     if scales.dtype != torch.float32:
         return format_problem(
             f"{name}.dtype", scales.dtype, "must be float32", "Take them from scales_from_sums"
@@ -93,6 +101,8 @@ def find_list_problem(
 
 def find_codes_problem(codes: torch.Tensor) -> str | None:
     """Return what is wrong with the type and shape of codes_OI, one line, or None."""
+    if codes.layout != torch.strided:
+        return _describe_layout("codes", codes)
     if codes.dtype != torch.int8:
         return format_problem(
             "codes.dtype", codes.dtype, "must be int8", "Take the codes from quantize"
@@ -106,6 +116,8 @@ def find_codes_problem(codes: torch.Tensor) -> str | None:
 
 def find_packed_problem(packed: torch.Tensor, in_features: int) -> str | None:
     """Return what is wrong with the type and shape of packed_OP, one line, or None."""
+    if packed.layout != torch.strided:
+        return _describe_layout("packed", packed)
     if packed.dtype != torch.uint8:
         return format_problem(
             "packed.dtype", packed.dtype, "must be uint8", "Take the bytes from pack2"
@@ -125,6 +137,8 @@ def find_packed_problem(packed: torch.Tensor, in_features: int) -> str | None:
 
 def find_activation_problem(x: torch.Tensor) -> str | None:
     """Return what is wrong with x as activations, one line, or None."""
+    if x.layout != torch.strided:
+        return _describe_layout("x", x)
     if x.dtype not in DTYPES:
         return format_problem(
             "x.dtype", x.dtype, "must be float32, bfloat16 or float16", "Convert it first"
@@ -140,14 +154,54 @@ def raise_problem(problem: str | None) -> None:
         raise BitcpmError(problem)
 
 
+def check_memory(x: torch.Tensor, name: str) -> None:
+    """Raise BitcpmError where a tensor's memory was freed under it, as sharded training does.
+
+    For backends alone: meta and fake tensors have no memory.
+    """
+    if not x.untyped_storage().nbytes() and x.numel():
+        raise BitcpmError.of(name, list(x.shape), "its memory was freed", "Gather the weight first")
+
+
 def check_weight(w: torch.Tensor) -> None:
     """Raise BitcpmError unless w can be a latent weight: 2-D, float32/bfloat16/float16."""
-    raise_problem(find_weight_problem(w))
+    problem = find_weight_problem(w)
+    if problem:
+        raise BitcpmError(problem)
+    check_memory(w, "w")
 
 
 def check_weight_and_scales(w: torch.Tensor, scales: torch.Tensor) -> None:
     """Raise BitcpmError unless w is a latent weight and scales_OG float32 fit it."""
     raise_problem(find_weight_problem(w) or find_scales_problem(w, scales))
+    check_memory(w, "w")
+    check_memory(scales, "scales")
+
+
+def check_list(ws: Sequence[torch.Tensor], scales: Sequence[torch.Tensor] | None = None) -> None:
+    """Raise BitcpmError unless ws are latent weights (and scales fit them)."""
+    raise_problem(find_list_problem(ws, scales))
+    for name, tensors in (("ws", ws), ("scales", scales or ())):
+        for index, x in enumerate(tensors):
+            check_memory(x, f"{name}[{index}]")
+
+
+def check_codes(codes: torch.Tensor) -> None:
+    """Raise BitcpmError unless codes are int8 [O, I]."""
+    raise_problem(find_codes_problem(codes))
+    check_memory(codes, "codes")
+
+
+def check_packed(packed: torch.Tensor, in_features: int) -> None:
+    """Raise BitcpmError unless packed is uint8 and has the bytes of in_features codes."""
+    raise_problem(find_packed_problem(packed, in_features))
+    check_memory(packed, "packed")
+
+
+def check_activation(x: torch.Tensor) -> None:
+    """Raise BitcpmError unless x can be activations: float32/bfloat16/float16, [..., I]."""
+    raise_problem(find_activation_problem(x))
+    check_memory(x, "x")
 
 
 def check_written(ws: Sequence[torch.Tensor], read: Iterable[torch.Tensor] = ()) -> None:

@@ -31,18 +31,8 @@ from megatron_bitcpm.quant.scales import DEFAULT_EPS, check_eps
 # As `DType` and `Grid` in csrc/common/contract.h.
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GRID_CODES = {"ternary": 0, "asym4": 1, "half_sym4": 2, "int_sym4": 3, "five": 4}
-# What the compiled module must have; one of an older version has less.
-_FUNCTIONS = (
-    "fake_quantize",
-    "fake_quantize_with_scales",
-    "quantize",
-    "abs_sums",
-    "pack2",
-    "unpack2",
-    "int8_per_token",
-    "supported_isas",
-    "select_isa",
-)
+# `abi` of csrc/cpu/module.cpp: the functions and arguments that are called here.
+_ABI = 1
 
 native: Any = None
 load_error: str | None = None
@@ -172,7 +162,7 @@ def pack2(codes: torch.Tensor) -> torch.Tensor:
     """See `megatron_bitcpm.ops.pack2`."""
     if not enabled:
         return _reference.pack2(codes)
-    _checks.raise_problem(_checks.find_codes_problem(codes))
+    _checks.check_codes(codes)
     codes = codes.contiguous()
     rows, cols = codes.shape
     packed = codes.new_empty(rows, count_packed_bytes(cols), dtype=torch.uint8)
@@ -189,7 +179,7 @@ def unpack2(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     """See `megatron_bitcpm.ops.unpack2`."""
     if not enabled:
         return _reference.unpack2(packed, in_features)
-    _checks.raise_problem(_checks.find_packed_problem(packed, in_features))
+    _checks.check_packed(packed, in_features)
     packed = packed.contiguous()
     codes = packed.new_empty(packed.shape[0], in_features, dtype=torch.int8)
     if codes.numel():
@@ -205,7 +195,7 @@ def int8_per_token(x: torch.Tensor) -> torch.Tensor:
     """See `megatron_bitcpm.ops.int8_per_token`."""
     if not enabled:
         return _reference.int8_per_token(x)
-    _checks.raise_problem(_checks.find_activation_problem(x))
+    _checks.check_activation(x)
     x = x.contiguous()
     x_q = torch.empty_like(x)
     if x.numel():
@@ -307,6 +297,11 @@ def select_isa(name: str) -> str:
     return isa
 
 
+def list_compiled() -> dict[str, list[str]]:
+    """Return the operators and grids that the compiled module has, by "ops" and "grids"."""
+    return {"ops": sorted(KERNELS), "grids": list(GRIDS)}
+
+
 def report() -> dict[str, Any]:
     """Say which implementation the CPU has, and why; part of `ops.backend_report`."""
     live = native is not None and enabled
@@ -322,8 +317,7 @@ def report() -> dict[str, Any]:
         "isas": list(native.supported_isas()) if live else [],
         "reason": reason,
         "load_error": load_error,
-        "ops": sorted(KERNELS) if live else [],
-        "grids": list(GRIDS) if live else [],
+        **(list_compiled() if live else {"ops": [], "grids": []}),
     }
 
 
@@ -339,18 +333,23 @@ def register(isa_name: str) -> None:
 
     Args:
         isa_name: as for `select_isa`; ignored when the module is absent.
+    Raises:
+        BackendError: the module is sound and has no such instruction set.
     """
     global native, load_error
     try:
-        module = importlib.import_module("megatron_bitcpm._cpu")
-        missing = [name for name in _FUNCTIONS if not hasattr(module, name)]
+        native = importlib.import_module("megatron_bitcpm._cpu")
+        abi = getattr(native, "abi", None)
+        if abi != _ABI:
+            load_error = f"built from another version (abi {abi}, not {_ABI}): reinstall"
+        else:
+            select_isa(isa_name)
+    except BackendError:
+        raise
     except Exception as error:  # whatever a broken build raises, the reference still works
         load_error = " ".join(f"{type(error).__name__}: {error}".split())
+    if load_error:
+        native = None
         return
-    if missing:
-        load_error = f"built from another version, without {', '.join(missing)}: reinstall"
-        return
-    native = module
-    select_isa(isa_name)
     for name, kernel in KERNELS.items():
         LIBRARY.impl(name, kernel, "CPU")

@@ -39,6 +39,9 @@ _FUNCTIONS = (
     "fake_quantize_with_scales_list",
 )
 
+# The grids the kernels know.
+GRIDS = (TERNARY,)
+
 native: Any = None
 load_error: str | None = None
 device: dict[str, int] | None = None
@@ -142,7 +145,7 @@ def pack2(codes: torch.Tensor) -> torch.Tensor:
     """See `megatron_bitcpm.ops.pack2`."""
     if not _can_run([codes], TERNARY):
         return _reference.pack2(codes)
-    _checks.raise_problem(_checks.find_codes_problem(codes))
+    _checks.check_codes(codes)
     # A kernel cannot raise, so the codes are looked at first; exports can afford to wait for it.
     bad_O = ((codes < -1) | (codes > 1)).any(1)
     if bad_O.any():
@@ -153,7 +156,7 @@ def pack2(codes: torch.Tensor) -> torch.Tensor:
 def _can_run(tensors: Sequence[torch.Tensor], grid: str) -> bool:
     """Tell whether the kernels take this; arguments that are wrong go to the reference, too."""
     find_grid(grid)
-    if not (enabled and grid == TERNARY and _load()):
+    if not (enabled and grid in GRIDS and _load()):
         return False
     return all(native.has_plain_format(tensor) for tensor in tensors)
 
@@ -224,6 +227,11 @@ def unavailable_reason() -> str | None:
     return f"the compiled NPU operators did not load ({load_error})"
 
 
+def list_compiled() -> dict[str, list[str]]:
+    """Return the operators and grids that the compiled module has, by "ops" and "grids"."""
+    return {"ops": sorted(KERNELS), "grids": list(GRIDS)}
+
+
 def report() -> dict[str, Any]:
     """Say which implementation an NPU has, and why; part of `ops.backend_report`."""
     live = _load() and enabled
@@ -240,8 +248,7 @@ def report() -> dict[str, Any]:
         "reason": reason,
         "load_error": load_error,
         "device": device,
-        "ops": sorted(KERNELS) if live else [],
-        "grids": [TERNARY] if live else [],
+        **(list_compiled() if live else {"ops": [], "grids": []}),
     }
 
 

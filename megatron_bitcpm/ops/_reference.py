@@ -97,27 +97,27 @@ def foreach_fake_quantize_with_scales_(
 @torch.no_grad()
 def pack2(codes: torch.Tensor) -> torch.Tensor:
     """See `megatron_bitcpm.ops.pack2`."""
-    _checks.raise_problem(_checks.find_codes_problem(codes))
+    _checks.check_codes(codes)
     return packing.pack2(codes)
 
 
 @torch.no_grad()
 def unpack2(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     """See `megatron_bitcpm.ops.unpack2`."""
-    _checks.raise_problem(_checks.find_packed_problem(packed, in_features))
+    _checks.check_packed(packed, in_features)
     return packing.unpack2(packed, in_features)
 
 
 @torch.no_grad()
 def int8_per_token(x: torch.Tensor) -> torch.Tensor:
     """See `megatron_bitcpm.ops.int8_per_token`."""
-    _checks.raise_problem(_checks.find_activation_problem(x))
+    _checks.check_activation(x)
     return activation.int8_per_token(x).contiguous()
 
 
 def check_list(ws: Sequence[torch.Tensor], group_size: int, eps: float, grid: str) -> None:
     """Raise BitcpmError unless every one of ws can be quantised in place: all or nothing."""
-    _checks.raise_problem(_checks.find_list_problem(ws))
+    _checks.check_list(ws)
     check_eps(eps)
     find_grid(grid)
     for index, w in enumerate(ws):
@@ -129,7 +129,7 @@ def check_list_and_scales(
     ws: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], grid: str
 ) -> None:
     """Raise BitcpmError unless every one of ws can be quantised with its scales in place."""
-    _checks.raise_problem(_checks.find_list_problem(ws, scales))
+    _checks.check_list(ws, scales)
     find_grid(grid)
     _checks.check_written(ws, scales)
 

@@ -89,9 +89,8 @@ class TernaryModel:
         lines += [f"  full precision by configuration: {name}" for name in self.excluded]
         if self.sites:
             device = self.sites[0].weight.device.type
-            report = ops.backend_report()
-            backend = report.get(device, report["other"])
-            lines.append(f"  operators: {backend['backend']} on {device} ({backend['reason']})")
+            backend = ops.describe_backend(device, quant.grid, quant.activation)
+            lines.append(f"  operators: {backend}")
         return "\n".join(lines)
 
     def stamp(self) -> dict[str, Any]:
@@ -147,7 +146,8 @@ def ternarize_(
     if problem:
         raise ModelError(problem)
     if sites:
-        ops.use_backend(quant.backend, sites[0].weight.device.type)
+        device = sites[0].weight.device.type
+        ops.use_backend(quant.backend, device, quant.grid, quant.activation)
     for site in sites:
         site.module.__class__ = ternary_class(type(site.module))
         site.module.ternary = site

@@ -164,6 +164,12 @@ class TernaryLinear(torch.nn.Module):
         site = self.ternary
         kwargs["weight"] = site.requantizer.weight_for_forward(site, kwargs["weight"])
         if site.quant.activation == "int8_per_token":
+            if "input" not in kwargs:
+                raise ModelError.of(
+                    "quant.activation", "int8_per_token",
+                    f"{type(self).__name__} ({site.name}) names the input of its matrix "
+                    f"multiplication otherwise: {', '.join(sorted(kwargs))}", "Use none",
+                )  # fmt: skip
             kwargs["input"] = ops.int8_per_token(kwargs["input"])
         return stock(**kwargs)
 

@@ -3,9 +3,13 @@
 `quant.group_size: tensor` gives each of q, k, v, o, gate, up and down one scale, whatever weight of
 Megatron it is a part of and however that is cut:
 
-    row statistic    the canonical sum of |w| over the full row (ternary), or its largest |w|
+    row statistic    the canonical sum of |w| over the full row (ternary), or its scale
     scale            of the statistics of a projection's rows, in Hugging Face's order: the
                      canonical sum of that vector over the number of weights, or its largest entry
+
+Scales that follow the largest |w| are max(largest / divisor, eps). Neither the division nor the
+bound changes an order, so the scale of several parts is the largest of theirs, bit for bit, and
+NaN where one of them is.
 
 A row's statistic comes first, so column parallelism, which moves whole rows, changes no bit. Here
 are the order of the rows and the second line; `scale_sync` and `checkpoint.megatron_to_hf` both
@@ -117,14 +121,14 @@ def scales_of_statistics(
     """Turn statistics into scales, float32 of the same shape.
 
     Args:
-        stats: sums of |w| (ternary) or largest |w| (other grids), float32.
+        stats: sums of |w| (ternary) or scales already (other grids), float32.
         num_weights: weights behind each of them.
         eps: smallest scale, in units of w.
         grid: name of the grid.
     """
     if grid == "ternary":
         return ops.scales_from_sums(stats, num_weights, eps)
-    return ops.scales_from_max(stats, eps, grid)
+    return stats
 
 
 def projection_scales(

@@ -7,10 +7,10 @@ place, once, and forward, backward and all overlaps run as if the model were an 
 
 Quantising is not idempotent, so it may happen only after a *real* rewrite: not after a skipped
 step, not when a gather repeats, not on a bucket whose gather is in flight. The state is a flag
-per weight (`TernarySite.fresh`), cleared by the only three things that bring latents back: a
-successful `optimizer.step`, a load, and `latents`. The one symbol of Megatron that is wrapped, on
-the instance, is the outermost `optimizer.step`; everything else hangs on the linear's own forward,
-which runs after all of Megatron's hooks.
+per weight (`TernarySite.fresh`), cleared by the only three things that bring latents back or let
+them be edited: a successful `optimizer.step`, a load, and `latents`. The one symbol of Megatron
+that is wrapped, on the instance, is the outermost `optimizer.step`; everything else hangs on the
+linear's own forward, which runs after all of Megatron's hooks.
 """
 
 from __future__ import annotations
@@ -254,6 +254,9 @@ class Requantizer:
             yield
         finally:
             self._latents_depth = 0
+            # The block may have edited the weights: cached scales would be those of the old ones.
+            for site in self.sites:
+                site.fresh = False
         # Not in the `finally`: after an error on one rank a collective would hang the others, and
         # stale latents are a consistent state.
         if self.mode == "every_step":

@@ -1,10 +1,11 @@
 """Scales that a rank cannot know alone: of rows and projections that span tensor-parallel ranks.
 
-Each rank takes the statistic of its part of each row: the sum of |w| (`ops.abs_sums`), or the
-largest |w| for grids whose scale follows it. All ranks gather all of them, and every rank puts
-them together in rank order. An all-reduce would be cheaper to write and wrong: its order of
-additions depends on the position in the ring and on what else is in the buffer, so the same weights
-would get other scales in another call. One gather serves all layers: a row costs four bytes.
+Each rank takes the statistic of its part of each row: the sum of |w| (`ops.abs_sums`), or for grids
+whose scale follows the largest |w| the scale of that part, see `projections`. All ranks gather all
+of them, and every rank puts them together in rank order. An all-reduce would be cheaper to write
+and wrong: its order of additions depends on the position in the ring and on what else is in the
+buffer, so the same weights would get other scales in another call. One gather serves all layers: a
+row costs four bytes.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ def _exchange(sites: list[TernarySite]) -> None:
 
 def _row_statistics(site: TernarySite) -> torch.Tensor:
     """Return the statistic of each local row, float32 [O]."""
-    statistic = ops.abs_sums if site.quant.grid == "ternary" else ops.abs_maxima
-    return statistic(site.weight.data, -1).flatten()
+    quant, w_OI = site.quant, site.weight.data
+    if quant.grid == "ternary":
+        return ops.abs_sums(w_OI, -1).flatten()
+    return ops.quantize(w_OI, -1, quant.eps, quant.grid)[1].flatten()
 
 
 def _scales(site: TernarySite, parts: list[torch.Tensor]) -> torch.Tensor:

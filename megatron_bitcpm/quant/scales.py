@@ -12,7 +12,6 @@ Shape legend: O out, I in, G groups per row.
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import torch
@@ -25,11 +24,6 @@ from megatron_bitcpm.quant.sums import sum_abs_canonical
 DEFAULT_EPS = 1e-5
 # Below the smallest normal float32 the scale itself would depend on flush-to-zero settings.
 SMALLEST_EPS = 2.0**-126
-
-
-def round_to_float32(value: float) -> float:
-    """Return `value` rounded to the nearest float32, as a Python float."""
-    return ctypes.c_float(value).value
 
 
 def check_eps(eps: float) -> None:
@@ -46,10 +40,7 @@ def abs_sums(w_OI: torch.Tensor, group_size: int = -1) -> torch.Tensor:
 
 
 def abs_maxima(w_OI: torch.Tensor, group_size: int = -1) -> torch.Tensor:
-    """Return the largest absolute value per group: float32 maxima_OG, [O, G], NaN where w has NaN.
-
-    The order does not matter, so the maximum over shards is the maximum of their maxima.
-    """
+    """Return the largest absolute value per group: float32 [O, G], NaN where w has NaN."""
     num_groups = count_groups(w_OI.shape[1], group_size)
     if not num_groups:
         return w_OI.new_empty(w_OI.shape[0], 0, dtype=torch.float32)
@@ -67,12 +58,16 @@ def scales_from_sums(sums: torch.Tensor, n: int, eps: float = DEFAULT_EPS) -> to
     Returns:
         Scales of the same shape, float32; NaN where the sum is not finite.
     Raises:
-        BitcpmError: n < 1, or eps not a positive normal float32.
+        BitcpmError: sums not float32, n not an int >= 1, or eps not a positive normal float32.
     """
     check_eps(eps)
+    if sums.dtype != torch.float32:
+        raise BitcpmError.of("sums.dtype", sums.dtype, "must be float32", "Take them from abs_sums")
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise BitcpmError.of("n", n, "must be a whole number", "Pass the group's length")
     if n < 1:
         raise BitcpmError.of("n", n, "a mean needs at least one input", "Pass the group's length")
-    return _bound_below(sums * round_to_float32(1.0 / n), eps, sums)
+    return _bound_below(sums * _to_float32(1.0 / n, sums), eps, sums)
 
 
 def scales_from_max(
@@ -109,5 +104,10 @@ def compute_scales(w_OI: torch.Tensor, group_size: int, eps: float, grid: str) -
 
 
 def _bound_below(scales: torch.Tensor, eps: float, statistic: torch.Tensor) -> torch.Tensor:
-    bounded = scales.clamp(min=round_to_float32(eps))
+    bounded = scales.clamp(min=_to_float32(eps, scales))
     return bounded.masked_fill(~statistic.isfinite(), math.nan)
+
+
+def _to_float32(value: float, like: torch.Tensor) -> torch.Tensor:
+    # A tensor, not a Python number, which some devices keep in double precision.
+    return torch.full((), value, dtype=torch.float32, device=like.device)

@@ -7,6 +7,7 @@ over places, bfloat16 by scaling with powers of two in float64.
 
 import numpy as np
 import torch
+from helpers.numpy_sums import abs_sums
 
 NAN_BITS = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 GRIDS = ("ternary", "asym4", "half_sym4", "int_sym4", "five")
@@ -17,18 +18,6 @@ TABLE = {
     "int_sym4": ((-2, -1, 1, 2), (-1.5, 0.0, 1.5), 1, 2.0),
     "five": ((-2, -1, 0, 1, 2), (-1.5, -0.5, 0.5, 1.5), 1, 2.0),
 }
-
-
-@np.errstate(all="ignore")
-def abs_sums(w: np.ndarray, group_len: int) -> np.ndarray:
-    x = np.abs(w).reshape(w.shape[0], -1, group_len)
-    x = np.pad(x, ((0, 0), (0, 0), (0, -group_len % 64)))
-    lanes = np.zeros((*x.shape[:2], 64), np.float32)
-    for k in range(0, x.shape[2], 64):
-        lanes = lanes + x[:, :, k : k + 64]
-    while lanes.shape[2] > 1:
-        lanes = lanes[:, :, ::2] + lanes[:, :, 1::2]
-    return lanes[:, :, 0]
 
 
 @np.errstate(all="ignore")

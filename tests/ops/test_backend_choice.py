@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -89,92 +90,119 @@ def test_compiled_kernels_run_and_thread_count_changes_nothing():
         torch.set_num_threads(threads)
 
 
-FALLBACK = """
-import sys
-sys.modules["megatron_bitcpm._cpu"] = None
-import torch
-from megatron_bitcpm import ops
-report = ops.backend_report()
-assert report["cpu"]["backend"] == "reference", report
-assert "_cpu" in report["cpu"]["load_error"], report
-w = torch.randn(4, 64)
-codes, scales = ops.quantize(w)
-assert torch.equal(ops.fake_quantize(w), codes * scales)
-assert torch.equal(ops.fake_quantize_(w.clone()), codes * scales)
-loaded = {"megatron", "transformers", "torch_npu"} & set(sys.modules)
-assert not loaded, loaded
-ops.use_backend("auto")
-ops.use_backend("reference")
-try:
-    ops.use_backend("native")
-except ValueError as error:
-    print(error)
-"""
-
-
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
     )
 
 
-OLD_MODULE = """
-import sys, types
-module = types.ModuleType("megatron_bitcpm._cpu")
-module.fake_quantize = module.quantize = module.abs_sums = module.select_isa = print
-module.supported_isas = list
-sys.modules["megatron_bitcpm._cpu"] = module
-"""
-RAISING_MODULE = """
+def stand_in(**changes) -> types.ModuleType:
+    """A compiled module of this version that was never built."""
+    module = types.ModuleType("megatron_bitcpm._cpu")
+    names = {"abi": _cpu._ABI, "supported_isas": lambda: ["fast"], "select_isa": lambda name: name}
+    module.__dict__.update({**names, **changes})
+    return module
+
+
+def raise_text(*args):
+    raise RuntimeError("no cpuid\nhere")
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """The state before `_cpu.register`; nothing is registered with torch a second time."""
+    for name in ("native", "load_error", "isa"):
+        monkeypatch.setattr(_cpu, name, None)
+    registered = []
+    library = types.SimpleNamespace(impl=lambda name, kernel, key: registered.append((name, key)))
+    monkeypatch.setattr(_cpu, "LIBRARY", library)
+    return registered
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (
+            stand_in(abi=_cpu._ABI + 1),
+            f"built from another version (abi {_cpu._ABI + 1}, not {_cpu._ABI}): reinstall",
+        ),
+        (
+            types.ModuleType("megatron_bitcpm._cpu"),
+            f"built from another version (abi None, not {_cpu._ABI}): reinstall",
+        ),
+        (stand_in(supported_isas=raise_text), "RuntimeError: no cpuid here"),
+        (stand_in(select_isa=raise_text), "RuntimeError: no cpuid here"),
+        (
+            None,
+            "ModuleNotFoundError: import of megatron_bitcpm._cpu halted; None in sys.modules",
+        ),
+    ],
+    ids=["newer", "older", "no list of sets", "no choice of a set", "absent"],
+)
+def test_a_broken_compiled_module_is_one_line_and_the_reference(
+    unloaded, monkeypatch, module, reason
+):
+    monkeypatch.setitem(sys.modules, "megatron_bitcpm._cpu", module)
+    _cpu.register("")
+    assert (_cpu.native, _cpu.load_error, unloaded) == (None, reason, [])
+    report = ops.backend_report()["cpu"]
+    assert report["backend"] == "reference" and report["load_error"] == reason
+    with pytest.raises(BackendError) as caught:
+        ops.use_backend("native")
+    assert str(caught.value) == (
+        f"quant.backend=native: the compiled CPU operators did not load ({reason}). "
+        "Reinstall with a C++ compiler, or use auto."
+    )
+
+
+def test_a_sound_module_is_registered_and_an_unknown_set_is_an_error(unloaded, monkeypatch):
+    monkeypatch.setitem(sys.modules, "megatron_bitcpm._cpu", stand_in())
+    with pytest.raises(BackendError) as caught:
+        _cpu.register("sse9")
+    assert str(caught.value) == (
+        "BITCPM_CPU_ISA=sse9: this processor and build have no such kernels. Use auto or fast."
+    )
+    assert unloaded == []
+    _cpu.register("fast")
+    assert _cpu.isa == "fast" and _cpu.load_error is None
+    assert unloaded == [(name, "CPU") for name in SCHEMAS]
+
+
+@needs_native
+def test_the_compiled_module_is_of_this_version():
+    assert _cpu.native.abi == _cpu._ABI
+
+
+FALLBACK = """
 import sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "megatron_bitcpm._cpu":
             raise OSError("bad ELF header\\nline two")
 sys.meta_path.insert(0, Finder())
-"""
-SHOW_REASON = """
 import torch
 from megatron_bitcpm import ops
-codes = ops.quantize(torch.ones(2, 8), grid="five")[0]
-assert ops.backend_report()["cpu"]["backend"] == "reference" and codes.tolist() == [[2] * 8] * 2
-try:
-    ops.use_backend("native")
-except ValueError as error:
-    print(type(error).__name__, error)
+report = ops.backend_report()
+assert report["cpu"]["backend"] == "reference", report
+w = torch.randn(4, 64)
+codes, scales = ops.quantize(w)
+assert torch.equal(ops.fake_quantize(w), codes * scales)
+assert torch.equal(ops.fake_quantize_(w.clone()), codes * scales)
+assert ops.quantize(torch.ones(2, 8), grid="five")[0].tolist() == [[2] * 8] * 2
+loaded = {"megatron", "transformers", "torch_npu"} & set(sys.modules)
+assert not loaded, loaded
+print("done")
 """
-
-
-@pytest.mark.parametrize(
-    ("broken", "reason"),
-    [
-        (
-            OLD_MODULE,
-            "built from another version, without fake_quantize_with_scales, pack2, unpack2, "
-            "int8_per_token: reinstall",
-        ),
-        (RAISING_MODULE, "OSError: bad ELF header line two"),
-    ],
-    ids=["older version", "raises at import"],
-)
-def test_a_broken_compiled_module_is_one_line_and_the_reference(broken, reason):
-    done = run_python(broken + SHOW_REASON)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == (
-        f"no compiled CPU operators ({reason}): using the pure-torch reference, slower, equal bits"
-    )
-    assert done.stdout.strip() == (
-        f"BackendError quant.backend=native: the compiled CPU operators did not load ({reason}). "
-        "Reinstall with a C++ compiler, or use auto."
-    )
 
 
 def test_without_the_compiled_module_the_reference_runs_and_says_so_once():
     done = run_python(FALLBACK)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("no compiled CPU operators") == 1
-    assert done.stdout.startswith("quant.backend=native: the compiled CPU operators did not load (")
-    assert "_cpu" in done.stdout and done.stdout.strip().endswith("or use auto.")
+    assert done.stderr.strip() == (
+        "no compiled CPU operators (OSError: bad ELF header line two): using the pure-torch "
+        "reference, slower, equal bits"
+    )
+    assert done.stdout.strip() == "done"
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def test_report_of_medians_ratios_limits_and_differences(monkeypatch):
         found = report["limits"][name]
         assert found == {"ratio": report["ratio"][name], "limit": limit, "met": None}
     threads = report["limits"]["threads 1->2"]
-    assert threads["ratio"] == report["threads"]["float32"]["gain"]
+    assert threads["ratio"] == report["threads"]["float16"]["gain"]
     assert threads["met"] is (threads["ratio"] >= threads["limit"])
     isas = _cpu.native.supported_isas() if _cpu.native else []
     assert list(report["isa_median_ms"]) == isas

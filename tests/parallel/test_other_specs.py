@@ -6,13 +6,15 @@ import pytest
 import torch
 from helpers.ranks import run_ranks
 from helpers.tiny_models import SEQ, VOCAB, model_parallel
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.parallel.scale_sync import update_given_scales
 
 pytestmark = pytest.mark.both_versions
 
 
-def build(spec: str) -> torch.nn.Module:
+def build(spec: str, **changes) -> torch.nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -28,7 +30,7 @@ def build(spec: str) -> torch.nn.Module:
         config = TransformerConfig(**common, qk_layernorm=True)
         layer = get_gpt_layer_local_spec(qk_layernorm=True)
     else:
-        config = TransformerConfig(**common, num_moe_experts=3, add_bias_linear=False)
+        config = TransformerConfig(**common, num_moe_experts=3, add_bias_linear=False, **changes)
         layer = get_gpt_layer_local_spec(num_experts=3, moe_grouped_gemm=False)
     return GPTModel(
         config, layer, vocab_size=VOCAB, max_sequence_length=SEQ, position_embedding_type="rope"
@@ -72,3 +74,36 @@ def test_every_spec_of_megatron_linears(spec, linears_per_layer, others):
     )
     if losses:
         assert losses[0] > 0 and losses[1]
+
+
+def scales_of_experts(rank: int, expert_tp: int) -> dict[str, tuple]:
+    """(scales, those of numpy) of attention and experts, each sharded over ranks of its own."""
+    from megatron.core import parallel_state
+
+    from megatron_bitcpm.parallel.convert import ternarize_
+
+    sizes = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": expert_tp}
+    parallel_state.initialize_model_parallel(**sizes)
+    model_parallel_cuda_manual_seed(1)
+    model = build("experts", ffn_hidden_size=128, **sizes)
+    ternary = ternarize_(model, QuantConfig(group_size="tensor"))
+    found = {}
+    for site in ternary.sites:
+        level = (1 if rank == 0 else 3) * (1 + len(found))
+        torch.nn.init.constant_(site.weight, level)
+        found[site.name] = [site.tp_size, level]
+    update_given_scales(ternary.sites)
+    for site in ternary.sites:
+        found[site.name].append(site.scales_OG.unique().tolist())
+    return found
+
+
+@pytest.mark.parametrize("expert_tp", [1, 2])
+def test_experts_with_another_tensor_parallel_size(expert_tp):
+    for rank, found in enumerate(run_ranks(2, scales_of_experts, expert_tp)):
+        assert len(found) == 2 * (2 + 3 * 2)
+        for name, (tp_size, level, scales) in found.items():
+            assert tp_size == (expert_tp if "experts" in name else 2), name
+            # Rank 0 holds 1, 2, 3, ... and rank 1 three times as much: the mean of both is double.
+            both = level * (2 if rank == 0 else 2 / 3)
+            assert scales == [both if tp_size == 2 else level], name

@@ -11,6 +11,7 @@ from helpers.tiny_models import TinyRun, tiny_model_config, tiny_run
 
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.parallel.requantize import Requantizer
+from megatron_bitcpm.parallel.scale_sync import update_given_scales
 
 pytestmark = pytest.mark.both_versions
 
@@ -116,8 +117,6 @@ def test_other_quantisers(quant, overlap):
         **(layout if overlap else {"tp": 2}),
     )  # fmt: skip
     assert step == forward
-    ternary = run_ranks(2, train_once, "every_step", 2, {}, layout if overlap else {"tp": 2})
-    assert ternary[0]["trace"][0] != step[0]["trace"][0], "the quantiser must be another one"
 
 
 @pytest.mark.slow
@@ -188,23 +187,62 @@ def test_the_comparison_notices_quantising_after_a_skipped_step():
     assert not any(same[SKIPPED_STEP + 1 :])
 
 
-def train_and_save_raw(rank: int, restore: bool) -> tuple[str, str]:
+def weights_around_latents(rank: int) -> tuple[bool, bool, int]:
+    """Whether the weights are the main parameters before and inside latents; values after it."""
     with tiny_run(QuantConfig(requantize="every_step"), tp=2) as run:
         run.train_step(0)
-        main_as_bf16 = [site.weight.main_param.bfloat16() for site in run.ternary.sites]
-        if restore:
-            with run.ternary.latents():
-                seen = [site.weight.detach().clone() for site in run.ternary.sites]
-        else:
-            seen = [site.weight.detach().clone() for site in run.ternary.sites]
-        after = [site.weight.detach().clone() for site in run.ternary.sites]
-        same = all(torch.equal(a, b) for a, b in zip(main_as_bf16, seen, strict=True))
-        levels = max(row.abs().unique().numel() for w in after for row in w[:4])
-        return same, levels
+        sites = run.ternary.sites
+
+        def are_main() -> bool:
+            return all(torch.equal(s.weight.main_param.bfloat16(), s.weight) for s in sites)
+
+        before = are_main()
+        with run.ternary.latents():
+            inside = are_main()
+        return before, inside, max(row.abs().unique().numel() for s in sites for row in s.weight)
 
 
 def test_latents_are_the_main_parameters_and_quantised_values_return():
-    assert run_ranks(2, train_and_save_raw, True)[0][0] is True
-    assert run_ranks(2, train_and_save_raw, False)[0][0] is False
-    for _, levels in run_ranks(2, train_and_save_raw, True):
-        assert levels <= 2
+    for before, inside, levels in run_ranks(2, weights_around_latents):
+        assert not before and inside and levels <= 2
+
+
+def scales_after_an_edit(rank: int, changes: dict, by: str) -> tuple[bool, bool]:
+    """Whether the next forward has the scales of weights that were tripled, and those before."""
+    quant = QuantConfig(requantize="every_forward", **changes)
+    model = tiny_model_config(num_layers=1)
+    tp = torch.distributed.get_world_size()
+    with tiny_run(quant, tp=tp, model=model) as run:
+        run.train_step(0)
+        run.forward_backward(1, forward_only=True)
+        sites = [site for site in run.ternary.sites if site.takes_scales]
+        old = [site.scales_OG.clone() for site in sites]
+        if by == "load":
+            module = run.chunk.module.module
+            state = {name: x * 3 for name, x in module.state_dict().items() if x is not None}
+            module.load_state_dict(state, strict=False)
+        else:
+            with run.ternary.latents(), torch.no_grad():
+                for site in sites:
+                    site.weight.mul_(3.0)
+        run.forward_backward(1, forward_only=True)
+        used = [(site.scales_OG.clone(), site.fake_quantize(site.weight)) for site in sites]
+        for site in sites:
+            site.fresh, site.scales_OG = False, None
+        update_given_scales(sites)
+        fresh = [(site.scales_OG, site.fake_quantize(site.weight)) for site in sites]
+        assert sites
+        return (
+            all(torch.equal(a, b) for x, y in zip(used, fresh, strict=True)
+                for a, b in zip(x, y, strict=True)),
+            any(torch.equal(a, b) for a, (b, _) in zip(old, used, strict=True)),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tp", "changes", "by"),
+    [(1, TENSOR, "latents"), (2, {}, "latents"), (1, TENSOR, "load")],
+)
+def test_scales_follow_an_edit_of_the_weights(tp, changes, by):
+    for current, kept in run_ranks(tp, scales_after_an_edit, changes, by):
+        assert current and not kept

@@ -7,29 +7,27 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers.numpy_sums import row_sums
 from helpers.ranks import run_ranks
 from helpers.tiny_models import tiny_model_config, tiny_run
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
+from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import BitcpmError, ModelError
 from megatron_bitcpm.parallel.convert import ternarize_
-from megatron_bitcpm.parallel.linear import TernaryColumnParallelLinear, TernaryRowParallelLinear
+from megatron_bitcpm.parallel.linear import (
+    TernaryColumnParallelLinear,
+    TernaryRowParallelLinear,
+    ternary_class,
+)
 
 pytestmark = pytest.mark.both_versions
 
 
 def reference_scales(w_OI: np.ndarray, slices: int) -> np.ndarray:
-    """Mean |w| of whole rows: slice sums of 64 lanes and a pair tree, added in slice order."""
-    total = None
-    for part in np.split(np.abs(w_OI.astype(np.float32)), slices, axis=1):
-        pad = -part.shape[1] % 64
-        lanes = np.pad(part, ((0, 0), (0, pad))).reshape(part.shape[0], -1, 64)
-        sums = np.zeros((part.shape[0], 64), np.float32)
-        for step in range(lanes.shape[1]):
-            sums = sums + lanes[:, step]
-        while sums.shape[1] > 1:
-            sums = sums[:, ::2] + sums[:, 1::2]
-        total = sums[:, 0] if total is None else total + sums[:, 0]
+    """Mean |w| of whole rows, from slice sums that are added in slice order."""
+    total = row_sums(w_OI.astype(np.float32), slices)
     return np.maximum(total * np.float32(1 / w_OI.shape[1]), np.float32(1e-5))
 
 
@@ -99,7 +97,11 @@ def test_gradient_is_straight_through():
 
 
 def build_and_report(rank: int) -> tuple:
-    with tiny_run(QuantConfig(requantize="every_step")) as run:
+    quant = QuantConfig(requantize="every_step", eps=0.03, grid="five", activation="int8_per_token")
+    asked = []
+    ops.use_backend = lambda *args: asked.append(args)
+    ops.describe_backend = lambda *args: " ".join(args)
+    with tiny_run(quant) as run:
         model = run.chunk.module.module
         layer = model.decoder.layers[1]
         return (
@@ -109,15 +111,19 @@ def build_and_report(rank: int) -> tuple:
             run.ternary.report(),
             run.ternary.stamp(),
             sorted(name for name, _ in model.named_parameters())[:3],
+            asked,
         )
 
 
 def test_report_stamp_and_untouched_parts():
-    column, row, output_layer, report, stamp, names = run_ranks(1, build_and_report)[0]
+    column, row, output_layer, report, stamp, names, asked = run_ranks(1, build_and_report)[0]
     assert column and row and not output_layer
-    assert report.startswith("8 ternary linears, 122,880 weights on this rank; ternary")
+    assert report.startswith("8 ternary linears, 122,880 weights on this rank; five, ")
+    assert report.endswith("\n  operators: cpu five int8_per_token")
+    assert asked == [("auto", "cpu", "five", "int8_per_token")]
     assert "2 x linear_fc2   row    [64, 256]" in report
     assert stamp["group_size"] == -1 and stamp["tensor_model_parallel_size"] == 1
+    assert stamp["eps"] == 0.03
     assert names[0] == "decoder.final_layernorm.weight"
 
 
@@ -241,8 +247,8 @@ def test_refusals():
     assert messages["auto"] == "every_forward"
 
 
-def exchanges_per_step(rank: int, mode: str) -> list[int]:
-    """All-gathers of row sums in each of three steps of four micro-batches."""
+def exchanges_per_step(rank: int, mode: str, changes: dict) -> list[int]:
+    """All-gathers of row statistics in each of three steps of four micro-batches."""
     counts = []
     calls = 0
     original = torch.distributed.all_gather
@@ -252,7 +258,7 @@ def exchanges_per_step(rank: int, mode: str) -> list[int]:
         calls += kwargs["group"] is run.ternary.sites[0].tp_group
         return original(*args, **kwargs)
 
-    with tiny_run(QuantConfig(requantize=mode), tp=2, micro_batches=4) as run:
+    with tiny_run(QuantConfig(requantize=mode, **changes), tp=2, micro_batches=4) as run:
         torch.distributed.all_gather = counting
         try:
             for step in range(3):
@@ -264,10 +270,18 @@ def exchanges_per_step(rank: int, mode: str) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("mode", ["every_step", "every_forward"])
-def test_one_exchange_per_optimizer_step(mode):
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [
+        ("every_step", {}),
+        ("every_forward", {"group_size": "tensor"}),
+        pytest.param("every_forward", {}, marks=pytest.mark.slow),
+        pytest.param("every_forward", {"grid": "five"}, marks=pytest.mark.slow),
+    ],
+)
+def test_one_exchange_serves_all_layers_of_an_optimizer_step(mode, changes):
     # every_step refreshes right after a step, so its first step has the initial refresh as well.
-    assert run_ranks(2, exchanges_per_step, mode)[0] == (
+    assert run_ranks(2, exchanges_per_step, mode, changes)[0] == (
         [2, 1, 1] if mode == "every_step" else [1, 1, 1]
     )
 
@@ -294,3 +308,28 @@ def test_latents_nest_and_refuse_a_forward_inside():
     assert run_ranks(1, nested_latents)[0] == (
         True, True, ["latents=(forward)", "latents=(step)"], False,
     )  # fmt: skip
+
+
+def input_of_another_name(rank: int) -> str:
+    class Renamed(ColumnParallelLinear):
+        """A linear that names the input of its matrix multiplication otherwise."""
+
+        def forward(self, input_, *args, **kwargs):
+            self._forward_impl = torch.nn.functional.linear
+            return self._forward_impl(x=input_, weight=self.weight), None
+
+    with tiny_run(QuantConfig(activation="int8_per_token", requantize="every_forward")) as run:
+        module = run.ternary.sites[0].module
+        module.__class__ = ternary_class(Renamed)
+        try:
+            run.forward_backward(0)
+        except ModelError as error:
+            return str(error)
+        return "ran"
+
+
+def test_int8_activations_need_the_input_by_name():
+    assert run_ranks(1, input_of_another_name)[0] == (
+        "quant.activation=int8_per_token: TernaryRenamed (decoder.layers.0.self_attention."
+        "linear_proj) names the input of its matrix multiplication otherwise: weight, x. Use none."
+    )

@@ -355,13 +355,17 @@ def test_other_hugging_face_configs_are_refused(tmp_path, hf, expected):
         ),
         (["quant.scale_sync=local", "quant.group_size=64"], "has no effect with group_size > 0"),
         (["quant.scale_sync=local", "quant.group_size=tensor"], "no effect with group_size tensor"),
-        (
-            ["quant.enabled=false", "quant.activation=int8_per_token"],
-            "quant.activation=int8_per_token: has no effect with quant.enabled false: only ternary "
-            "linears quantise their input. Use none.",
-        ),
     ],
 )
 def test_settings_that_contradict_each_other(overrides, expected):
     found = problems(overrides)
     assert len(found) == 1 and expected in found[0], found
+
+
+def test_full_precision_is_one_key_whatever_the_quantiser():
+    for changes in (
+        ["quant.activation=int8_per_token", "quant.grid=five"],
+        ["quant.group_size=48", "quant.scale_sync=local", "quant.requantize=every_step"],
+    ):
+        config = parse_config(yaml.safe_dump(BASE), ["quant.enabled=false", *changes])
+        assert not config.quant.enabled

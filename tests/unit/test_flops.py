@@ -27,8 +27,11 @@ def counted_flops(rank: int, model, changes: dict) -> tuple[int, int]:
     "changes",
     [
         {},
-        {"num_query_groups": 4, "num_layers": 3},
-        {"num_query_groups": 1, "kv_channels": 24, "ffn_hidden_size": 136},
+        pytest.param({"num_query_groups": 4, "num_layers": 3}, marks=pytest.mark.slow),
+        pytest.param(
+            {"num_query_groups": 1, "kv_channels": 24, "ffn_hidden_size": 136},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["gqa", "mha", "wide-heads"],
 )

@@ -267,6 +267,39 @@ def test_a_weight_twice_in_a_list_is_refused(native: NativeModule) -> None:
     assert torch.equal(w, before) and native.calls == []
 
 
+# -- what the module does not have -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "activation", "missing", "described"),
+    [
+        ("five", "none", "quant.grid five", "reference on npu ("),
+        ("five", "int8_per_token", "quant.grid five", "reference on npu ("),
+        (
+            "ternary",
+            "int8_per_token",
+            "quant.activation int8_per_token",
+            "native for weights, reference for activations on npu (",
+        ),
+    ],
+)
+def test_native_means_grid_and_activation_too(
+    native: NativeModule, grid: str, activation: str, missing: str, described: str
+) -> None:
+    with pytest.raises(BackendError) as caught:
+        ops.use_backend("native", "npu", grid, activation)
+    assert str(caught.value) == (
+        f"quant.backend=native: no compiled operators for {missing} on npu. Use auto."
+    )
+    ops.use_backend("auto", "npu", grid, activation)
+    why = ops.describe_backend("npu", grid, activation)
+    assert why.startswith(f"{described}no compiled operators for {missing}"), why
+    ops.use_backend("native", "npu", "ternary", "none")
+    assert ops.describe_backend("npu") == "native on npu (compiled module loaded)"
+    ops.use_backend("reference", "npu", grid, activation)
+    assert ops.describe_backend("npu", grid) == "reference on npu (quant.backend=reference)"
+
+
 # -- absent and broken modules --------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import struct
 
 import pytest
 import torch
+import torch._dynamo
 
 from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.quant import fake_quant, grids, packing, scales, sums
@@ -204,8 +205,28 @@ def test_scales_from_sums():
     third = to_float32(1 / 3)
     assert got[:2].tolist() == [to_float32(6 * third), to_float32(1e-3)]
     assert got[2:].isnan().all()
-    with pytest.raises(BitcpmError, match="n=0: a mean needs at least one input"):
-        scales.scales_from_sums(torch.ones(1), 0)
+    # More inputs than float32 counts: 1 / n is rounded once.
+    many = 2**24 + 1
+    got = scales.scales_from_sums(torch.tensor([1.0, 3.0]), many, eps=2.0**-126)
+    assert got.tolist() == [to_float32(to_float32(1 / many) * x) for x in (1.0, 3.0)]
+    for sums_G, n, message in (
+        (torch.ones(1), 0, "n=0: a mean needs at least one input"),
+        (torch.ones(1), 2.5, "n=2.5: must be a whole number"),
+        (torch.ones(1), True, "n=True: must be a whole number"),
+        (torch.ones(1).bfloat16(), 2, "sums.dtype=torch.bfloat16: must be float32. Take them from"),
+    ):
+        with pytest.raises(BitcpmError, match=message):
+            scales.scales_from_sums(sums_G, n)
+
+
+# The platform of the CPU disables compilation once Megatron was imported.
+@torch._dynamo.config.patch(disable=False)
+def test_scales_from_sums_compiles_as_one_graph():
+    sums_OG = torch.tensor([[6.0, 0.0], [INF, NAN], [1 / 3, 5.0]])
+    compiled = torch.compile(scales.scales_from_sums, fullgraph=True, backend="aot_eager")
+    for n in (3, 7, 96):
+        want = scales.scales_from_sums(sums_OG, n, 1e-3)
+        assert torch.equal(compiled(sums_OG, n, 1e-3).nan_to_num(-7.0), want.nan_to_num(-7.0))
 
 
 @pytest.mark.parametrize("eps", [0.0, -1.0, NAN, INF, 1e-39])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.parallel.projections import join_ranks
 from megatron_bitcpm.quant import groups
 
 
@@ -77,6 +78,17 @@ def test_rank_order_matters_and_is_left_to_right():
     assert parts[0].item() == 1e8
     with pytest.raises(BitcpmError, match=r"sums_per_rank=\[\]: needs one tensor per rank"):
         groups.add_in_rank_order([])
+
+
+def test_row_statistics_of_ranks_are_joined_in_rank_order():
+    # From the other end the ones would survive: 16777220.
+    parts = [torch.tensor([x]) for x in (2.0**24, 1.0, 1.0, 1.0)]
+    assert join_ranks(parts, None, True, "ternary").tolist() == [16777216.0]
+    assert join_ranks(parts[::-1], None, True, "ternary").tolist() == [16777220.0]
+    # Of other grids the scales are joined, and a NaN stays one wherever it is.
+    others = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, float("nan")]), torch.tensor([2.0, 4.0])]
+    joined = join_ranks(others, None, True, "five")
+    assert joined[0] == 3.0 and joined[1].isnan()
 
 
 def test_sliced_sums_are_the_shards_sums():
