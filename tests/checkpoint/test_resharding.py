@@ -25,10 +25,8 @@ def numbers(steps):
     return [float.fromhex(value) for loss, norm, _ in steps for value in (loss, norm)]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c if c == "tp2_sharded" else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_training_goes_on_as_without_a_break(case, tmp_path):
     (world, layout), others = CASES[case]
     folder = str(tmp_path / "iter_0000002")

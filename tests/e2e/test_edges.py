@@ -32,6 +32,7 @@ def test_a_stage_without_ternary_linears(write_config, tmp_path, edge):
     assert set(numbers(tmp_path / "run", "flip_fraction")) == {2, 3}
 
 
+@pytest.mark.slow
 def test_resume_with_other_names_of_validation_sets(write_config, corpus, tmp_path):
     train_well(1, write_config("run"))
     tree = tiny_config(corpus, tmp_path / "run", training__train_iters=9)

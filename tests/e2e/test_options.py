@@ -31,6 +31,7 @@ def model_tensors(checkpoint) -> dict[str, torch.Tensor]:
     ],
     ids=["full-precision", "ternary-fp32", "ternary-pp2"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_init_from_takes_the_latent_weights_only(write_config, tmp_path, source, world, layout):
     train_well(1, write_config("source", **source))
     # At such a rate no weight moves: what is saved is what was begun with.

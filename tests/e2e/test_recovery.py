@@ -35,7 +35,7 @@ KILLS = 20
     ("number", "ranks"),
     [
         # A scheduler may signal one process only; the ranks agree.
-        (signal.SIGTERM, [1]),
+        pytest.param(signal.SIGTERM, [1], marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, [0, 1], marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, [0, 1], marks=pytest.mark.slow),
     ],

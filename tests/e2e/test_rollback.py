@@ -37,6 +37,7 @@ def train_with_bad_data(rank: int, arguments: list[str], bad: range) -> tuple[in
         Trainer.step = original
 
 
+@pytest.mark.slow
 def test_a_spike_rolls_back_and_goes_on_with_later_data(write_config, tmp_path):
     config = write_config("run", **SPIKE, guard__action="rollback", checkpoint__keep_last_n=1)
     arguments = ["train", "--config", str(config)]

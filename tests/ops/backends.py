@@ -5,7 +5,8 @@ them: torch operators under a chosen backend, or a runner process built from `cs
 cannot do is declared in its row.
 
 The slow tests build the runners. A backend whose toolchain is absent is skipped with the reason;
-with BITCPM_REQUIRE_BACKENDS=1 that is an error.
+with BITCPM_REQUIRE_BACKENDS=1 that is an error, and with BITCPM_REQUIRE_BACKENDS=npu it is one that
+there is no Ascend device.
 """
 
 from __future__ import annotations
@@ -159,8 +160,11 @@ class Backend:
                 return f"{tool} is not installed"
         if self.name.startswith("cpu:") and not self.make and _cpu.native is None:
             return f"compiled module did not load ({_cpu.load_error})"
-        if self.name == "npu" and not (hasattr(torch, "npu") and torch.npu.is_available()):
-            return "no Ascend device"
+        if self.name == "npu":
+            if not hasattr(torch, "npu"):
+                return "no Ascend device that torch knows of (torch_npu is not imported)"
+            if not torch.npu.is_available():
+                return "no Ascend device"
         return None
 
     def build(self) -> None:
@@ -227,9 +231,10 @@ RUNNERS = [backend for backend in BACKENDS if backend.make]
 
 
 def require(backend: Backend, reason: str | None) -> None:
-    """Skip the test for `reason`; fail it where BITCPM_REQUIRE_BACKENDS is set."""
+    """Skip the test for `reason`; fail it where BITCPM_REQUIRE_BACKENDS asks for the backend."""
     if not reason:
         return
-    if os.environ.get("BITCPM_REQUIRE_BACKENDS") == "1" and backend.name != "npu":
-        pytest.fail(f"{backend.name}: {reason}, and BITCPM_REQUIRE_BACKENDS=1")
+    required = os.environ.get("BITCPM_REQUIRE_BACKENDS")
+    if required and required == ("npu" if backend.name == "npu" else "1"):
+        pytest.fail(f"{backend.name}: {reason}, and BITCPM_REQUIRE_BACKENDS={required}")
     pytest.skip(f"{backend.name}: {reason}")

@@ -31,6 +31,7 @@ std::string run(const wrong_kernels::Case& what, bool wrong) {
 
 int main(int argc, char** argv) {
   const std::string verb = argc > 1 ? argv[1] : "";
+  bool known = verb == "list" || verb == "all";
   for (const wrong_kernels::Case& what : wrong_kernels::cases()) {
     if (verb == "list") std::printf("%s %s\n", what.name, what.rule);
     if (verb == "all") {
@@ -38,8 +39,11 @@ int main(int argc, char** argv) {
       std::printf("%s right %s\n", what.name, run(what, false).c_str());
     }
     if (verb == what.name && argc == 3) {
+      known = true;
       std::printf("%s\n", run(what, std::strcmp(argv[2], "wrong") == 0).c_str());
     }
   }
-  return 0;
+  if (known) return 0;
+  std::fprintf(stderr, "usage: ascend-wrong list | all | NAME wrong|right\n");
+  return 2;
 }
