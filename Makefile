@@ -18,7 +18,8 @@ help:
 	@echo "make test                                      tests, with megatron-core 0.16.1 and 0.12.1"
 	@echo "make test-slow                                 the longer checks, with both"
 	@echo "make test-operators                            of them, those of the operators on all backends"
-	@echo "make lint | bench | kernels | clean"
+	@echo "make setup | setup-core-0.12 | kernels          environments; what the operator tests run"
+	@echo "make lint | bench | clean"
 
 # The environment: the pinned lock, then this package with its C++ operator.
 $(VENV)/.locked: requirements/lock.txt

@@ -142,6 +142,8 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": processor,
         "cores": os.cpu_count(),
+        # Of others it makes every time here doubtful, most of all those on two threads.
+        "load_average": round(os.getloadavg()[0], 2),
         "l2_bytes": _find_l2_bytes(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

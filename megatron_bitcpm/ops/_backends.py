@@ -45,7 +45,7 @@ def _require_native(device_type: str, grid: str, activation: str) -> None:
     if device_type == "cpu":
         problem, fix = _cpu.unavailable_reason(), "Reinstall with a C++ compiler, or use auto"
     elif device_type == "npu":
-        problem, fix = _npu.unavailable_reason(), "Build them as docs/ascend.md says, or use auto"
+        problem, fix = _npu.unavailable_reason(), "See docs/ascend.md, or use auto"
     else:
         problem, fix = f"there are no compiled operators for {device_type}", "Use auto"
     if problem is None:

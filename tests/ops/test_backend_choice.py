@@ -38,8 +38,7 @@ def test_unknown_backend_and_instruction_set_are_refused():
         ("cuda", "there are no compiled operators for cuda. Use auto."),
         (
             "npu",
-            "torch_npu is not imported in this process. Build them as docs/ascend.md says, "
-            "or use auto.",
+            "torch_npu is not imported in this process. See docs/ascend.md, or use auto.",
         ),
     ],
 )
