@@ -19,6 +19,8 @@ from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.quant.grids import TERNARY
 from megatron_bitcpm.quant.scales import DEFAULT_EPS
 
+LARGEST_INTEGER = 2**63  # of a torch operator's arguments
+
 
 def fake_quantize(
     w: torch.Tensor, group_size: int = -1, eps: float = DEFAULT_EPS, grid: str = TERNARY
@@ -39,6 +41,7 @@ def fake_quantize(
     Source: BitCPM-CANN technical report, section 3.1, eqs. 1-2.
     """
     _require_tensor(w, "w")
+    _require_settings(group_size, eps, grid)
     return cast(torch.Tensor, torch.ops.bitcpm.fake_quantize.default(w, group_size, eps, grid))
 
 
@@ -53,6 +56,7 @@ def quantize(
         value.
     """
     _require_tensor(w, "w")
+    _require_settings(group_size, eps, grid)
     result = torch.ops.bitcpm.quantize.default(w, group_size, eps, grid)
     return cast(tuple[torch.Tensor, torch.Tensor], result)
 
@@ -60,6 +64,7 @@ def quantize(
 def abs_sums(w: torch.Tensor, group_size: int = -1) -> torch.Tensor:
     """Sum absolute values per group in the canonical order: float32, [O, G], no gradient."""
     _require_tensor(w, "w")
+    _require_settings(group_size)
     return cast(torch.Tensor, torch.ops.bitcpm.abs_sums.default(w, group_size))
 
 
@@ -78,6 +83,7 @@ def fake_quantize_with_scales(
     """
     _require_tensor(w, "w")
     _require_tensor(scales, "scales")
+    _require_settings(grid=grid)
     result = torch.ops.bitcpm.fake_quantize_with_scales.default(w, scales, grid)
     return cast(torch.Tensor, result)
 
@@ -92,7 +98,8 @@ def fake_quantize_(
     share memory are refused.
     """
     _require_tensor(w, "w")
-    if w.requires_grad:
+    _require_settings(group_size, eps, grid)
+    if w.requires_grad or w.is_inference():
         _refuse_recording([w])
     torch.ops.bitcpm.fake_quantize_.default(w, group_size, eps, grid)
     return w
@@ -104,7 +111,8 @@ def fake_quantize_with_scales_(
     """Overwrite w with wq under given scales and return it; see `fake_quantize_`."""
     _require_tensor(w, "w")
     _require_tensor(scales, "scales")
-    if w.requires_grad:
+    _require_settings(grid=grid)
+    if w.requires_grad or w.is_inference():
         _refuse_recording([w])
     torch.ops.bitcpm.fake_quantize_with_scales_.default(w, scales, grid)
     return w
@@ -126,6 +134,7 @@ def foreach_fake_quantize_(
         BitcpmError: as `fake_quantize_`; then no weight is changed.
     """
     weights = _to_list(ws, "ws", "w")
+    _require_settings(group_size, eps, grid)
     if weights:
         _refuse_recording(weights)
         torch.ops.bitcpm.foreach_fake_quantize_.default(weights, group_size, eps, grid)
@@ -142,6 +151,7 @@ def foreach_fake_quantize_with_scales_(
         grid: as for `fake_quantize`.
     """
     weights, given = _to_list(ws, "ws", "w"), _to_list(scales, "scales", "scales")
+    _require_settings(grid=grid)
     if weights or given:
         _refuse_recording(weights)
         torch.ops.bitcpm.foreach_fake_quantize_with_scales_.default(weights, given, grid)
@@ -168,6 +178,8 @@ def unpack2(packed: torch.Tensor, in_features: int) -> torch.Tensor:
         BitcpmError: wrong dtype or shape, or bytes that pack2 does not write: names the first row.
     """
     _require_tensor(packed, "packed")
+    if type(in_features) is not int:
+        _require_integer(in_features, "in_features", "Pass the inputs of the codes")
     return cast(torch.Tensor, torch.ops.bitcpm.unpack2.default(packed, in_features))
 
 
@@ -192,6 +204,10 @@ def _refuse_recording(ws: Sequence[torch.Tensor]) -> None:
         raise BitcpmError.of(
             "w.requires_grad", True, "autograd cannot record this", "Call it under torch.no_grad()"
         )
+    if not torch.is_inference_mode_enabled() and any(w.is_inference() for w in ws):
+        raise BitcpmError.of(
+            "w.is_inference", True, "it changes only in inference mode", "Pass a clone"
+        )
 
 
 def _require_tensor(x: Any, name: str) -> None:
@@ -199,6 +215,25 @@ def _require_tensor(x: Any, name: str) -> None:
     if not isinstance(x, torch.Tensor):
         shown = None if x is None else type(x).__name__
         raise BitcpmError.of(name, shown, "must be a tensor", "Pass a torch.Tensor")
+
+
+def _require_settings(group_size: Any = -1, eps: Any = DEFAULT_EPS, grid: Any = TERNARY) -> None:
+    # Plain types first: this runs in every call.
+    if type(group_size) is not int or group_size >= LARGEST_INTEGER:
+        _require_integer(group_size, "group_size", "Use 64, or -1 for the whole row")
+    if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, int | float)):
+        raise BitcpmError.of("eps", repr(eps), "must be a number", "Use 1e-5")
+    if not isinstance(grid, str):
+        raise BitcpmError.of("grid", repr(grid), "must be a name", "Use ternary")
+
+
+def _require_integer(value: Any, name: str, fix: str) -> None:
+    if isinstance(value, torch.SymInt):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BitcpmError.of(name, repr(value), "must be an integer", fix)
+    if abs(value) >= LARGEST_INTEGER:
+        raise BitcpmError.of(name, value, "is larger than any tensor", "Use a smaller one")
 
 
 def _to_list(tensors: Any, name: str, member: str) -> list[torch.Tensor]:

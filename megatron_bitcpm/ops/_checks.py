@@ -159,7 +159,11 @@ def check_memory(x: torch.Tensor, name: str) -> None:
 
     For backends alone: meta and fake tensors have no memory.
     """
-    if not x.untyped_storage().nbytes() and x.numel():
+    count = x.numel()
+    if count and not x.is_contiguous():
+        count = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    needed = (x.storage_offset() + count) * x.element_size()
+    if count and needed > x.untyped_storage().nbytes():
         raise BitcpmError.of(name, list(x.shape), "its memory was freed", "Gather the weight first")
 
 

@@ -139,3 +139,52 @@ def test_memory_that_was_freed(torch_backend):
             f"{name}={list(x.shape)}: its memory was freed. Gather the weight first."
         )
     assert torch.equal(good, torch.ones(2, 8)), "a list is all or nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tensor",), "group_size='tensor': must be an integer. Use 64, or -1 for the whole row."),
+        ((128.0,), "group_size=128.0: must be an integer. Use 64, or -1 for the whole row."),
+        ((True,), "group_size=True: must be an integer. Use 64, or -1 for the whole row."),
+        ((2**63,), f"group_size={2**63}: is larger than any tensor. Use a smaller one."),
+        ((64, None), "eps=None: must be a number. Use 1e-5."),
+        ((64, 1e-5, None), "grid=None: must be a name. Use ternary."),
+    ],
+)
+def test_settings_of_another_type_are_refused(arguments, message):
+    w = random_weight()
+    for call in (ops.fake_quantize, ops.quantize, ops.fake_quantize_):
+        with pytest.raises(BitcpmError) as caught:
+            call(w, *arguments)
+        assert str(caught.value) == message
+    with pytest.raises(BitcpmError) as caught:
+        ops.foreach_fake_quantize_([w], *arguments)
+    assert str(caught.value) == message
+
+
+def test_memory_that_shrank_is_refused(torch_backend):
+    w = random_weight()
+    w.untyped_storage().resize_(100)
+    strided = torch.zeros(64, 8).t()
+    strided.untyped_storage().resize_(64 * 8 * 4 - 4)
+    for bad in (w, strided):
+        with pytest.raises(BitcpmError, match=r"w=\[8, 64\]: its memory was freed"):
+            ops.fake_quantize(bad)
+    assert ops.fake_quantize(torch.ones(1, 1).expand(8, 64)).shape == (8, 64)
+
+
+def test_inference_tensors_change_in_inference_mode_only(torch_backend):
+    with torch.inference_mode():
+        frozen = random_weight()
+    free, before = random_weight(), random_weight()
+    for call in (
+        lambda: ops.fake_quantize_(frozen),
+        lambda: ops.foreach_fake_quantize_([free, frozen]),
+    ):
+        with pytest.raises(BitcpmError, match=r"w.is_inference=True: it changes only in inference"):
+            call()
+    assert torch.equal(free, before) and torch.equal(frozen, before)
+    with torch.inference_mode():
+        ops.fake_quantize_(frozen)
+    assert torch.equal(frozen, ops.fake_quantize(before))
