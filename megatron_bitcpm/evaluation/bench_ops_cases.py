@@ -161,26 +161,42 @@ def _on_isa(isa: str, candidate: Candidate) -> Candidate:
     return run
 
 
+def _bind_kernel(w: torch.Tensor, group_len: int, eps: float, threads: int) -> Candidate:
+    fake_quantize, (dtype, ternary) = _cpu.native.fake_quantize, _cpu.find_codes(w.dtype, TERNARY)
+    jobs = [(w.data_ptr(), w.data_ptr(), dtype, w.numel() // group_len, group_len)]
+    return lambda: fake_quantize(jobs, ternary, eps, threads)
+
+
 def time_threads(
     w: torch.Tensor, group_size: int, eps: float, rounds: int, calls: int = 40
 ) -> dict[str, list[float]]:
     """Return milliseconds per in-place call on a copy of w, on one thread ("1") and two ("2").
 
+    "kernel 1" and "kernel 2" are those of the compiled function alone, without torch's dispatcher
+    and the checks in Python, which take a constant time.
+
     Calls are repeated so that w stays in the caches and the second thread awake; the rounds of the
     two alternate.
     """
     before = torch.get_num_threads()
-    times_ms: dict[str, list[float]] = {"1": [], "2": []}
     w = w.clone()
+    group_len = w.shape[1] if group_size == -1 else group_size
+    candidates: dict[str, Candidate] = {
+        name: lambda: ops.fake_quantize_(w, group_size, eps) for name in ("1", "2")
+    }
+    if _cpu.enabled and _cpu.native:
+        for threads in (1, 2):
+            candidates[f"kernel {threads}"] = _bind_kernel(w, group_len, eps, threads)
+    times_ms: dict[str, list[float]] = {name: [] for name in candidates}
     try:
         for _ in range(rounds):
-            for threads, values in times_ms.items():
-                torch.set_num_threads(int(threads))
-                ops.fake_quantize_(w, group_size, eps)
+            for name, candidate in candidates.items():
+                torch.set_num_threads(int(name[-1]))
+                candidate()
                 start = time.perf_counter()
                 for _ in range(calls):
-                    ops.fake_quantize_(w, group_size, eps)
-                values.append((time.perf_counter() - start) * 1e3 / calls)
+                    candidate()
+                times_ms[name].append((time.perf_counter() - start) * 1e3 / calls)
     finally:
         torch.set_num_threads(before)
     return times_ms

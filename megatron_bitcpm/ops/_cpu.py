@@ -274,6 +274,11 @@ KERNELS = {
 }
 
 
+def find_codes(dtype: torch.dtype, grid: str) -> tuple[int, int]:
+    """Return the compiled module's numbers for a dtype and a grid."""
+    return _DTYPE_CODES[dtype], _GRID_CODES[grid]
+
+
 def select_isa(name: str) -> str:
     """Choose the instruction set of the compiled kernels and return its name.
 

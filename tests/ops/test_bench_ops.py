@@ -24,9 +24,10 @@ def test_report_of_medians_ratios_limits_and_differences(monkeypatch):
     for name, limit in bench.LIMITS.items():
         found = report["limits"][name]
         assert found == {"ratio": report["ratio"][name], "limit": limit, "met": None}
-    threads = report["limits"]["threads 1->2"]
-    assert threads["ratio"] == report["threads"]["float16"]["gain"]
-    assert threads["met"] is (threads["ratio"] >= threads["limit"])
+    threads = report["limits"]["kernel threads 1->2"]
+    assert threads["ratio"] == report["threads"]["float16"]["kernel_gain"]
+    met = None if threads["ratio"] is None else threads["ratio"] >= threads["limit"]
+    assert threads["met"] is met
     isas = _cpu.native.supported_isas() if _cpu.native else []
     assert list(report["isa_median_ms"]) == isas
     assert report["machine"]["isa"] == _cpu.isa  # the choice is restored
@@ -52,13 +53,17 @@ def test_limits_are_for_one_case(shape, dtype, met, monkeypatch):
     assert limits["fake_quantize_/mul_"]["met"] is (None if met is None else False)
 
 
+TIMES_MS = {"1": [3.0, 4.0], "2": [2.0, 2.0], "kernel 1": [3.0], "kernel 2": [2.0]}
+
+
 def test_threads_are_compared_on_a_tensor_that_one_core_keeps_in_its_cache(monkeypatch):
     monkeypatch.setattr(bench, "_find_l2_bytes", lambda: 1 << 20)
-    monkeypatch.setattr(bench, "time_threads", lambda *_: {"1": [3.0, 4.0], "2": [2.0, 2.0]})
+    monkeypatch.setattr(bench, "time_threads", lambda *_: TIMES_MS)
     threads = bench._measure_threads(-1, 1e-5, 2, 0)
     shapes = {"float32": [192, 1024], "bfloat16": [384, 1024], "float16": [384, 1024]}
     assert {dtype: case["shape"] for dtype, case in threads.items()} == shapes
     assert threads["float32"]["gain"] == 1.75
+    assert threads["float32"]["kernel_gain"] == 1.5
 
 
 def test_every_operator_and_grid_is_timed():
