@@ -112,7 +112,7 @@ def fake_quantize_(
         address = flat.data_ptr()
         job = (address, address, _DTYPE_CODES[w.dtype], flat.numel() // group_len, group_len)
         native.fake_quantize([job], _GRID_CODES[grid], eps, torch.get_num_threads())
-    _store(w, flat)
+    _reference.store(w, flat)
 
 
 def fake_quantize_with_scales_(w: torch.Tensor, scales: torch.Tensor, grid: str = TERNARY) -> None:
@@ -124,7 +124,7 @@ def fake_quantize_with_scales_(w: torch.Tensor, scales: torch.Tensor, grid: str 
     _checks.check_written([w], [scales])
     flat = w.contiguous()
     _write_levels_with_scales([(flat, flat, scales)], grid)
-    _store(w, flat)
+    _reference.store(w, flat)
 
 
 def foreach_fake_quantize_(
@@ -141,7 +141,7 @@ def foreach_fake_quantize_(
     lengths = [resolve_group_size(w.shape[1], group_size) for w in ws]
     _write_levels([(w, w, n) for w, n in zip(flats, lengths, strict=True)], eps, grid)
     for w, flat in zip(ws, flats, strict=True):
-        _store(w, flat)
+        _reference.store(w, flat)
 
 
 def foreach_fake_quantize_with_scales_(
@@ -155,7 +155,7 @@ def foreach_fake_quantize_with_scales_(
     jobs = [(w, w, scales_OG) for w, scales_OG in zip(flats, scales, strict=True)]
     _write_levels_with_scales(jobs, grid)
     for w, flat in zip(ws, flats, strict=True):
-        _store(w, flat)
+        _reference.store(w, flat)
 
 
 def pack2(codes: torch.Tensor) -> torch.Tensor:
@@ -247,16 +247,6 @@ def _write_levels_with_scales(
     ]  # fmt: skip
     if jobs:
         native.fake_quantize_with_scales(jobs, _GRID_CODES[grid], torch.get_num_threads())
-
-
-def _store(w: torch.Tensor, flat: torch.Tensor) -> None:
-    """Copy the result back where w was not contiguous; mark w as changed."""
-    if flat is w:
-        # Autograd must notice that a tensor it saved has changed behind its back.
-        torch.autograd.graph.increment_version(w)
-    else:
-        with torch.no_grad():
-            w.copy_(flat)
 
 
 KERNELS = {

@@ -99,7 +99,7 @@ def fake_quantize_(
     flat, group_len = _prepare(w, group_size, eps)
     _checks.check_written([w])
     native.fake_quantize_list([flat], [group_len], eps)
-    _store([w], [flat])
+    _reference.store(w, flat)
 
 
 def fake_quantize_with_scales_(w: torch.Tensor, scales: torch.Tensor, grid: str = TERNARY) -> None:
@@ -110,7 +110,7 @@ def fake_quantize_with_scales_(w: torch.Tensor, scales: torch.Tensor, grid: str 
     _checks.check_written([w], [scales])
     flat = w.contiguous()
     native.fake_quantize_with_scales_list([flat], [scales.contiguous()])
-    _store([w], [flat])
+    _reference.store(w, flat)
 
 
 def foreach_fake_quantize_(
@@ -126,7 +126,8 @@ def foreach_fake_quantize_(
     flats = [w.contiguous() for w in ws]
     lengths = [_group_len(w, group_size) for w in ws]
     native.fake_quantize_list(flats, lengths, eps)
-    _store(ws, flats)
+    for w, flat in zip(ws, flats, strict=True):
+        _reference.store(w, flat)
 
 
 def foreach_fake_quantize_with_scales_(
@@ -138,7 +139,8 @@ def foreach_fake_quantize_with_scales_(
     _reference.check_list_and_scales(ws, scales, grid)
     flats = [w.contiguous() for w in ws]
     native.fake_quantize_with_scales_list(flats, [scales_OG.contiguous() for scales_OG in scales])
-    _store(ws, flats)
+    for w, flat in zip(ws, flats, strict=True):
+        _reference.store(w, flat)
 
 
 def pack2(codes: torch.Tensor) -> torch.Tensor:
@@ -170,17 +172,6 @@ def _prepare(w: torch.Tensor, group_size: int, eps: float) -> tuple[torch.Tensor
 def _group_len(w: torch.Tensor, group_size: int) -> int:
     # An empty row has no groups, whatever their length; the module wants a length above zero.
     return resolve_group_size(w.shape[1], group_size) or 1
-
-
-def _store(ws: Sequence[torch.Tensor], flats: Sequence[torch.Tensor]) -> None:
-    """Copy results back where w was not contiguous; mark every w as changed."""
-    for w, flat in zip(ws, flats, strict=True):
-        if flat.data_ptr() == w.data_ptr():
-            # Autograd must notice that a tensor it saved has changed behind its back.
-            torch.autograd.graph.increment_version(w)
-        else:
-            with torch.no_grad():
-                w.copy_(flat)
 
 
 KERNELS = {

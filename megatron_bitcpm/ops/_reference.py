@@ -134,6 +134,16 @@ def check_list_and_scales(
     _checks.check_written(ws, scales)
 
 
+def store(w: torch.Tensor, flat: torch.Tensor) -> None:
+    """End an in-place form that a kernel ran on `flat`, which is w or a contiguous copy of it."""
+    if flat is w:
+        # Autograd must notice that a tensor it saved has changed behind its back.
+        torch.autograd.graph.increment_version(w)
+    else:
+        with torch.no_grad():
+            w.copy_(flat)
+
+
 KERNELS = {
     "fake_quantize": fake_quantize,
     "quantize": quantize,

@@ -306,6 +306,7 @@ def test_launcher_check_can_fail(tmp_path: Path, find: str, replace: str, compla
     (sources / "queue.cpp").write_text(text)
     clean = compile_launchers(sources)
     if clean.returncode and not list((ROOT / "build/torch-npu").glob("*/complete")):
+        assert os.environ.get("BITCPM_REQUIRE_BACKENDS") != "1", clean.stdout
         pytest.skip(f"torch-npu's wheel cannot be had here: {clean.stdout.splitlines()[-1]}")
     assert clean.returncode == 0, clean.stdout
     (sources / "queue.cpp").write_text(text.replace(find, replace))
