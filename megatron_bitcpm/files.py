@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.errors import BitcpmError, CheckpointError
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -40,6 +41,25 @@ def sync_tree(folder: Path) -> None:
     """Flush a folder and everything below it to disk."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: absent, unreadable or no JSON object; names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("holds no JSON object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError.of(
+            "file", path, " ".join(reason.split()).rstrip("."),
+            "Restore it, or name another folder",
+        ) from error  # fmt: skip
 
 
 def write_text_atomically(path: Path, text: str) -> None:

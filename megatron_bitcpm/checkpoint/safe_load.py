@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_bitcpm.checkpoint.pickle_names import refused, stand_ins
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.parallel.agree import describe
 from megatron_bitcpm.platforms.patch import Patch, PatchSet
@@ -79,7 +80,7 @@ class MetadataUnpickler(pickle.Unpickler):
             return _MegatronRecord
         elif name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint needs")
+        raise refused(module, name)
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -132,19 +133,33 @@ def check_common(folder: Path) -> None:
     Raises:
         CheckpointError: absent, damaged or malicious.
     """
+    load_common(folder)
+
+
+def load_common(folder: Path) -> dict[str, Any]:
+    """Return ``common.pt``: what all ranks share; `pretrain_gpt.py` keeps its arguments there.
+
+    Raises:
+        CheckpointError: absent, damaged or malicious.
+    """
     path = folder / COMMON_FILE
     try:
         with restricted_unpickling():
-            torch.load(path, map_location="cpu")
+            common = torch.load(path, map_location="cpu")
+        if not isinstance(common, dict):
+            raise pickle.UnpicklingError("holds no dictionary")
     except Exception as error:
         raise _unsafe(path, _shorten(error)) from error
+    return common
 
 
 @contextmanager
 def restricted_unpickling() -> Iterator[None]:
     """Within the block no pickle that torch or Megatron load from a file can run code."""
     # Writing in another thread goes on undisturbed: only reading is replaced.
-    with torch.serialization.safe_globals(_numpy_globals()), _restrictions().applied():
+    # NumPy's are real: random states are restored. Of all others an inert record is enough.
+    names = [*_numpy_globals(), *stand_ins()]
+    with torch.serialization.safe_globals(names), _restrictions().applied():
         yield
 
 

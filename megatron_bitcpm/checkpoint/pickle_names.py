@@ -1,0 +1,140 @@
+"""What the pickles of a Megatron checkpoint may refer to, and inert records in place of it.
+
+Checkpoints of `pretrain_gpt.py` hold more than tensors: the arguments of the run (an
+`argparse.Namespace` with enums), random states of NumPy, the state of the rerun machine. None of it
+is needed here, and none of it is made: for each of these names, in Megatron 0.12 to 0.16 and in
+MindSpeed, whether installed or not, a pickle gets an `Inert`, which keeps what it was given.
+Any other name is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import torch
+
+_ENUMS = (
+    "megatron.core.enums",
+    "megatron.core.transformer.enums",
+    "megatron.legacy.model.enums",
+    "megatron.model.enums",  # before the legacy models moved
+)
+_ENUM_NAMES = {
+    "AttnBackend",
+    "AttnMaskType",
+    "AttnType",
+    "CudaGraphScope",
+    "Fp4Recipe",
+    "Fp8Recipe",
+    "LayerType",
+    "ModelType",
+}
+_NUMPY_NAMES = {"_reconstruct", "scalar"}
+_DTYPES = ("Bool", "Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64")
+
+INERT_NAMES: dict[str, set[str]] = {
+    "argparse": {"Namespace"},
+    "types": {"SimpleNamespace"},
+    "_codecs": {"encode"},
+    "_io": {"BytesIO"},
+    "io": {"BytesIO"},
+    "signal": {"Signals"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "numpy": {"ndarray", "dtype"},
+    "numpy.core.multiarray": _NUMPY_NAMES,
+    "numpy._core.multiarray": _NUMPY_NAMES,
+    "numpy.dtypes": {f"{name}DType" for name in (*_DTYPES, "Float16", "Float32", "Float64")},
+    **dict.fromkeys(_ENUMS, _ENUM_NAMES),
+    "megatron.core.datasets.utils": {"Split"},
+    "megatron.core.optimizer.optimizer_config": {"OptimizerConfig"},
+    "megatron.core.rerun_state_machine": {
+        "Call",
+        "Caller",
+        "RerunDiagnostic",
+        "RerunMode",
+        "RerunState",
+        "RerunValidationStatus",
+    },
+    "megatron.core.transformer.pipeline_parallel_layer_layout": {"PipelineParallelLayerLayout"},
+    "megatron.training.checkpointing": {"CheckpointType"},
+    "mindspeed.core.pipeline_parallel.pipeline_model_parallel_layout.layout": {
+        "LayerType",
+        "PipelineParallelLayerLayout",
+    },
+    "megatron.core.activations": {"quick_gelu", "squared_relu"},
+    "torch": {"Size", "device"},
+    "torch.nn.functional": {"gelu", "relu", "silu"},
+    "torch._C._nn": {"gelu", "silu"},
+}
+"""Module -> names; functions among them are kept as names only."""
+
+
+class Inert:
+    """Stands for an object of a checkpoint; nothing of its class is there.
+
+    Attributes:
+        given: what its class was called with: the value of an enum.
+        state: its state, where that is no dictionary of attributes.
+    """
+
+    given: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __new__(cls, *given: Any, **unused: Any) -> Inert:
+        """Keep the arguments."""
+        inert = super().__new__(cls)
+        if given:
+            inert.given = given
+        return inert
+
+    def __init__(self, *given: Any, **unused: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep attributes as attributes."""
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+def make_inert_class(module: str, name: str) -> type[Inert]:
+    """Return a class of its own, so that a pickle that alters it alters nothing else."""
+    return type(name, (Inert,), {"__module__": module})
+
+
+def stand_ins() -> list[tuple[type[Inert], str]]:
+    """Return what ``torch.serialization.safe_globals`` takes, for all names but NumPy's."""
+    return [
+        (make_inert_class(module, name), f"{module}.{name}")
+        for module, names in INERT_NAMES.items()
+        if not module.startswith(("numpy", "_codecs")) and module != "torch"
+        for name in sorted(names)
+    ]
+
+
+def refused(module: str, name: str) -> pickle.UnpicklingError:
+    """Build the error of a name that is not listed."""
+    return pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint needs")
+
+
+class InertUnpickler(pickle.Unpickler):
+    """Reads a pickle whose every object becomes a builtin container or an `Inert`."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self._dict = type("Dict", (dict,), {})
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return an inert class for a listed name."""
+        if module == "collections" and name in ("OrderedDict", "defaultdict"):
+            return self._dict if name == "OrderedDict" else lambda factory=None: self._dict()
+        if module in ("builtins", "__builtin__") and name in ("set", "frozenset", "slice"):
+            return {"set": set, "frozenset": frozenset, "slice": slice}[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name in INERT_NAMES.get(module, ()):
+            return make_inert_class(module, name)
+        raise refused(module, name)
