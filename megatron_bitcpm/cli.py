@@ -114,6 +114,67 @@ def data_prepare(
     _print_json(report)
 
 
+@app.command("convert")
+def convert_command(
+    input_: Annotated[
+        Path, typer.Option("--input", help="Hugging Face folder, Megatron checkpoint, or run.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="torch_dist, legacy, plain, latent or pseudo.")],
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="Megatron: shards of each layer; default 1.")
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None, typer.Option(help="Megatron: pipeline stages; default 1.")
+    ] = None,
+    virtual_pipeline_parallel_size: Annotated[
+        int | None, typer.Option(help="Megatron: chunks on each stage (interleaved).")
+    ] = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(help="Of a MiniCPM: minicpm (default) or llama, which folds its constants."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder, where the input has none.")
+    ] = None,
+    quant_type: Annotated[
+        str | None, typer.Option(help="Grid that trained unstamped latents, for example ternary.")
+    ] = None,
+    group_size: Annotated[
+        str | None, typer.Option(help="... its inputs per scale; -1 is the row, or tensor.")
+    ] = None,
+    eps: Annotated[float | None, typer.Option(help="... its smallest scale; default 1e-5.")] = None,
+    numerics: Annotated[
+        str | None, typer.Option(help="... its arithmetic: fp32 (default) or bf16_reciprocal.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Hugging Face: largest weights file; default 5GB.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Hugging Face: safetensors (default) or bin.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on with latents that look untrained.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output, if it is a model.")
+    ] = False,
+) -> None:
+    """Convert between Megatron and Hugging Face, and prove that nothing changed."""
+    from megatron_bitcpm.conversion.convert import convert
+
+    _print_json(
+        convert(
+            input_, output, to, tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            virtual_pipeline_parallel_size=virtual_pipeline_parallel_size,
+            architecture=architecture, tokenizer=tokenizer, quant_type=quant_type,
+            group_size=group_size, eps=eps, numerics=numerics, max_shard_size=max_shard_size,
+            weights=weights, force=force, overwrite=overwrite,
+        )
+    )  # fmt: skip
+
+
 @export_app.command("hf")
 def export_hf_command(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or a run (its newest one).")],
@@ -124,25 +185,108 @@ def export_hf_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:
     """Write a pseudo-quantised Hugging Face folder that any Llama runtime loads."""
-    from megatron_bitcpm.checkpoint.hf_folder import export_hf
+    from megatron_bitcpm.conversion.hf.writer import export_hf
 
     _print_json(export_hf(checkpoint, output, tokenizer=tokenizer, overwrite=overwrite))
 
 
 @app.command("verify")
 def verify_command(
-    folder: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
-    checkpoint: Annotated[
-        Path | None, typer.Argument(help="Checkpoint or run that it was exported from.")
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder, checkpoint, or run.")],
+    other: Annotated[
+        Path | None, typer.Argument(help="The model that it must equal, in any format and form.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder, where the models have none.")
+    ] = None,
+    logits: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts, one a line, or .jsonl: compare the next token's probabilities."
+        ),
+    ] = None,
+    logits_key: Annotated[
+        str | None, typer.Option(help="Key of the prompt in a .jsonl file; default prompt.")
+    ] = None,
+    logits_dtype: Annotated[
+        str | None,
+        typer.Option(help="OTHER computes in float32 (default), or auto: the type of its files."),
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the tables to this file instead of the terminal.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modelling code of others.")
+    ] = False,
+) -> None:
+    """Prove that every group lies on its grid and, with OTHER, that both are the same model.
+
+    Without OTHER a changed sign, norm or embedding cannot be noticed. The exit code is 2 where
+    anything differs; with --logits the table of predictions comes first.
+    """
+    from megatron_bitcpm.conversion.open import open_source
+    from megatron_bitcpm.conversion.verify import compare
+    from megatron_bitcpm.files import write_text_atomically
+
+    only_with_logits = {
+        "logits-key": logits_key,
+        "logits-dtype": logits_dtype,
+        "trust-remote-code": trust_remote_code or None,
+    }
+    for name, value in only_with_logits.items():
+        if value is not None and logits is None:
+            raise BitcpmError.of(name, value, "has no effect without --logits", "Leave it out")
+    if other is None:
+        for name, value in {"logits": logits, "markdown": markdown}.items():
+            if value is not None:
+                raise BitcpmError.of(name, value, "needs two models", "Name the second one")
+    report = compare(
+        open_source(model, tokenizer), open_source(other, tokenizer) if other else None
+    )
+    content, tables = report.content, report.render()
+    if logits is not None and other is not None:
+        from megatron_bitcpm.evaluation.logit_table import (
+            logit_table,
+            read_prompts,
+            render_logit_table,
+        )
+
+        table = logit_table(
+            model, other, read_prompts(logits, logits_key or "prompt"), tokenizer,
+            logits_dtype or "float32", trust_remote_code,
+        )  # fmt: skip
+        content = content | {"logits": table}
+        tables = f"{tables}\n{render_logit_table(table)}"
+    if markdown is not None:
+        write_text_atomically(markdown, tables)
+    elif logits is not None or report.problems:
+        typer.echo(tables, err=True)
+    if logits is not None or not report.problems:
+        _print_json(content)
+    report.raise_problems()
+
+
+@app.command("inspect")
+def inspect_command(
+    path: Annotated[Path, typer.Argument(help="Model folder, checkpoint, run, or weights file.")],
+    fix_config: Annotated[
+        bool,
+        typer.Option("--fix-config", help="Correct config.json; keeps the old as config.json.bak."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer folder, where the model has none.")
     ] = None,
 ) -> None:
-    """Prove that every group of a folder is ternary and, with CHECKPOINT, equals it bit for bit.
+    """Say what a model is: architecture, contradictions, quantiser, grid, memory."""
+    from megatron_bitcpm.conversion.inspect import inspect
+    from megatron_bitcpm.conversion.inspect_text import render
 
-    Without CHECKPOINT a changed sign, norm or embedding cannot be noticed.
-    """
-    from megatron_bitcpm.checkpoint.verify import verify
-
-    _print_json(verify(folder, checkpoint))
+    report = inspect(path, fix_config=fix_config, tokenizer=tokenizer)
+    if as_json:
+        _print_json(report)
+    else:
+        typer.echo(render(report))
 
 
 @app.command("generate")
@@ -153,6 +297,9 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0 among all.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modelling code of others.")
+    ] = False,
 ) -> None:
     """Continue a text with transformers."""
     from megatron_bitcpm.evaluation.generate import generate
@@ -160,7 +307,7 @@ def generate_command(
     typer.echo(
         generate(
             model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            seed=seed,
+            seed=seed, trust_remote_code=trust_remote_code,
         )
     )  # fmt: skip
 
@@ -197,6 +344,23 @@ def bench_save_command(
     from megatron_bitcpm.evaluation.bench_save import bench_save
 
     _print_json(bench_save(rounds))
+
+
+@bench_app.command("convert")
+def bench_convert_command(
+    shape: Annotated[str, typer.Option(help="1B (3.2 GB), small or tiny.")] = "1B",
+    rounds: Annotated[int, typer.Option(help="How often each conversion runs.")] = 1,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Drop the input from the page cache each time.")
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to work; about four times the model's size.")
+    ] = None,
+) -> None:
+    """Time conversions of a synthetic model against dd, and measure their memory."""
+    from megatron_bitcpm.evaluation.bench_convert import bench_convert
+
+    _print_json(bench_convert(shape, rounds, cold, folder))
 
 
 @app.command("compare")

@@ -1,7 +1,8 @@
-"""Checkpoints: Megatron's distributed format, and its translation to and from Hugging Face.
+"""Training checkpoints: Megatron's distributed format, complete or absent.
 
-* `store`: folders on disk, complete or absent.
+* `store`: folders on disk.
 * `state`: what a checkpoint holds and how it comes back.
-* `reader`: full tensors out of a checkpoint, without building a model.
-* `megatron_to_hf`: the Hugging Face folder; `verify`: the proof that it equals the checkpoint.
+* `safe_load`: no pickle of a checkpoint can run code.
+
+What does not live here: other formats, see `megatron_bitcpm.conversion`.
 """

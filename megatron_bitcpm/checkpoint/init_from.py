@@ -1,11 +1,20 @@
-"""Beginning a run with the weights of another: which settings the two must share."""
+"""Beginning a run with the weights of another model: where they are, and what must be the same."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_bitcpm.config import RunConfig
-from megatron_bitcpm.errors import ConfigError, format_problem
+from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, read_model_file
+from megatron_bitcpm.checkpoint.store import (
+    find_checkpoint,
+    find_tracked_folder,
+    read_config,
+    read_state,
+)
+from megatron_bitcpm.config import ModelConfig, RunConfig
+from megatron_bitcpm.errors import CheckpointError, ConfigError, format_problem
+from megatron_bitcpm.files import TOKENIZER_FILES, hash_files
 
 _MAY_DIFFER = {
     "init_method_std",  # there is nothing to initialise
@@ -16,7 +25,49 @@ _MAY_DIFFER = {
 }
 
 
-def check_init_from(config: RunConfig, saved: RunConfig, folder: Path) -> None:
+@dataclass(frozen=True)
+class Origin:
+    """Weights to begin with.
+
+    Attributes:
+        folder: a torch_dist checkpoint, of a run or converted from another format.
+        model: its architecture.
+        tokenizer_sha256: hash of its tokenizer's files, None where it came without a tokenizer.
+    """
+
+    folder: Path
+    model: ModelConfig
+    tokenizer_sha256: str | None
+
+
+def find_origin(path: str | Path) -> Origin:
+    """Return the weights that `checkpoint.init_from` means.
+
+    Args:
+        path: a checkpoint or a run (its newest one), of the trainer or converted.
+
+    Raises:
+        CheckpointError: there is none, it is incomplete or damaged, or in another format.
+    """
+    path = Path(path)
+    folder = path if (path / MODEL_FILE).is_file() else find_tracked_folder(path)
+    if folder is None or not (folder / MODEL_FILE).is_file():
+        folder = find_checkpoint(path)
+        sha256 = read_state(folder).get("tokenizer_sha256")
+        return Origin(folder, read_config(folder).model, sha256)
+    converted = read_model_file(folder)
+    if not (folder / ".metadata").is_file():
+        raise CheckpointError.of(
+            "checkpoint.init_from", folder, "is not in the torch_dist format",
+            "Convert it with bitcpm convert --to torch_dist",
+        )  # fmt: skip
+    side_files = folder / SIDE_FOLDER
+    has_tokenizer = any((side_files / name).is_file() for name in TOKENIZER_FILES)
+    sha256 = hash_files(side_files, TOKENIZER_FILES) if has_tokenizer else None
+    return Origin(folder, converted.model, sha256)
+
+
+def check_init_from(config: RunConfig, saved: ModelConfig, folder: Path) -> None:
     """Refuse to begin with the weights of another architecture.
 
     Layout, precision, quantiser, data and optimizer may differ, and what the length of the context
@@ -24,7 +75,7 @@ def check_init_from(config: RunConfig, saved: RunConfig, folder: Path) -> None:
 
     Args:
         config: the new run.
-        saved: that of the checkpoint.
+        saved: the model of the checkpoint.
         folder: the checkpoint, for the message.
 
     Raises:
@@ -35,11 +86,11 @@ def check_init_from(config: RunConfig, saved: RunConfig, folder: Path) -> None:
         format_problem(
             f"model.{name if name != 'head_dim' else 'kv_channels'}",
             getattr(config.model, name),
-            f"checkpoint.init_from {folder} has {getattr(saved.model, name)}",
+            f"checkpoint.init_from {folder} has {getattr(saved, name)}",
             "Use that value, or begin with another checkpoint",
         )
         for name in [*names, "head_dim"]
-        if getattr(config.model, name) != getattr(saved.model, name)
+        if getattr(config.model, name) != getattr(saved, name)
     ]
     if problems:
         raise ConfigError(problems)

@@ -292,7 +292,7 @@ def _check_entries(folder: Path, state: dict[str, Any], metadata: Metadata) -> N
 
 
 _FIXES = {
-    "model": "Use the model section of its bitcpm_config.yaml",
+    "model": "Use the model section of its bitcpm_config.yaml or bitcpm_model.json",
     "optimizer": "Use the precision and use_distributed_optimizer of its bitcpm_config.yaml, and "
     "with the latter the megatron-core that wrote it",
 }

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.config import RunConfig, parse_config
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.files import sync, sync_tree, write_text_atomically
@@ -141,6 +142,7 @@ def find_checkpoint(path: str | Path) -> Path:
         if pending is not None:
             return path / iteration_name(pending)
         if not (path / TRACKER).is_file():
+            _refuse_converted(path)
             raise CheckpointError.of(
                 "checkpoint", path, "is neither a checkpoint nor a run with one",
                 _name_newest(path)
@@ -149,6 +151,7 @@ def find_checkpoint(path: str | Path) -> Path:
         target = path / _read_tracker(path / TRACKER)
         if not target.exists() and replaced_folder(target).exists():
             target = replaced_folder(target)
+        _refuse_converted(target)
         if damage := _damage(target):
             raise CheckpointError.of(
                 "checkpoint", target, f"is named by {TRACKER} but incomplete or absent: {damage}",
@@ -159,6 +162,21 @@ def find_checkpoint(path: str | Path) -> Path:
         raise CheckpointError.of(
             "checkpoint", path, f"cannot be read: {error.strerror}", "Name a readable folder"
         ) from error
+
+
+def _refuse_converted(folder: Path) -> None:
+    if (folder / MODEL_FILE).is_file():
+        raise CheckpointError.of(
+            "checkpoint", folder, "was converted from another format and holds weights alone",
+            "Begin a run with it: checkpoint.init_from",
+        )  # fmt: skip
+
+
+def find_tracked_folder(run_dir: Path) -> Path | None:
+    """Return the folder that the tracker of a run names, whatever is in it; None without one."""
+    if not (run_dir / TRACKER).is_file():
+        return None
+    return run_dir / _read_tracker(run_dir / TRACKER)
 
 
 def pending_checkpoint(run_dir: Path) -> int | None:
@@ -204,7 +222,7 @@ def _read_tracker(path: Path) -> str:
     name = path.read_bytes()[:200].decode("ascii", errors="replace").strip()
     if re.fullmatch("[0-9]{1,18}", name):
         return iteration_name(int(name))
-    if re.fullmatch("iter_[0-9]{1,18}", name):
+    if re.fullmatch("iter_[0-9]{1,18}|release", name):
         return name
     raise CheckpointError.of(
         "checkpoint", path, f"names no checkpoint ({name[:20]!r})",

@@ -1,4 +1,8 @@
-"""Text from an exported folder, with transformers; nothing is downloaded."""
+"""Text from a Hugging Face folder, with transformers; nothing is downloaded.
+
+Folders whose architecture transformers does not know come with a modelling file. It is run without
+a question only where it is, byte for byte, the one that this package writes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ from typing import Any
 
 import torch
 
+from megatron_bitcpm.conversion.hf.config import CONFIG_FILE
+from megatron_bitcpm.conversion.hf.modeling.writer import QUANTIZER_KEY, trusted_modeling_files
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.files import read_json
 
 
 def generate(
@@ -17,6 +24,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 50,
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> str:
     """Continue a prompt.
 
@@ -28,6 +36,7 @@ def generate(
         temperature: 0 takes the most likely token each time; above 0 samples.
         top_k: sample among this many most likely tokens; 0 among all.
         seed: of the sampling.
+        trust_remote_code: run modelling code of the folder that is not this package's.
     Returns:
         The continuation, without the prompt.
 
@@ -38,7 +47,8 @@ def generate(
         raise BitcpmError.of("temperature", temperature, "is negative", "Use 0 for greedy decoding")
     if max_new_tokens < 1:
         raise BitcpmError.of("max_new_tokens", max_new_tokens, "is no length", "Use 64")
-    model, tokenizer = load_hf_model(folder), load_hf_tokenizer(folder)
+    model = load_hf_model(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_hf_tokenizer(folder)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         # In training an end token stands before every document but the first.
@@ -69,15 +79,20 @@ def generate(
     return text
 
 
-def load_hf_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
-    """Load a model folder with transformers, local files only, no remote code.
+def load_hf_model(
+    folder: str | Path, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+) -> Any:
+    """Load a model folder with transformers, local files only.
 
     Args:
         folder: Hugging Face model folder.
-        dtype: type of the weights; ``auto`` is the one of the files.
+        dtype: type of the weights; ``auto`` is the one of the files. Latent weights are quantised
+            in the type of the files whatever it is, as in training; such a model is for inference.
+        trust_remote_code: run modelling code of the folder that is not this package's.
 
     Raises:
-        CheckpointError: transformers is not installed, or cannot load the folder.
+        CheckpointError: transformers is not installed, cannot load the folder, or would have to run
+            code that is not trusted.
     """
     from_pretrained = _import_auto_class("AutoModelForCausalLM", folder)
     with torch.device("meta"):
@@ -89,12 +104,53 @@ def load_hf_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
             "model", folder, "torch.device contexts have no effect in this process any more",
             "Load the model in a process of its own",
         )  # fmt: skip
-    return _load(from_pretrained, folder, dtype=dtype).eval()
+    runs_code = _needs_code(folder)
+    if runs_code and not trust_remote_code and not trusted_modeling_files(folder):
+        raise CheckpointError.of(
+            "model", folder, "its modelling code is not the one that this package writes, and "
+            "loading would run it", "Read it, then add --trust-remote-code",
+        )  # fmt: skip
+    config = read_json(Path(folder) / CONFIG_FILE) if runs_code else {}
+    if QUANTIZER_KEY not in config or dtype == "auto":
+        return _load(from_pretrained, folder, dtype=dtype, trust_remote_code=runs_code).eval()
+    model = _load(from_pretrained, folder, dtype="auto", trust_remote_code=True)
+    return _quantize_for_good(model).to(dtype).eval()
+
+
+class _AsItIs:
+    """In place of a quantiser: the weight holds the values of the forward already.
+
+    Attributes:
+        slices: parts of a token that are rounded by themselves, see the modelling file.
+    """
+
+    def __init__(self, slices: int) -> None:
+        self.slices = slices
+
+    def __call__(self, w_OI: torch.Tensor) -> torch.Tensor:
+        return w_OI
+
+
+@torch.no_grad()
+def _quantize_for_good(model: Any) -> Any:
+    """Replace latent weights by their values on the grid, rounded to the type of the latents."""
+    for module in model.modules():
+        if type(module).__name__ == "LinearQuantizer":
+            module.weight.data = module.quantized_weight()
+            module.quantizer = _AsItIs(module.quantizer.slices)
+    return model
 
 
 def load_hf_tokenizer(folder: str | Path) -> Any:
     """Load the tokenizer of a model folder; raises as `load_hf_model`."""
-    return _load(_import_auto_class("AutoTokenizer", folder), folder)
+    return _load(_import_auto_class("AutoTokenizer", folder), folder, trust_remote_code=False)
+
+
+def _needs_code(folder: str | Path) -> bool:
+    """Whether config.json names a class in a file of the folder for the model."""
+    path = Path(folder) / CONFIG_FILE
+    names = read_json(path).get("auto_map") if path.is_file() else None
+    return isinstance(names, dict) and "AutoModelForCausalLM" in names
 
 
 def _import_auto_class(name: str, folder: str | Path) -> Any:
@@ -116,9 +172,7 @@ def _import_auto_class(name: str, folder: str | Path) -> Any:
 
 def _load(from_pretrained: Any, folder: str | Path, **options: Any) -> Any:
     try:
-        return from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, **options
-        )
+        return from_pretrained(str(folder), local_files_only=True, **options)
     except Exception as error:  # transformers raises many kinds, from OSError to TypeError
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise CheckpointError.of(

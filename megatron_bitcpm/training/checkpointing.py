@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from megatron_bitcpm.checkpoint.init_from import check_init_from
+from megatron_bitcpm.checkpoint.init_from import check_init_from, find_origin
 from megatron_bitcpm.checkpoint.retention import clean_leftovers
 from megatron_bitcpm.checkpoint.store import (
     find_checkpoint,
@@ -56,8 +56,8 @@ def check_run_folder(config: RunConfig, resume: bool) -> None:
                 )
             )
         elif config.checkpoint.init_from:
-            folder = find_checkpoint(config.checkpoint.init_from)
-            check_init_from(config, read_config(folder), folder)
+            origin = find_origin(config.checkpoint.init_from)
+            check_init_from(config, origin.model, origin.folder)
 
     on_all_ranks(check, partial(_unreadable, directory), main_only=True)
 
@@ -172,19 +172,18 @@ class Checkpointer:
         logger.info("begun with the weights of %s", folder)
 
     def _find_origin(self, source: str) -> Path:
-        folder = find_checkpoint(source)
-        check_init_from(self._config, read_config(folder), folder)
-        key = "tokenizer_sha256"
-        if read_state(folder).get(key) != self._data_facts[key]:
+        origin = find_origin(source)
+        check_init_from(self._config, origin.model, origin.folder)
+        if origin.tokenizer_sha256 not in (None, self._data_facts["tokenizer_sha256"]):
             raise ConfigError(
                 format_problem(
                     "data.tokenizer",
                     self._config.data.tokenizer,
-                    f"checkpoint.init_from {folder} was trained with another tokenizer",
+                    f"checkpoint.init_from {origin.folder} was trained with another tokenizer",
                     "Use that tokenizer: the embeddings belong to its ids",
                 )
             )
-        return folder
+        return origin.folder
 
     def _latents(self) -> AbstractContextManager[None]:
         return self._state.ternary.latents() if self._state.ternary else nullcontext()

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.checkpoint.hf_config import read_tokenizer_ids
 from megatron_bitcpm.checkpoint.store import write_error
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.data.dataset import (
@@ -28,6 +27,7 @@ from megatron_bitcpm.data.dataset import (
     data_fingerprints,
 )
 from megatron_bitcpm.data.tokenizer import load_tokenizer
+from megatron_bitcpm.data.tokenizer_ids import read_tokenizer_ids
 from megatron_bitcpm.errors import BitcpmError, TrainingError
 from megatron_bitcpm.parallel.agree import on_all_ranks
 from megatron_bitcpm.training.checkpointing import Checkpointer, check_run_folder

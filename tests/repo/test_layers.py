@@ -24,6 +24,7 @@ LAYERS = {
     "patching": 6,
     "checkpoint": 6,
     "export": 6,
+    "conversion": 7,
     "training": 7,
     "evaluation": 8,
     "doctor": 8,

@@ -1,23 +1,17 @@
-"""The JSON side of a Hugging Face Llama folder: config.json, shapes, ids of the tokenizer.
+"""How many ids a tokenizer folder has and which ones are special, read from its files alone.
 
-The rotary settings are written in the legacy form (``rope_theta``, ``rope_scaling``), which
-transformers 4.x, transformers 5.x and vLLM all read. Neither transformers nor tokenizers is needed.
+Neither transformers nor tokenizers is needed. What loads a tokenizer is in `data.tokenizer`.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_bitcpm.config import ModelConfig
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.files import read_json
 
-CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
 VOCABULARY_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -43,24 +37,6 @@ class TokenizerIds:
     bos: int | None
     eos: int | None
     pad: int | None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file that holds an object.
-
-    Raises:
-        CheckpointError: absent, unreadable or no JSON object; names the file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("holds no JSON object")
-        return content
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError.of(
-            "file", path, reason.rstrip("."), "Export the model again, or name another folder"
-        ) from error
 
 
 def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> TokenizerIds:
@@ -159,103 +135,3 @@ def _read_vocabulary(folder: Path) -> tuple[dict[Any, int], dict[str, Any]]:
             index = getattr(processor, key.replace("token", "id"))()
             special[key] = processor.id_to_piece(index) if index >= 0 else None
     return ids, special
-
-
-def check_expressible(model: ModelConfig) -> None:
-    """Refuse a model that a Llama's config.json cannot describe: it would load and compute wrongly.
-
-    Raises:
-        CheckpointError: names the setting.
-    """
-    for field, value in (
-        ("architecture", None if model.architecture == "llama" else model.architecture),
-        ("rope_scaling", model.rope_scaling and model.rope_scaling.rope_type),
-    ):
-        if value is not None:
-            raise CheckpointError.of(
-                f"model.{field}", value, "has no Hugging Face folder yet",
-                "Export a Llama without rope_scaling",
-            )  # fmt: skip
-
-
-def llama_config(
-    model: ModelConfig, dtype: torch.dtype, vocab_size: int, ids: TokenizerIds
-) -> dict[str, Any]:
-    """Return the content of config.json.
-
-    Args:
-        model: the architecture.
-        dtype: type of the tensors.
-        vocab_size: rows of the embedding.
-        ids: of the tokenizer that goes with the model.
-    """
-    check_expressible(model)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": ids.bos,
-        "eos_token_id": ids.eos,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": model.hidden_size,
-        "initializer_range": model.init_method_std,
-        "intermediate_size": model.ffn_hidden_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "mlp_bias": False,
-        "num_attention_heads": model.num_attention_heads,
-        "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.num_query_groups,
-        "pad_token_id": ids.pad,
-        "pretraining_tp": 1,
-        "rms_norm_eps": model.layernorm_epsilon,
-        "rope_scaling": None,
-        "rope_theta": float(model.rotary_base),
-        "tie_word_embeddings": model.share_embeddings_and_output_weights,
-        # `dtype` is the newer name of the same key; older readers know `torch_dtype` only.
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "use_cache": True,
-        "vocab_size": vocab_size,
-    }
-
-
-def generation_config(ids: TokenizerIds) -> dict[str, Any]:
-    """Return the content of generation_config.json.
-
-    Without a padding token generation pads with the end token, which it would do with a warning.
-    """
-    return {
-        "bos_token_id": ids.bos,
-        "eos_token_id": ids.eos,
-        "pad_token_id": ids.eos if ids.pad is None else ids.pad,
-    }
-
-
-def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every tensor that a config.json calls for.
-
-    Raises:
-        KeyError: a key is absent.
-    """
-    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    query = config["num_attention_heads"] * config["head_dim"]
-    key_value = config["num_key_value_heads"] * config["head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
-    for layer in range(config["num_hidden_layers"]):
-        for name, shape in (
-            ("self_attn.q_proj", (query, hidden)),
-            ("self_attn.k_proj", (key_value, hidden)),
-            ("self_attn.v_proj", (key_value, hidden)),
-            ("self_attn.o_proj", (hidden, query)),
-            ("mlp.gate_proj", (ffn, hidden)),
-            ("mlp.up_proj", (ffn, hidden)),
-            ("mlp.down_proj", (hidden, ffn)),
-            ("input_layernorm", (hidden,)),
-            ("post_attention_layernorm", (hidden,)),
-        ):
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (vocab, hidden)
-    return shapes

@@ -1,0 +1,190 @@
+"""Two models side by side: architecture, quantiser, and every tensor.
+
+Codes and scales are compared of the values that the forward multiplies with, whatever form a model
+is stored in; latents, and all other tensors, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.conversion.difference import KINDS, Differences
+from megatron_bitcpm.conversion.grid_reading import (
+    count_differences,
+    count_different_bits,
+    equal_bits,
+)
+from megatron_bitcpm.conversion.hf.fold import fold
+from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.stamp import NUMERICS, QuantizerStamp
+from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.models.rope import attention_factor
+
+_NOT_COMPUTED = frozenset(
+    {"init_method_std", "make_vocab_size_divisible_by", "kv_channels", "rope_scaling"}
+)
+"""Fields of a model that say nothing about its forward, or that are compared by what they mean."""
+
+
+class Comparison:
+    """Compares the tensors of a model with those of the one that it should be."""
+
+    def __init__(self, found: ModelSource, wanted: ModelSource) -> None:
+        self.found, self.wanted, self.path = found, wanted, wanted.path
+        self.groups = wanted.quantized_tensors() | found.quantized_tensors()
+        stamp = found.stamp or wanted.stamp
+        self.grid = None if stamp is None else stamp.quant.grid
+        self.latent = found.form == wanted.form == "latent"
+        self.stamps = _compare_stamps(found, wanted)
+        self.differences = Differences()
+
+    def add(self, name: str, value: torch.Tensor) -> None:
+        """Compare a tensor; `value` is what the forward of `found` multiplies with."""
+        note = functools.partial(self.differences.note, name)
+        self.differences.compared.append(name)
+        groups = self.groups.get(name)
+        if groups is not None and self.latent:
+            latents = _count_values(self.found.tensor(name), self.wanted.tensor(name))
+            note(values=latents)
+            if not latents and not self.stamps:  # then the forward values are the same as well
+                return
+        mine, other = _alike(value, self.wanted.forward_tensor(name))
+        if mine.shape != other.shape or groups is None or self.grid is None:
+            note(values=_count_values(mine, other))
+        elif not equal_bits(mine, other):
+            codes, scales = count_differences(mine, other, groups, self.grid)
+            note(codes=codes, scales=scales)
+            if not codes and not scales:  # off the grid; or zeros of another sign, which are equal
+                note(values=int((mine != other).sum()))
+
+    def content(self) -> dict[str, Any]:
+        """Return the counts for the report."""
+        return {
+            "compared_tensors": len(self.differences.compared),
+            **{f"differing_{kind}": self.differences.total(kind) for kind in KINDS},
+            "layers": self.differences.by_layer(),
+        }
+
+    def problems(self) -> list[str]:
+        """Return what is not equal."""
+        problems = self.stamps + self.differences.describe()
+        if self.differences.codes or self.differences.scales:
+            problems += _try_other_numerics(self.found, self.wanted)
+        return problems
+
+
+def _count_values(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Return how many values are not equal bit for bit."""
+    a, b = _alike(a, b)
+    if a.shape != b.shape:
+        return max(a.numel(), b.numel())
+    return 0 if equal_bits(a, b) else count_different_bits(a, b)
+
+
+def fold_alike(found: ModelSource, wanted: ModelSource) -> tuple[ModelSource, ModelSource]:
+    """Fold the unfolded one of a folded and an unfolded model: folding cannot be undone."""
+    if found.folding is not None and _can_fold(wanted):
+        return found, fold(wanted)
+    if wanted.folding is not None and _can_fold(found):
+        return fold(found), wanted
+    return found, wanted
+
+
+def _can_fold(source: ModelSource) -> bool:
+    return source.folding is None and source.model.architecture == "minicpm"
+
+
+def compare_architectures(found: ModelSource, wanted: ModelSource) -> list[str]:
+    """Compare what decides the forward of two models."""
+    a, b = _facts_of(found), _facts_of(wanted)
+    problems = [f"{key} is {a[key]}, there {b[key]}" for key in a if a[key] != b[key]]
+    return problems
+
+
+def _facts_of(source: ModelSource) -> dict[str, Any]:
+    model, rope = source.model, source.model.rope_scaling
+    return {
+        **model.model_dump(mode="json", exclude=set(_NOT_COMPUTED)),
+        "head_dim": model.head_dim,
+        "vocab_size": source.vocab_size,
+        "rope_type": rope and rope.rope_type,
+        "rope_short_factor": rope and list(rope.short_factor),
+        "rope_long_factor": rope and list(rope.long_factor),
+        "rope_original_max_position_embeddings": rope and rope.original_max_position_embeddings,
+        "rope_attention_factor": attention_factor(model),
+        "folding": source.folding and dataclasses.asdict(source.folding),
+    }
+
+
+def _compare_stamps(found: ModelSource, wanted: ModelSource) -> list[str]:
+    """Compare the quantisers by what they do."""
+    a, b = found.stamp, wanted.stamp
+    if a is None or b is None:
+        if a is b:
+            return []
+        # A folder that was quantised by others carries no stamp; its values may still be equal.
+        return [f"{(found if a is None else wanted).path} has no quantiser stamp"]
+    mine, others = _stamp_facts(found, a), _stamp_facts(wanted, b)
+    return [
+        f"{key} of the quantiser is {mine[key]}, there {others[key]}"
+        for key in mine
+        if mine[key] != others[key]
+    ] + (
+        ["the quantisers make other tensors or groups"]
+        if found.quantized_tensors() != wanted.quantized_tensors()
+        else []
+    )
+
+
+def _stamp_facts(source: ModelSource, stamp: QuantizerStamp) -> dict[str, Any]:
+    quant = stamp.quant
+    return {
+        "grid": quant.grid,
+        "eps": quant.eps,
+        "numerics": stamp.numerics,
+        "activation": quant.activation,
+        "tensor_model_parallel_size": stamp.tp_size if _slices_matter(stamp) else "any",
+    }
+
+
+def _slices_matter(stamp: QuantizerStamp) -> bool:
+    """Whether the values of the forward depend on how many ranks had shared a row."""
+    quant = stamp.quant
+    if quant.activation != "none":
+        return True
+    if quant.group_size == -1 and quant.scale_sync == "local":
+        return True
+    return quant.grid == "ternary" and quant.group_size in (-1, "tensor")
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two tensors in one type that holds both exactly."""
+    return (a, b) if a.dtype == b.dtype else (a.float(), b.float())
+
+
+def _try_other_numerics(found: ModelSource, wanted: ModelSource) -> list[str]:
+    """Say so when the models are equal under another arithmetic of the quantiser."""
+    for source, other in ((found, wanted), (wanted, found)):
+        stamp = source.stamp
+        if stamp is None or source.form != "latent" or other.form == "latent":
+            continue
+        for numerics in set(NUMERICS) - {stamp.numerics}:
+            changed_stamp = dataclasses.replace(stamp, numerics=numerics)
+            changed = dataclasses.replace(source, stamp=changed_stamp)
+            try:
+                equal = all(
+                    _count_values(changed.forward_tensor(name), other.forward_tensor(name)) == 0
+                    for name in source.quantized_tensors()
+                )
+            except BitcpmError:  # a grid that these numerics do not have
+                continue
+            if equal:
+                return [
+                    f"all codes and scales are equal when {source.path} is quantised with the "
+                    f"other numerics, {numerics}"
+                ]
+    return []

@@ -1,0 +1,85 @@
+"""What two models do not share, counted by tensor and by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = ("codes", "scales", "values")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LISTED = 5
+"""Tensors that a line names; the table has all."""
+
+
+@dataclass
+class Differences:
+    """Counts of what differs, by tensor.
+
+    Attributes:
+        codes: weights that have another code on the grid.
+        scales: groups that have another scale.
+        values: latents, and weights in full precision, that are not equal bit for bit.
+        compared: all tensors that were looked at, differing or not.
+    """
+
+    codes: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, int] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
+    compared: list[str] = field(default_factory=list)
+
+    def note(self, name: str, **counts: int) -> None:
+        """Add counts of a tensor by kind; zeros are left out."""
+        for kind, count in counts.items():
+            if count:
+                getattr(self, kind)[name] = count
+
+    def total(self, kind: str) -> int:
+        """Return how many codes, scales or values differ."""
+        counts: dict[str, int] = getattr(self, kind)
+        return sum(counts.values())
+
+    def describe(self) -> list[str]:
+        """Return for each kind that differs its count and the first tensors."""
+        parts = []
+        for kind in KINDS:
+            counts: dict[str, int] = getattr(self, kind)
+            if counts:
+                names = [f"{name} ({count})" for name, count in counts.items()]
+                parts.append(f"{self.total(kind)} {kind} differ: {list_first(names, 'tensors')}")
+        return parts
+
+    def by_layer(self) -> list[dict[str, Any]]:
+        """Return a row for each layer, after them one with layer None for what is in no layer.
+
+        A row has ``layer``, ``tensors`` compared, differing ``codes``, ``scales`` and ``values``.
+        """
+        rows: dict[int | None, dict[str, Any]] = {}
+        for name in self.compared:
+            match = _LAYER.match(name)
+            layer = None if match is None else int(match[1])
+            row = rows.setdefault(layer, {"layer": layer, "tensors": 0, **dict.fromkeys(KINDS, 0)})
+            row["tensors"] += 1
+            for kind in KINDS:
+                row[kind] += getattr(self, kind).get(name, 0)
+        numbers = sorted(layer for layer in rows if layer is not None)
+        return [rows[layer] for layer in (*numbers, *([None] if None in rows else []))]
+
+
+def list_first(names: Iterable[str], what: str) -> str:
+    """Join the first names; say how many more of `what` there are."""
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more {what}" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def markdown_table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """Return a Markdown table; bars and line ends inside cells are escaped."""
+
+    def line(cells: Iterable[Any]) -> str:
+        escaped = (str(c).replace("|", "\\|").replace("\n", "\\n") for c in cells)
+        return f"| {' | '.join(escaped)} |"
+
+    header = list(header)
+    return "\n".join([line(header), line("---" for _ in header), *map(line, rows)]) + "\n"

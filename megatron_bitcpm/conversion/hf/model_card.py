@@ -1,0 +1,259 @@
+"""The README.md of a written folder: what it is, how it loads, what is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_bitcpm.conversion.source import Form, ModelSource
+from megatron_bitcpm.conversion.stamp import BF16_RECIPROCAL, QuantizerStamp
+from megatron_bitcpm.quant.grids import find_grid
+from megatron_bitcpm.version import __version__
+
+_PSEUDO = """\
+A {bits} language model, pseudo-quantised: every weight of the {tensors} projection
+matrices is one of {levels}, where s is the scale of {groups}. The values are
+stored in {dtype}, so the folder is as large as a full-precision one and loads as {loads}.
+Embeddings, norms and the output layer are in full precision.{excluded}
+
+Exported by megatron_bitcpm {version} and compared with its source: no code differs.
+Check again with `bitcpm verify FOLDER [CHECKPOINT]`. `bitcpm_quantizer.json` records the quantiser.
+"""
+_LATENT = """\
+The latent weights ({dtype}) of a {bits} language model, for fine-tuning: `modeling_bitcpm.py`
+quantises the {tensors} projection matrices in each forward, to {levels}, where s is the scale of
+{groups}, and passes gradients straight through. Without that file these
+weights are not the model: do not serve the folder, convert it first.{excluded}
+
+Written by megatron_bitcpm {version} and compared with its source. `bitcpm_quantizer` in
+`config.json` records the quantiser.
+"""
+_ACTIVATION = """\
+In training each token was rounded to 8 bits in front of these matrices. {then}
+"""
+_NO_ACTIVATION = (
+    "The format of this\nfolder has no such step: whoever loads it multiplies with activations in "
+    "full precision."
+)
+_NUMERICS = """\
+Codes and scales follow the arithmetic of the weights' type with a reciprocal (`bf16_reciprocal`),
+not the default float32 arithmetic: converting it with the other one changes codes.
+"""
+_FULL_PRECISION = """\
+A language model in full precision ({dtype}), {loads}, written by megatron_bitcpm {version}.
+"""
+_FOLDED = """\
+## Folded
+
+This Llama is a MiniCPM whose constants were multiplied into the weights: the embedding by
+{scale_emb:g}, `o_proj` and `down_proj` by {residual:.9g}
+(scale_depth {scale_depth:g} / sqrt(layers)), `lm_head` by {output:.9g}
+(dim_model_base {dim_model_base} / hidden size).
+Codes are those of the MiniCPM; scales, embedding and output layer were rounded
+once{rounding}. It cannot be undone.
+"""
+_USE = """\
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto"{trust})
+inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+
+{serve}
+"""
+_SERVE_LLAMA = "`vllm serve FOLDER` serves it; no plug-in and no remote code is needed."
+_SERVE_MINICPM = """\
+`vllm serve FOLDER --trust-remote-code` serves it: vLLM has the architecture, Transformers takes it
+from `modeling_bitcpm.py`."""
+_FINE_TUNE = """\
+## Fine-tune
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto", trust_remote_code=True)
+```
+
+Train it like any model, with the Trainer of Transformers or any framework that loads remote code.
+The quantiser is part of the forward pass; nothing else has to be changed. `save_pretrained` keeps
+the quantiser and the modelling file.
+
+## Convert afterwards
+
+    bitcpm convert --input FINE-TUNED --output SERVED --to pseudo
+
+writes the folder that serves the fine-tuned model, with the codes that its forward used. A weight
+file alone is converted by
+
+    python tools/qat-convert.py --input_bin FINE-TUNED/model.safetensors \\
+        --output SERVED.safetensors --quant_type {quant_type} --group_size {group_size}{numerics}
+"""
+
+
+def write_model_card(
+    source: ModelSource,
+    form: Form,
+    config: Mapping[str, Any],
+    report: Mapping[str, Any],
+    folding: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the text of README.md.
+
+    Args:
+        source: the model as written, folded where it was.
+        form: what was written.
+        config: content of config.json.
+        report: of `verify_sources`.
+        folding: factors and largest_relative_rounding of a folded MiniCPM.
+    """
+    stamp = source.stamp if form != "plain" else None
+    family = {"llama": "Llama", "minicpm": "MiniCPM"}[source.model.architecture]
+    kind = "" if stamp is None else f"{'Ternary' if _is_ternary(stamp) else 'Quantised'} "
+    what = ", latent weights" if form == "latent" else ""
+    lines = [*_front_matter(source, stamp), f"# {kind}{family}{what}", ""]
+    lines.append(_describe(source, form, config, report, stamp))
+    if stamp is not None and stamp.quant.activation != "none":
+        then = "So does `modeling_bitcpm.py`." if form == "latent" else _NO_ACTIVATION
+        lines.append(_ACTIVATION.format(then=then))
+    if stamp is not None and stamp.numerics == BF16_RECIPROCAL:
+        lines.append(_NUMERICS)
+    if folding is not None:
+        lines.append(_describe_folding(folding))
+    lines.append(_describe_use(source, form, stamp))
+    lines += ["## Facts", "", "| | |", "|---|---|"]
+    rounded = form == "pseudo" and stamp is not None and stamp.quant.activation != "none"
+    facts_rows = _list_facts(config, source.facts, report, rounded)
+    lines += [f"| {name} | {value} |" for name, value in facts_rows]
+    if source.kind != "hf":
+        lines += [
+            "",
+            "This is a pretrained model: it continues text and was not tuned to follow "
+            "instructions, unless its training data did that.",
+        ]
+    lines += [
+        "",
+        "## Licence",
+        "",
+        "To be stated by whoever publishes the model; the licence of the training data matters.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _is_ternary(stamp: QuantizerStamp) -> bool:
+    return stamp.quant.grid == "ternary"
+
+
+def _front_matter(source: ModelSource, stamp: QuantizerStamp | None) -> list[str]:
+    tags = [source.model.architecture, "megatron-bitcpm"]
+    if stamp is not None:
+        tags += ["ternary", "1.58-bit"] if _is_ternary(stamp) else [stamp.quant.grid]
+    return [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [{', '.join(tags)}]",
+        "---",
+    ]
+
+
+def _describe(
+    source: ModelSource,
+    form: Form,
+    config: Mapping[str, Any],
+    report: Mapping[str, Any],
+    stamp: QuantizerStamp | None,
+) -> str:
+    minicpm = source.model.architecture == "minicpm"
+    loads = "a MiniCPM" if minicpm else "a plain Llama"
+    if stamp is None:
+        return _FULL_PRECISION.format(dtype=config["torch_dtype"], loads=loads, version=__version__)
+    left_out = 7 * source.model.num_layers - report["ternary_tensors"]
+    return (_LATENT if form == "latent" else _PSEUDO).format(
+        bits="ternary (1.58-bit)" if _is_ternary(stamp) else f"quantised ({stamp.quant.grid})",
+        tensors=report["ternary_tensors"],
+        levels=_list_levels(stamp),
+        groups=_describe_groups(report["group_sizes"], stamp),
+        dtype=config["torch_dtype"],
+        loads=loads,
+        excluded=f" {left_out} projections were kept in full precision too." if left_out else "",
+        version=__version__,
+    )
+
+
+def _list_levels(stamp: QuantizerStamp) -> str:
+    def word(level: float) -> str:
+        factor = "" if abs(level) == 1 else f"{abs(level):g} "
+        return "0" if level == 0 else f"{'-' if level < 0 else ''}{factor}s"
+
+    return ", ".join(word(level) for level in find_grid(stamp.quant.grid).levels)
+
+
+def _describe_groups(sizes: list[int], stamp: QuantizerStamp) -> str:
+    if stamp.quant.group_size == "tensor":
+        return "the whole matrix"
+    return f"its group of inputs ({', '.join(map(str, sizes))} inputs)"
+
+
+def _describe_folding(folding: Mapping[str, Any]) -> str:
+    largest = folding.get("largest_relative_rounding")
+    rounding = "" if largest is None else f", by {largest:.2e} of a value at most"
+    return _FOLDED.format(**dict(folding) | {"rounding": rounding})
+
+
+def _describe_use(source: ModelSource, form: Form, stamp: QuantizerStamp | None) -> str:
+    if form == "latent":
+        assert stamp is not None
+        other = stamp.numerics == BF16_RECIPROCAL
+        return _FINE_TUNE.format(
+            quant_type=stamp.quant.grid,
+            group_size=stamp.quant.group_size,
+            numerics=f" --numerics {stamp.numerics}" if other else "",
+        )
+    minicpm = source.model.architecture == "minicpm"
+    return _USE.format(
+        trust=", trust_remote_code=True" if minicpm else "",
+        serve=_SERVE_MINICPM if minicpm else _SERVE_LLAMA,
+    )
+
+
+def _list_facts(
+    config: Mapping[str, Any], facts: Mapping[str, Any], report: Mapping[str, Any], rounded: bool
+) -> list[tuple[str, str]]:
+    rows = [
+        ("layers, hidden, feed-forward", "{num_hidden_layers}, {hidden_size}, {intermediate_size}"),
+        ("heads, key/value heads, head size", "{num_attention_heads}, {num_key_value_heads}, "
+         "{head_dim}"),
+        ("vocabulary, longest sequence", "{vocab_size}, {max_position_embeddings}"),
+    ]  # fmt: skip
+    rows = [(name, text.format(**config)) for name, text in rows]
+    if facts.get("iteration") is not None:
+        rows.append(("optimizer steps", f"{facts['iteration']:,}"))
+    if facts.get("tokens") is not None:
+        length = facts.get("seq_length")
+        sequences = "" if length is None else f", in sequences of {length:,}"
+        rows.append(("tokens trained on", f"{facts['tokens']:,}{sequences}"))
+    # Measured on the trained model: the folder without that rounding is another one.
+    loss_name = f"validation loss{' (with 8-bit activations, as trained)' if rounded else ''}"
+    loss = facts.get("valid_loss")
+    rows.append((loss_name, "not measured" if loss is None else f"{loss:.4f} nats per token"))
+    if report["ternary_tensors"]:
+        grid_name = "ternary" if report.get("grid") in (None, "ternary") else "quantised"
+        rows += [
+            (f"{grid_name} weights", f"{report['weights']:,} in {report['groups']:,} groups"),
+            ("other parameters", f"{report['other_parameters']:,}"),
+            (f"zeros among {grid_name} weights", f"{report['zero_fraction']:.2%}"),
+            ("entropy of the codes", f"{report['entropy_bits_per_weight']:.4f} bits per weight"),
+            (
+                "packed in 2 bits with float32 scales"
+                if grid_name == "ternary"
+                else "packed with float32 scales",
+                f"{report['packed_bits_per_weight']:.4f} bits per weight",
+            ),
+        ]
+    return rows

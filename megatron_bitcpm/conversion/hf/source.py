@@ -1,0 +1,211 @@
+"""A Hugging Face folder as a `ModelSource`.
+
+The weights lie in one safetensors file, in several with an index, or in ``pytorch_model.bin`` files
+of the same two kinds. Where both kinds are present safetensors count, as in transformers and vLLM.
+Opening compares files, index and config.json; nothing is read but headers, except what decides
+whether a model is what it says (an output layer beside tied embeddings, checksums of ``.bin``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.conversion.hf.config import HfConfig, read_hf_config
+from megatron_bitcpm.conversion.hf.tensor_files import TensorFile, open_tensor_file
+from megatron_bitcpm.conversion.names import HF_EMBEDDING, HF_OUTPUT, hf_shapes
+from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.files import read_json
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+BIN_FILE = "pytorch_model.bin"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
+_KINDS = (
+    (WEIGHTS_FILE, INDEX_FILE, "*.safetensors"),
+    (BIN_FILE, BIN_INDEX_FILE, "pytorch_model*.bin"),
+)
+_COPY_AGAIN = "Copy the folder from its source again"
+_INSPECT = "Read bitcpm inspect, whose --fix-config takes the sizes from the weights"
+# Old transformers stored what it can compute.
+_COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def _folder_error(folder: Path, rule: str, fix: str = _COPY_AGAIN) -> CheckpointError:
+    """Build the error of a folder that is not what it should be."""
+    error = CheckpointError.of("folder", folder, rule, fix)
+    assert isinstance(error, CheckpointError)
+    return error
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfSource(ModelSource):
+    """A Hugging Face folder; see `ModelSource`.
+
+    Attributes:
+        config: what its JSON files say.
+        files: name of a tensor -> the file that holds it.
+    """
+
+    config: HfConfig
+    files: Mapping[str, TensorFile]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a stored tensor."""
+        return self.files[name].dtype(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a stored tensor, a view of its mapped file."""
+        return self.files[name].tensor(name)
+
+
+def open_hf(folder: str | Path) -> HfSource:
+    """Open a Hugging Face folder: latent, pseudo-quantised or plain, Llama or MiniCPM.
+
+    Args:
+        folder: with config.json and the weights.
+
+    Raises:
+        CheckpointError: files, index and config.json do not belong together, a file is damaged, or
+            the architecture is none that this package computes.
+    """
+    folder = Path(folder)
+    config = read_hf_config(folder)
+    files = open_weights(folder)
+    wanted = hf_shapes(config.model, config.vocab_size)
+    files = _settle_output_layer(folder, config, files)
+    _check_names(folder, set(wanted), set(files))
+    wrong = [(n, files[n].shape(n), s) for n, s in wanted.items() if files[n].shape(n) != s]
+    if wrong:
+        shown = "; ".join(f"{n} is {list(found)}, not {list(s)}" for n, found, s in wrong[:5])
+        raise _folder_error(
+            folder, f"{len(wrong)} tensors contradict config.json: {shown}", _INSPECT
+        )
+    for name, file in files.items():
+        file.dtype(name)
+    return HfSource(
+        path=folder,
+        kind="hf",
+        form=config.form,
+        model=config.model,
+        vocab_size=config.vocab_size,
+        stamp=config.stamp,
+        folding=config.folding,
+        facts=config.facts,
+        side_files=folder,
+        config=config,
+        files=files,
+    )
+
+
+def open_weights(folder: Path) -> dict[str, TensorFile]:
+    """Open the weight files of a folder: name of a tensor -> its file.
+
+    Args:
+        folder: need not have a config.json.
+
+    Raises:
+        CheckpointError: no weights, or files and index do not belong together.
+    """
+    if not folder.is_dir():
+        raise _folder_error(folder, "no such folder", "Name a folder with a model")
+    kind = next((k for k in _KINDS if any(folder.glob(k[2])) or (folder / k[1]).is_file()), None)
+    if kind is None:
+        raise _folder_error(
+            folder, f"holds neither {WEIGHTS_FILE} nor {BIN_FILE}, nor an index of either",
+            "Name a folder with weights",
+        )  # fmt: skip
+    single, index, pattern = kind
+    present = sorted(path.name for path in folder.glob(pattern))
+    weight_map = _read_index(folder / index) if (folder / index).is_file() else None
+    expected = sorted(set(weight_map.values())) if weight_map else [single]
+    problems = [f"{name} is missing" for name in expected if name not in present]
+    # Servers read every weight file that they find.
+    problems += [f"{name} does not belong to it" for name in present if name not in expected]
+    if problems:
+        raise _folder_error(folder, "; ".join(problems[:5]))
+    opened: dict[str, TensorFile] = {}
+    for name in expected:
+        file = open_tensor_file(folder / name)
+        for tensor in file.names():
+            if tensor in opened:
+                raise _folder_error(
+                    folder, f"tensor {tensor} is in {opened[tensor].path.name} and in {name}",
+                    _COPY_AGAIN,
+                )  # fmt: skip
+            opened[tensor] = file
+    if weight_map:
+        _check_index(folder / index, weight_map, opened)
+    return {name: file for name, file in opened.items() if not _COMPUTED.fullmatch(name)}
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the weight map of an index: name of a tensor -> name of a file beside it."""
+    weight_map: Any = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise _folder_error(path.parent, f"{path.name} has no weight_map")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", "..", "."):
+            raise _folder_error(
+                path.parent, f"{path.name} puts {tensor} into {name!r}, no file of the folder",
+                "Use the folder of a source that you trust",
+            )  # fmt: skip
+    return weight_map
+
+
+def _check_index(path: Path, weight_map: dict[str, str], opened: Mapping[str, TensorFile]) -> None:
+    """Raise unless the index says exactly where the tensors are."""
+    problems = []
+    for tensor in sorted(weight_map.keys() | opened.keys()):
+        said = weight_map.get(tensor)
+        found = opened[tensor].path.name if tensor in opened else None
+        if said != found:
+            problems.append(f"{tensor}: index says {said or 'nothing'}, it is in {found or 'none'}")
+    if problems:
+        more = f" ({len(problems)} tensors)" if len(problems) > 5 else ""
+        raise _folder_error(path.parent, f"{path.name} is wrong: {'; '.join(problems[:5])}{more}",
+                           _COPY_AGAIN)  # fmt: skip
+
+
+def _settle_output_layer(
+    folder: Path, config: HfConfig, files: dict[str, TensorFile]
+) -> dict[str, TensorFile]:
+    """Drop a stored output layer that is the tied embedding once more; refuse another one."""
+    tied = config.model.share_embeddings_and_output_weights
+    if not tied or HF_OUTPUT not in files or HF_EMBEDDING not in files:
+        return files
+    output, embedding = (files[name].tensor(name) for name in (HF_OUTPUT, HF_EMBEDDING))
+    same_place = output.data_ptr() == embedding.data_ptr() and output.shape == embedding.shape
+    if not same_place and not torch.equal(output, embedding):
+        raise _folder_error(
+            folder, f"config.json ties the embeddings, but {HF_OUTPUT} differs from {HF_EMBEDDING}",
+            "Set tie_word_embeddings to false if the output layer is meant",
+        )  # fmt: skip
+    return {name: file for name, file in files.items() if name != HF_OUTPUT}
+
+
+def _check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
+    problems = []
+    for names, kind in ((wanted - found, "missing"), (found - wanted, "unknown")):
+        if names:
+            problems.append(f"{len(names)} {kind} tensors: {_list_names(names)}")
+    if not problems:
+        return
+    fix = _INSPECT
+    if wanted - found == {HF_OUTPUT} and not found - wanted:
+        fix = "Set tie_word_embeddings to true if the embedding is the output layer"
+    raise _folder_error(folder, "; ".join(problems), fix)
+
+
+def _list_names(names: Iterable[str]) -> str:
+    # Layer 2 before layer 10.
+    ordered = sorted(
+        names, key=lambda name: [p.zfill(6) if p.isdigit() else p for p in name.split(".")]
+    )
+    return ", ".join(ordered[:5]) + (", ..." if len(ordered) > 5 else "")

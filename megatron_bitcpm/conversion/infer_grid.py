@@ -1,0 +1,120 @@
+"""Which grid and group size stored weights are on, found out from their values alone.
+
+The answer for one tensor is the largest group size for which every group is on a grid; of grids
+that fit equally large groups the one with the fewest levels. Every divisor of an answer fits too,
+so a model trained with groups of 64 can only be told from one with groups of 32 because scales of
+neighbouring groups differ: that all of them agree by chance does not happen in real weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_bitcpm.conversion.grid_reading import CodeCount, read_codes
+from megatron_bitcpm.quant.grids import GRIDS
+
+MIN_GROUP = 4
+"""Smaller groups are not looked for: any few values fit some grid."""
+_SAMPLE_ROWS = 8
+ORDER = ("ternary", "asym4", "int_sym4", "half_sym4", "five")
+"""Grids by their levels. Values of asym4 without a single -2, the usual case, count as ternary."""
+assert set(ORDER) == set(GRIDS)
+
+
+@dataclass(frozen=True)
+class FoundGrid:
+    """What the values of one tensor are on.
+
+    Attributes:
+        grid: name of the grid.
+        weights_per_scale: inputs of a group, or all weights of the tensor.
+        count: its codes.
+    """
+
+    grid: str
+    weights_per_scale: int
+    count: CodeCount
+
+
+def infer_grid(
+    w_OI: torch.Tensor,
+    eps: float,
+    hint: FoundGrid | None = None,
+    folded: bool = False,
+    grids: Sequence[str] = ORDER,
+) -> FoundGrid | None:
+    """Return the grid of a tensor and its group size, None where the values are on none.
+
+    Args:
+        w_OI: stored weights, [O, I], finite.
+        eps: smallest scale of the quantiser.
+        hint: the answer for another tensor, which saves the search where it fits.
+        folded: the values were multiplied with a constant and rounded a second time.
+        grids: those to look for, the first that fits counts.
+    """
+    if is_zero(w_OI):
+        return None
+    in_features = w_OI.shape[1]
+    if hint is not None and hint.weights_per_scale >= in_features and hint.grid in grids:
+        found = _try(w_OI, hint.grid, in_features, eps, folded)
+        if found is not None:
+            return _widen(w_OI, found, eps, folded)
+    sample = _sample_rows(w_OI)
+    for size in (s for s in _list_divisors(in_features) if s >= MIN_GROUP):
+        most = _count_magnitudes(sample.reshape(-1, size))
+        if most > 2:
+            continue
+        for grid in grids:
+            if _try(sample, grid, size, eps, folded) is None:
+                continue
+            found = _try(w_OI, grid, size, eps, folded)
+            if found is not None:
+                return _widen(w_OI, found, eps, folded)
+    return None
+
+
+def is_zero(w: torch.Tensor) -> bool:
+    """Whether a finite tensor holds only zeros; faster than torch's `any` of bfloat16."""
+    low, high = torch.aminmax(w)
+    return bool((low == 0) & (high == 0))
+
+
+def _try(
+    w_OI: torch.Tensor, grid: str, weights_per_scale: int, eps: float, folded: bool
+) -> FoundGrid | None:
+    count, bad = read_codes(w_OI, weights_per_scale, grid, eps, folded)
+    return None if bad is not None else FoundGrid(grid, weights_per_scale, count)
+
+
+def _widen(w_OI: torch.Tensor, found: FoundGrid, eps: float, folded: bool) -> FoundGrid:
+    """Try one scale for the whole tensor where the rows are on the grid."""
+    if found.weights_per_scale != w_OI.shape[1] or w_OI.shape[0] == 1:
+        return found
+    sample = _sample_rows(w_OI)
+    if _try(sample, found.grid, sample.numel(), eps, folded) is None:
+        return found
+    return _try(w_OI, found.grid, w_OI.numel(), eps, folded) or found
+
+
+def _sample_rows(w_OI: torch.Tensor) -> torch.Tensor:
+    """Return a few rows from all over a tensor: what they rule out needs no full pass."""
+    return w_OI[:: max(1, w_OI.shape[0] // _SAMPLE_ROWS)][:_SAMPLE_ROWS]
+
+
+def _list_divisors(number: int) -> list[int]:
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)}, reverse=True)
+
+
+def _count_magnitudes(groups_NL: torch.Tensor) -> int:
+    """Return the most magnitudes besides 0 that a group holds; 3 stands for more than 2."""
+    rest_NL = groups_NL.float().abs()
+    for found in range(3):
+        top_N1 = rest_NL.amax(-1, keepdim=True)
+        if not top_N1.any():
+            return found
+        rest_NL = torch.where(rest_NL < top_N1, rest_NL, 0.0)
+    return 3

@@ -1,0 +1,354 @@
+"""The arguments of `pretrain_gpt.py`, as its checkpoints hold them, and a model's configuration.
+
+Stock Megatron and MindSpeed keep the whole command line, an `argparse.Namespace`, as ``args`` in
+each legacy shard and in ``common.pt``. `read_args` makes a `ModelConfig` of it and refuses by name
+what the decoder here does not compute; `make_args` makes the arguments that their loaders check
+and that ``--use-checkpoint-args`` takes over. MiniCPM's constants and LongRoPE have the names of
+MindSpeed-LLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.errors import CheckpointError
+
+_REQUIRED = {
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "position_embedding_type": ("rope",),
+}
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "add_bias_linear": (False,),
+    "add_qkv_bias": (False,),
+    "apply_layernorm_1p": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "attention_output_gate": (False,),
+    "experimental_attention_variant": (None,),
+    "heterogeneous_layers_config_path": (None,),
+    "heterogeneous_layers_config_encoded_json": (None,),
+    "is_hybrid_model": (False,),
+    "linear_attention_freq": (None,),
+    "mtp_num_layers": (None, 0),
+    "multi_latent_attention": (False,),
+    "no_rope_freq": (None,),
+    "num_experts": (None, 0),
+    "qk_l2_norm": (False,),
+    "qk_layernorm": (False,),
+    "quick_geglu": (False,),
+    "rotary_interleaved": (False,),
+    "rotary_percent": (1.0,),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "softmax_type": ("vanilla",),
+    "squared_relu": (False,),
+    "use_rope_scaling": (False,),
+    "window_size": (None,),
+    # of MindSpeed-LLM
+    "add_rmsnorm_offset": (False,),
+    "attn_logit_softcapping": (None,),
+    "cla_share_factor": (None, 1),
+    "dynamic_factor": (None, 1.0),
+    "embedding_multiplier_scale": (None, 1.0),
+    "input_embeds_norm": (False,),
+    "noop_layers": (None,),
+    "output_logit_softcapping": (None,),
+    "output_multiplier_scale": (None, 1.0),
+    "post_norm": (False,),
+    "query_pre_attn_scalar": (None,),
+    "rope_scaling_type": (None, "longrope"),
+    "share_kvstates": (False,),
+    "use_glm_rope": (False,),
+}
+"""Argument -> values under which a model is a Llama or MiniCPM; False also stands for None."""
+
+
+@dataclass(frozen=True)
+class StockModel:
+    """What the arguments of a checkpoint say.
+
+    Attributes:
+        model: the architecture.
+        padded_vocab_size: rows of the embedding; None where not said.
+        vocab_size: ids of the tokenizer; None where not said.
+        layout: tensor, pipeline and virtual pipeline size.
+        facts: iteration, seq_length, tokens where they are known.
+    """
+
+    model: ModelConfig
+    padded_vocab_size: int | None
+    vocab_size: int | None
+    layout: dict[str, int]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def read_args(args: Any, iteration: Any, path: Path) -> StockModel:
+    """Make a model's configuration of the arguments of a checkpoint.
+
+    Args:
+        args: an object with the arguments as attributes, or None.
+        iteration: of the checkpoint.
+        path: the file with the arguments, for messages.
+
+    Raises:
+        CheckpointError: an argument is absent, damaged, or of a model that is not computed here.
+    """
+    values = dict(getattr(args, "__dict__", None) or {})
+    if not values:
+        raise _refusal(path, "args", "has no arguments of a training run (args)")
+    for name, allowed in (_REQUIRED | _ALLOWED).items():
+        value = values.get(name)
+        if (name in _REQUIRED and name not in values) or not _is_allowed(value, name, allowed):
+            wanted = " or ".join(map(repr, allowed))
+            raise _refusal(path, f"args.{name}={value!r}", f"the model here has {wanted}")
+    layout = {
+        "tp": _read_size(values, "tensor_model_parallel_size", 1),
+        "pp": _read_size(values, "pipeline_model_parallel_size", 1),
+        "vpp": _read_size(values, "virtual_pipeline_model_parallel_size", 1),
+    }
+    facts = {"iteration": iteration if type(iteration) is int else 0}
+    for name, key in (("seq_length", "seq_length"), ("consumed_train_samples", "samples")):
+        if type(values.get(name)) is int:
+            facts[key] = values[name]
+    samples = facts.pop("samples", None)
+    if samples and "seq_length" in facts:
+        facts["tokens"] = samples * facts["seq_length"]
+    return StockModel(
+        _read_model(values, path),
+        values.get("padded_vocab_size"),
+        _read_vocab_size(values),
+        layout,
+        facts,
+    )
+
+
+def _is_allowed(value: Any, name: str, allowed: tuple[Any, ...]) -> bool:
+    if value is None:
+        return name not in _REQUIRED
+    # An Inert of a pickle equals nothing.
+    return any(value == other and type(value) is not type(None) for other in allowed)
+
+
+def _read_size(values: dict[str, Any], name: str, default: int) -> int:
+    value = values.get(name)
+    return value if type(value) is int and value > 0 else default
+
+
+def _read_vocab_size(values: dict[str, Any]) -> int | None:
+    size = values.get("vocab_size")
+    if type(size) is not int:
+        return None
+    # The tokenizer for mock data takes its size without the end token.
+    return size + 1 if str(values.get("tokenizer_type")).startswith("Null") else size
+
+
+def _refusal(path: Path, what: str, rule: str) -> CheckpointError:
+    error = CheckpointError.of(
+        "checkpoint", path, rule if what == "args" else f"{what}, {rule}",
+        "Only Llama and MiniCPM decoders are converted",
+    )  # fmt: skip
+    assert isinstance(error, CheckpointError)
+    return error
+
+
+def _read_model(values: dict[str, Any], path: Path) -> ModelConfig:
+    heads = values.get("num_attention_heads")
+    grouped = values.get("group_query_attention")
+    fields = {
+        "num_layers": values.get("num_layers"),
+        "hidden_size": values.get("hidden_size"),
+        "ffn_hidden_size": values.get("ffn_hidden_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": values.get("num_query_groups") if grouped else heads,
+        "kv_channels": values.get("kv_channels"),
+        "max_position_embeddings": values.get("max_position_embeddings"),
+        "rotary_base": values.get("rotary_base"),
+        "layernorm_epsilon": values.get("norm_epsilon", values.get("layernorm_epsilon")),
+        "share_embeddings_and_output_weights": not values.get(
+            "untie_embeddings_and_output_weights", False
+        ),
+    }
+    missing = [name for name, value in fields.items() if value is None and name != "kv_channels"]
+    if missing:
+        raise _refusal(path, "args", f"args lack {', '.join(missing)}")
+    for name in ("init_method_std", "make_vocab_size_divisible_by"):
+        if values.get(name) is not None:
+            fields[name] = values[name]
+    fields["rotary_base"] = _whole(fields["rotary_base"])
+    fields |= _read_minicpm(values) | _read_rope(values, path)
+    try:
+        model = ModelConfig(**fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        raise _refusal(path, f"args of model.{name}", str(problem["msg"]).rstrip(".")) from error
+    _check_model(model, path)
+    return model
+
+
+def _check_model(model: ModelConfig, path: Path) -> None:
+    heads, groups, rope = model.num_attention_heads, model.num_query_groups, model.rope_scaling
+    if heads % groups:
+        raise _refusal(path, f"args.num_query_groups={groups}", f"does not divide {heads} heads")
+    if rope is None:
+        return
+    for name in ("short_factor", "long_factor"):
+        count = len(getattr(rope, name))
+        if count != model.head_dim // 2:
+            rule = f"{model.head_dim // 2} are needed"
+            raise _refusal(path, f"args.{name} has {count} numbers", rule)
+    if rope.original_max_position_embeddings is None:
+        raise _refusal(path, "args", "args lack rope_scaling_original_max_position_embeddings")
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _read_minicpm(values: dict[str, Any]) -> dict[str, Any]:
+    """MindSpeed applies each constant by itself; those that are not set get the neutral value."""
+    neutral = {
+        "scale_emb": 1.0,
+        "scale_depth": math.sqrt(values["num_layers"]),
+        "dim_model_base": values["hidden_size"],
+    }
+    found = {name: values[name] for name in neutral if values.get(name) is not None}
+    if not found:
+        return {}
+    found = neutral | found
+    return {"architecture": "minicpm", **found, "dim_model_base": _whole(found["dim_model_base"])}
+
+
+def _read_rope(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    if values.get("rope_scaling_type") is None:
+        return {}
+    short, long = values.get("short_mscale"), values.get("long_mscale")
+    if short != long:
+        raise _refusal(
+            path, f"args.short_mscale={short!r}, args.long_mscale={long!r}",
+            "one attention factor serves all lengths here",
+        )  # fmt: skip
+    factors = {}
+    for name in ("short_factor", "long_factor"):
+        text = values.get(name)
+        # MindSpeed splits the command line's text before it trains; converters keep the text.
+        factors[name] = text.split(",") if isinstance(text, str) else text
+    return {
+        "rope_scaling": {
+            **factors,
+            "original_max_position_embeddings": values.get(
+                "rope_scaling_original_max_position_embeddings"
+            ),
+            "attention_factor": short,
+        }
+    }
+
+
+def make_args(
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    padded_vocab_size: int,
+    dtype: torch.dtype,
+    layout: tuple[int, int, int],
+    ckpt_format: str,
+    transformer_impl: str,
+    seq_length: int | None = None,
+) -> argparse.Namespace:
+    """Return the arguments that a checkpoint of `pretrain_gpt.py` would hold.
+
+    Args:
+        model: the architecture.
+        vocab_size: ids of the tokenizer.
+        padded_vocab_size: rows of the embedding.
+        dtype: of the weights.
+        layout: tensor, pipeline and virtual pipeline size.
+        ckpt_format: torch_dist, or torch for legacy shards.
+        transformer_impl: local or transformer_engine.
+        seq_length: of the training, default the longest.
+    """
+    tp, pp, vpp = layout
+    args = argparse.Namespace(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        group_query_attention=model.num_query_groups != model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        seq_length=seq_length or model.max_position_embeddings,
+        max_position_embeddings=model.max_position_embeddings,
+        position_embedding_type="rope",
+        use_rotary_position_embeddings=False,
+        rotary_base=model.rotary_base,
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        normalization="RMSNorm",
+        norm_epsilon=model.layernorm_epsilon,
+        apply_layernorm_1p=False,
+        swiglu=True,
+        squared_relu=False,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
+        apply_query_key_layer_scaling=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=model.init_method_std,
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        vocab_size=vocab_size,
+        padded_vocab_size=padded_vocab_size,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+        num_layers_per_virtual_pipeline_stage=(model.num_layers // (pp * vpp) if vpp > 1 else None),
+        expert_model_parallel_size=1,
+        context_parallel_size=1,
+        data_parallel_size=1,
+        world_size=tp * pp,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        ckpt_format=ckpt_format,
+        use_dist_ckpt=ckpt_format == "torch_dist",
+        transformer_impl=transformer_impl,
+        use_mcore_models=True,
+        # There is neither optimizer nor random state to look for.
+        no_save_optim=True,
+        no_save_rng=True,
+        iteration=0,
+        consumed_train_samples=0,
+        skipped_train_samples=0,
+        consumed_valid_samples=0,
+    )
+    vars(args).update(_make_minicpm(model) | _make_rope(model))
+    return args
+
+
+def _make_minicpm(model: ModelConfig) -> dict[str, Any]:
+    if model.architecture != "minicpm":
+        return {}
+    names = ("scale_emb", "scale_depth", "dim_model_base")
+    return {name: getattr(model, name) for name in names}
+
+
+def _make_rope(model: ModelConfig) -> dict[str, Any]:
+    rope = model.rope_scaling
+    if rope is None:
+        return {}
+    return {
+        "rope_scaling_type": rope.rope_type,
+        "longrope_freqs_type": "mul",
+        "short_factor": list(rope.short_factor),
+        "long_factor": list(rope.long_factor),
+        "rope_scaling_original_max_position_embeddings": rope.original_max_position_embeddings,
+        "short_mscale": rope.attention_factor,
+        "long_mscale": rope.attention_factor,
+    }

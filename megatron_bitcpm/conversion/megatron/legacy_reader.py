@@ -1,0 +1,354 @@
+"""Full tensors out of legacy ``mp_rank_*`` shards, as `pretrain_gpt.py` and MindSpeed write them.
+
+Each tensor rank of each pipeline stage has a pickle of its own with its part of the model, its
+arguments, its optimizer and its random states. The pickles are read without running any of their
+code (`torch_zip`), tensors lie in mapped files, and of the optimizer nothing is read. Which layers
+a stage holds is taken from its shards, so that uneven splits need no arguments.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
+from megatron_bitcpm.conversion.megatron.folder import (
+    SHARD_FILE,
+    converted_fields,
+    find_megatron_folder,
+    refuse_format,
+    resolve_vocab_size,
+)
+from megatron_bitcpm.conversion.megatron.legacy_args import StockModel, read_args
+from megatron_bitcpm.conversion.megatron.legacy_writer import LOCAL_NORMS
+from megatron_bitcpm.conversion.megatron.source import (
+    MegatronSource,
+    MegatronTensors,
+    compare_shapes,
+    megatron_shapes,
+)
+from megatron_bitcpm.conversion.names import EMBEDDING, OUTPUT
+from megatron_bitcpm.conversion.torch_zip import StoredTensor, TorchFile, map_file
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.parallel.agree import describe
+
+_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_FUSED_NORMS = {local: fused for fused, local in LOCAL_NORMS.items()}
+_COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+_IGNORED = ("_extra_state", "rotary_pos_emb.inv_freq")
+_LEAST_VERSION = 3.0
+_DAMAGED = "The checkpoint is damaged; use another one"
+
+
+def _refusal(path: Path, rule: str, fix: str = _DAMAGED) -> CheckpointError:
+    error = CheckpointError.of("checkpoint", path, rule, fix)
+    assert isinstance(error, CheckpointError)
+    return error
+
+
+class _Shard:
+    """One rank's file.
+
+    Attributes:
+        path: of the file.
+        file: it, opened.
+        chunks: for each virtual stage name -> tensor, names with local layer numbers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SHARD_FILE
+        try:
+            self.file = TorchFile(map_file(self.path))
+        # A damaged or malicious file raises nearly anything while it is decoded.
+        except Exception as error:
+            raise _refusal(
+                self.path, f"cannot be read: {describe(error)}",
+                "The shard is damaged or not of Megatron; use another checkpoint",
+            ) from error  # fmt: skip
+        content = self.file.content
+        if not isinstance(content, dict):
+            raise _refusal(self.path, "holds no checkpoint of Megatron")
+        self.content = content
+        version = content.get("checkpoint_version", 0)
+        if not isinstance(version, int | float) or version < _LEAST_VERSION:
+            raise _refusal(
+                self.path, f"checkpoint_version {version}, rows of linear_qkv in another order",
+                f"Load and save it with a Megatron of version {_LEAST_VERSION} or later first",
+            )  # fmt: skip
+        virtual = [
+            f"model{number}" for number in range(len(content)) if f"model{number}" in content
+        ]
+        keys = ["model"] if "model" in content else virtual
+        if not keys:
+            raise _refusal(self.path, "holds no model")
+        self.chunks = [self._read_chunk(content[key]) for key in keys]
+
+    def _read_chunk(self, model: Any) -> dict[str, StoredTensor]:
+        if not isinstance(model, dict):
+            raise _refusal(self.path, "holds no model")
+        if "language_model" in model:
+            raise _refusal(
+                self.path, "holds a model of Megatron before Megatron-Core (language_model)",
+                "Convert it to Megatron-Core with Megatron's tools first",
+            )  # fmt: skip
+        tensors = {}
+        for name, value in model.items():
+            if not isinstance(name, str) or name.endswith(_IGNORED):
+                continue
+            if not isinstance(value, StoredTensor):
+                raise _refusal(self.path, f"{name} is no tensor")
+            tensors[name] = value
+        return tensors
+
+    def tensor(self, stored: StoredTensor, name: str) -> torch.Tensor:
+        try:
+            return self.file.tensor(stored)
+        except Exception as error:
+            rule = f"tensor {name} cannot be read: {describe(error)}"
+            raise _refusal(self.path, rule) from error
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one tensor rank holds of a tensor."""
+
+    shard: _Shard
+    stored: StoredTensor
+    name: str
+
+    def read(self) -> torch.Tensor:
+        return self.shard.tensor(self.stored, self.name)
+
+
+def _find_shards(folder: Path) -> list[list[_Shard]]:
+    """Open the shards; by pipeline and tensor rank.
+
+    Raises:
+        CheckpointError: one is missing or damaged, or experts are sharded.
+    """
+    places = {}
+    for path in sorted(folder.glob("mp_rank_*")):
+        match = _FOLDER.fullmatch(path.name)
+        if match is None:
+            raise _refusal(path, "is no name of a shard's folder", "Remove it, or restore its name")
+        if match[3]:
+            raise _refusal(
+                path, "is a shard of experts", "Only Llama and MiniCPM decoders are converted"
+            )
+        places[int(match[2] or 0), int(match[1])] = path
+    stages, ranks = (1 + max(place[axis] for place in places) for axis in (0, 1))
+    one_stage = all("_" not in path.name.removeprefix("mp_rank_") for path in places.values())
+    for stage in range(stages):
+        for rank in range(ranks):
+            name = f"mp_rank_{rank:02d}" + ("" if one_stage else f"_{stage:03d}")
+            found = places.get((stage, rank))
+            if found is None or not (found / SHARD_FILE).is_file():
+                raise _refusal(folder, f"{name}/{SHARD_FILE} is missing", "Restore the shard")
+    return [[_Shard(places[stage, rank]) for rank in range(ranks)] for stage in range(stages)]
+
+
+class LegacyTensors(MegatronTensors):
+    """The model tensors of legacy shards.
+
+    Args:
+        folder: with ``mp_rank_*``.
+
+    Raises:
+        CheckpointError: a shard is missing, damaged, refused, or unlike the others.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shards = _find_shards(folder)
+        self._tied_copy: list[_Part] = []
+        self._parts = self._collect()
+
+    @property
+    def first(self) -> _Shard:
+        """The shard of rank 0: arguments and iteration."""
+        return self._shards[0][0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor; layers are numbered."""
+        parts = [part.stored.shape for part in self._find(name)]
+        axis = _axis_of(name)
+        if axis is None or len(parts[0]) <= axis:
+            return parts[0]
+        return (*parts[0][:axis], sum(part[axis] for part in parts), *parts[0][axis + 1 :])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor; of a layer's tensor by its name below ``decoder.layers.N``."""
+        full = name if name in self._parts else f"decoder.layers.0.{name}"
+        return self._find(full)[0].stored.dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a full tensor; layers are numbered.
+
+        Raises:
+            CheckpointError: absent, damaged, or copies on several ranks differ.
+        """
+        parts = self._find(name)
+        tensors = [part.read() for part in parts]
+        for copy, tensor in zip(
+            self._tied_copy, tensors if name == EMBEDDING else (), strict=False
+        ):
+            if not _equal(copy.read(), tensor):
+                rule = f"{OUTPUT} differs from the embedding that it is tied to"
+                raise _refusal(copy.shard.path, rule)
+        if len(tensors) == 1:
+            return tensors[0]
+        axis = _axis_of(name)
+        if axis is None:
+            for part, tensor in zip(parts, tensors, strict=True):
+                if not _equal(tensor, tensors[0]):
+                    raise _refusal(part.shard.path, f"{name} differs from that of rank 0")
+            return tensors[0]
+        if name.endswith("linear_fc1.weight"):
+            halves = [tensor.chunk(2) for tensor in tensors]
+            return torch.cat([half[side] for side in (0, 1) for half in halves])
+        return torch.cat(tensors, axis)
+
+    def layer_tensor(self, name: str, layer: int) -> torch.Tensor:
+        """Read a full tensor of a layer."""
+        return self.tensor(f"decoder.layers.{layer}.{name}")
+
+    def check(self, stock: StockModel) -> int:
+        """Compare layout, names and shapes with the arguments; return the embedding's rows.
+
+        Raises:
+            CheckpointError: they differ.
+        """
+        found = {"tp": len(self._shards[0]), "pp": len(self._shards)}
+        for axis, size in found.items():
+            if stock.layout[axis] != size:
+                raise _refusal(
+                    self.folder, f"its folders are those of {axis} {size}, its arguments say "
+                    f"{axis} {stock.layout[axis]}", "Restore missing folders, or their names",
+                )  # fmt: skip
+        tied = stock.model.share_embeddings_and_output_weights
+        if tied:
+            self._tied_copy = self._parts.pop(OUTPUT, [])
+        rows = self.shape(EMBEDDING)[0]
+        shapes = {name: self.shape(name) for name in self._parts}
+        compare_shapes(shapes, megatron_shapes(stock.model, rows), self.folder)
+        if stock.padded_vocab_size not in (None, rows):
+            raise _refusal(
+                self.folder, f"{EMBEDDING} has {rows} rows, args.padded_vocab_size is "
+                f"{stock.padded_vocab_size}",
+            )  # fmt: skip
+        return rows
+
+    def _find(self, name: str) -> list[_Part]:
+        if name not in self._parts:
+            fix = "Use a checkpoint of a Llama or MiniCPM model"
+            raise _refusal(self.folder, f"has no tensor {name}", fix)
+        return self._parts[name]
+
+    def _collect(self) -> dict[str, list[_Part]]:
+        """Return full name -> parts by tensor rank, layers with their global numbers."""
+        parts: dict[str, list[_Part]] = {}
+        next_layer = 0
+        self._check_alike(lambda shard: shard.content.get("iteration"), "iteration")
+        self._check_alike(lambda shard: len(shard.chunks), "number of virtual stages")
+        for chunk in range(len(self.first.chunks)):
+            for ranks in self._shards:
+                names = ranks[0].chunks[chunk]
+                layers = sorted({int(m[1]) for m in map(_LAYER.fullmatch, names) if m})
+                if layers != list(range(len(layers))):
+                    rule = f"holds layers {layers}, not the first ones of its stage"
+                    raise _refusal(ranks[0].path, rule)
+                for shard in ranks:
+                    _check_same_tensors(shard, ranks[0], chunk)
+                for name in names:
+                    full = _full_name(name, next_layer)
+                    if full in parts:
+                        raise _refusal(ranks[0].path, f"{full} is in two stages")
+                    parts[full] = [_Part(shard, shard.chunks[chunk][name], name) for shard in ranks]
+                next_layer += len(layers)
+        return parts
+
+    def _check_alike(self, get: Callable[[_Shard], Any], what: str) -> None:
+        for ranks in self._shards:
+            for shard in ranks:
+                if get(shard) != get(self.first):
+                    raise _refusal(
+                        shard.path, f"{what} {get(shard)}, that of rank 0 is {get(self.first)}",
+                        "The shards are of different checkpoints; restore the right ones",
+                    )  # fmt: skip
+
+
+def _full_name(name: str, first_layer: int) -> str:
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name
+    local = _FUSED_NORMS.get(match[2], match[2])
+    return f"decoder.layers.{first_layer + int(match[1])}.{local}"
+
+
+def _check_same_tensors(shard: _Shard, first: _Shard, chunk: int) -> None:
+    """All tensor ranks hold parts of the same tensors, of equal shape and type."""
+    mine, other = shard.chunks[chunk], first.chunks[chunk]
+    for name in [*other, *mine]:
+        if name not in mine or name not in other:
+            raise _refusal(shard.path, f"{name} is not on all tensor ranks")
+        for what in ("shape", "dtype"):
+            found, wanted = getattr(mine[name], what), getattr(other[name], what)
+            if found != wanted:
+                raise _refusal(shard.path, f"{name} has {what} {found}, on rank 0 {wanted}")
+
+
+def _axis_of(name: str) -> int | None:
+    """Return the dimension in which tensor ranks share a tensor, None for copies."""
+    if "norm" in name:
+        return None
+    return 1 if name.endswith(_COLUMNS) else 0
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether all bits are equal; NaN equals itself."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    views = (x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
+    return torch.equal(*views)
+
+
+def open_legacy(path: str | Path, tokenizer: str | Path | None = None) -> MegatronSource:
+    """Open legacy shards.
+
+    Args:
+        path: the folder with ``mp_rank_*``, or the one above with the tracker file.
+        tokenizer: tokenizer folder; needed where the arguments do not say how many ids there are,
+            otherwise it must fit.
+
+    Raises:
+        CheckpointError: there are none, damaged, unsafe, or a model not computed here.
+    """
+    folder = find_megatron_folder(path)
+    refuse_format(folder, "legacy")
+    tensors = LegacyTensors(folder)
+    content = tensors.first.content
+    stock = read_args(content.get("args"), content.get("iteration"), tensors.first.path)
+    rows = tensors.check(stock)
+    if (folder / MODEL_FILE).is_file():
+        fields = converted_fields(folder, tokenizer)
+        compare_shapes(
+            {name: tensors.shape(name) for name in megatron_shapes(stock.model, rows)},
+            megatron_shapes(fields["model"], rows),
+            folder,
+        )
+        resolve_vocab_size(folder, rows, fields["vocab_size"], None)
+    else:
+        fields = {
+            "form": "plain",
+            "model": stock.model,
+            "vocab_size": resolve_vocab_size(folder, rows, stock.vocab_size, tokenizer),
+            "facts": stock.facts,
+            "side_files": None if tokenizer is None else Path(tokenizer),
+        }
+    return MegatronSource(path=folder, kind="legacy", tensors=tensors, **fields)

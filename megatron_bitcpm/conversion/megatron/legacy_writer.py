@@ -1,0 +1,162 @@
+"""Writes legacy ``mp_rank_*`` shards: the format of megatron-core 0.12.1 and MindSpeed-LLM.
+
+Each rank has a pickle with its part of the model, as ``model`` or, with virtual pipeline stages,
+``model0``, ``model1``, ..., and with the arguments of the run that their loaders check. The folder
+is named ``release``, for which they look for no optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.checkpoint.model_file import ModelFile
+from megatron_bitcpm.conversion.megatron.folder import SHARD_FILE
+from megatron_bitcpm.conversion.megatron.legacy_args import make_args
+from megatron_bitcpm.conversion.megatron.output import Check, describe_model, write_megatron
+from megatron_bitcpm.conversion.megatron.shards import MegatronLayout, Piece, Shards, pad_rows
+from megatron_bitcpm.conversion.names import LAYER_NORMS
+from megatron_bitcpm.conversion.progress import track_tensors
+from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
+from megatron_bitcpm.conversion.torch_zip import LateTensor, write_torch_file
+from megatron_bitcpm.errors import CheckpointError
+
+LOCAL_NORMS = dict(
+    zip(LAYER_NORMS, ("input_layernorm.weight", "pre_mlp_layernorm.weight"), strict=True)
+)
+"""Name of a layer's norm with Transformer Engine -> with Megatron's own modules."""
+
+TRANSFORMER_IMPLS = ("local", "transformer_engine")
+
+
+def write_legacy(
+    source: ModelSource,
+    output: str | Path,
+    layout: MegatronLayout | None = None,
+    *,
+    overwrite: bool = False,
+    check: Check | None = None,
+    transformer_impl: str = "local",
+) -> dict[str, Any]:
+    """Write a model as legacy shards.
+
+    Args:
+        source: the model; its tensors are written as they are.
+        output: folder that gets ``release`` and the tracker file; made if absent.
+        layout: ranks that will load the shards.
+        overwrite: replace a converted checkpoint that is there.
+        check: called with the written folder before it gets its name; raises on a difference.
+        transformer_impl: of the run that will load them: decides the names of the layers' norms.
+
+    Returns:
+        See `write_megatron`.
+
+    Raises:
+        CheckpointError: the output exists or cannot be written, or the layout does not fit.
+    """
+    layout, model = layout or MegatronLayout(), source.model
+    if transformer_impl not in TRANSFORMER_IMPLS:
+        raise CheckpointError.of(
+            "transformer_impl",
+            transformer_impl,
+            "is unknown",
+            f"Use {' or '.join(TRANSFORMER_IMPLS)}",
+        )
+    if model.num_query_groups % layout.tp:
+        raise CheckpointError.of(
+            "tensor_parallel_size", layout.tp,
+            f"{model.num_query_groups} key/value heads cannot be shared out, which megatron-core "
+            "0.12.1, the reader of this format, needs",
+            f"Use a size that divides {model.num_query_groups}, or --to torch_dist",
+        )  # fmt: skip
+    # Megatron's own rule for the padding.
+    rows = pad_rows(source.vocab_size, model.make_vocab_size_divisible_by * layout.tp)
+    shards = Shards(source, layout, rows)
+
+    def fill(folder: Path) -> ModelFile:
+        args = make_args(
+            model,
+            vocab_size=source.vocab_size,
+            padded_vocab_size=rows,
+            dtype=source.dtype("model.layers.0.mlp.down_proj.weight"),
+            layout=(layout.tp, layout.pp, layout.chunks),
+            ckpt_format="torch",
+            transformer_impl=transformer_impl,
+            seq_length=source.facts.get("seq_length"),
+        )
+        _write_shards(shards, folder, args)
+        return describe_model(source, model, rows, layout.to_json())
+
+    return write_megatron(source, output, fill, overwrite=overwrite, check=check)
+
+
+def _write_shards(shards: Shards, folder: Path, args: argparse.Namespace) -> None:
+    layout, local = shards.layout, args.transformer_impl == "local"
+    chunks = {
+        (pp_rank, tp_rank, chunk): _chunk_tensors(shards, tp_rank, pp_rank, chunk, local)
+        for pp_rank in range(layout.pp)
+        for tp_rank in range(layout.tp)
+        for chunk in range(layout.chunks)
+    }
+    sizes = {
+        f"{place}.{name}": count_bytes(late.shape, late.dtype)
+        for place, tensors in chunks.items()
+        for name, late in tensors.items()
+    }
+    bar = track_tensors(sizes, "write")
+    for pp_rank in range(layout.pp):
+        for tp_rank in range(layout.tp):
+            models = [chunks[pp_rank, tp_rank, chunk] for chunk in range(layout.chunks)]
+            content: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+            for chunk, tensors in enumerate(models):
+                key = "model" if layout.chunks == 1 else f"model{chunk}"
+                content[key] = OrderedDict(
+                    (name, _counted(late, bar)) for name, late in tensors.items()
+                )
+            name = f"mp_rank_{tp_rank:02d}" + (f"_{pp_rank:03d}" if layout.pp > 1 else "")
+            (folder / name).mkdir()
+            with FlushedFile(folder / name / SHARD_FILE) as file:
+                write_torch_file(file, content)
+    # The bar counts a tensor when the next one is asked for.
+    next(bar, None)
+
+
+def _counted(late: LateTensor, bar: Any) -> LateTensor:
+    def read() -> torch.Tensor:
+        next(bar, None)
+        return late.read()
+
+    return LateTensor(late.shape, late.dtype, read)
+
+
+def _chunk_tensors(
+    shards: Shards, tp_rank: int, pp_rank: int, chunk: int, local: bool
+) -> dict[str, LateTensor]:
+    """Return a chunk's tensors under the names of its module."""
+    layers = shards.layout.layers(shards.source.model, pp_rank, chunk)
+    parts: dict[str, list[Piece]] = {}
+    for piece in shards.pieces(tp_rank, pp_rank, chunk):
+        name = LOCAL_NORMS.get(piece.name, piece.name) if local else piece.name
+        if piece.layer is not None:
+            name = f"decoder.layers.{piece.layer - layers.start}.{name}"
+        parts.setdefault(name, []).append(piece)
+    tensors = {name: _join(pieces) for name, pieces in parts.items()}
+    output = shards.tied_output(tp_rank, pp_rank, chunk)
+    return tensors if output is None else {**tensors, output.name: output.tensor}
+
+
+def _join(pieces: list[Piece]) -> LateTensor:
+    """Put a rank's parts of gate and up one below the other."""
+    if len(pieces) == 1:
+        return pieces[0].tensor
+    shape = (sum(piece.tensor.shape[0] for piece in pieces), *pieces[0].tensor.shape[1:])
+    return LateTensor(
+        shape,
+        pieces[0].tensor.dtype,
+        lambda: torch.cat([piece.tensor.read() for piece in pieces]),
+    )

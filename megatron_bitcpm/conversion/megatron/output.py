@@ -1,0 +1,126 @@
+"""Where converted Megatron checkpoints are written: a folder that is complete or absent.
+
+    OUTPUT/latest_checkpointed_iteration.txt    "release"
+    OUTPUT/release/                             tensors, bitcpm_model.json
+    OUTPUT/release/hf/                          tokenizer, chat template, ... byte for byte
+
+All of it is made beside the output under a hidden name, flushed, compared with the source, and then
+renamed as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, ModelFile
+from megatron_bitcpm.checkpoint.store import TRACKER
+from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.conversion.megatron.folder import RELEASE
+from megatron_bitcpm.conversion.output_folder import new_folder
+from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.files import TOKENIZER_FILES
+
+SIDE_FILES = (
+    *TOKENIZER_FILES,
+    "chat_template.jinja",
+    "chat_template.json",
+    "config.json",
+    "generation_config.json",
+)
+"""What is kept of a Hugging Face folder beside its weights."""
+
+Check = Callable[[Path], dict[str, Any]]
+
+
+def write_megatron(
+    source: ModelSource,
+    output: str | Path,
+    fill: Callable[[Path], ModelFile],
+    *,
+    overwrite: bool,
+    check: Check | None,
+) -> dict[str, Any]:
+    """Make a checkpoint's folder around the files that `fill` writes.
+
+    Args:
+        source: the model.
+        output: the folder; made if absent.
+        fill: writes the tensors' files into an empty folder and describes the model.
+        overwrite: replace a converted checkpoint that is there.
+        check: compares the written checkpoint with the source; raises on a difference.
+
+    Returns:
+        folder, files, bytes, write_seconds, verify_seconds, verify (what `check` returned).
+
+    Raises:
+        CheckpointError: the output exists or cannot be written; an existing one is as it was.
+    """
+    output = Path(os.path.realpath(output))
+    with new_folder(output, overwrite, _is_converted) as scratch:
+        begin = time.perf_counter()
+        folder = scratch / RELEASE
+        folder.mkdir()
+        described = fill(folder)
+        (folder / MODEL_FILE).write_text(described.to_json(), encoding="utf-8")
+        _copy_side_files(source, folder / SIDE_FOLDER)
+        (scratch / TRACKER).write_text(RELEASE, encoding="ascii")
+        written = time.perf_counter()
+        report = None if check is None else check(folder)
+        verified = time.perf_counter()
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    return {
+        "folder": str(output / RELEASE),
+        "files": list(sizes),
+        "bytes": sum(sizes.values()),
+        "padded_vocab_size": described.padded_vocab_size,
+        "layout": described.layout,
+        "write_seconds": round(written - begin, 3),
+        "verify_seconds": round(verified - written, 3),
+        "verify": report,
+    }
+
+
+def _is_converted(output: Path) -> bool:
+    """Whether a folder holds a converted checkpoint and nothing else: only that is replaced."""
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    return names == {RELEASE, TRACKER} and (output / RELEASE / MODEL_FILE).is_file()
+
+
+def _copy_side_files(source: ModelSource, target: Path) -> None:
+    folder = source.side_files
+    names = [name for name in SIDE_FILES if folder is not None and (folder / name).is_file()]
+    if not names:
+        return
+    target.mkdir()
+    for name in names:
+        shutil.copyfile(folder / name, target / name)  # type: ignore[operator]
+
+
+def describe_model(
+    source: ModelSource, model: ModelConfig, rows: int, layout: dict[str, int]
+) -> ModelFile:
+    """Return the content of ``bitcpm_model.json``.
+
+    Args:
+        source: the model.
+        model: its architecture as Megatron holds it.
+        rows: of the embedding, with its padding.
+        layout: sizes that the files are cut for.
+    """
+    return ModelFile(
+        form=source.form,
+        model=model,
+        vocab_size=source.vocab_size,
+        padded_vocab_size=rows,
+        quantizer=None if source.stamp is None else source.stamp.content(),
+        folding=None if source.folding is None else asdict(source.folding),
+        facts=source.facts,
+        layout=layout,
+    )

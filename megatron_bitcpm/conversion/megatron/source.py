@@ -1,0 +1,151 @@
+"""A Megatron checkpoint as a `ModelSource`: fused weights, split into projections when asked for.
+
+The tensors come from a `MegatronTensors`: `torch_dist_reader` or `legacy_reader`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.conversion.names import (
+    EMBEDDING,
+    FINAL_NORM,
+    HF_EMBEDDING,
+    HF_FINAL_NORM,
+    HF_OUTPUT,
+    LAYER_NORMS,
+    LINEARS,
+    OUTPUT,
+    find_projection,
+)
+from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.errors import CheckpointError
+
+_WHOLE = {HF_EMBEDDING: EMBEDDING, HF_OUTPUT: OUTPUT, HF_FINAL_NORM: FINAL_NORM}
+_NORM_OF = {hf_name: name for name, hf_name in LAYER_NORMS.items()}
+
+
+class MegatronTensors(ABC):
+    """Full tensors of a Megatron checkpoint under the names of `names`, whatever its layout."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor outside the layers."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor; of layers' tensors the name is below ``decoder.layers.N``."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor outside the layers, for example ``output_layer.weight``."""
+
+    @abstractmethod
+    def layer_tensor(self, name: str, layer: int) -> torch.Tensor:
+        """Read a full tensor of a layer, for example ``mlp.linear_fc2.weight`` of layer 3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronSource(ModelSource):
+    """A checkpoint of Megatron; see `ModelSource`.
+
+    Attributes:
+        tensors: its full tensors under Megatron's names.
+    """
+
+    tensors: MegatronTensors
+    _last: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a stored tensor."""
+        return self.tensors.dtype(_find_megatron_name(name)[0])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a tensor; parts of a fused weight are best read one after the other."""
+        if name in (HF_EMBEDDING, HF_OUTPUT):
+            padded = self.padded_tensor(name)
+            if padded.shape[0] < self.vocab_size:
+                raise CheckpointError.of(
+                    "vocab_size", self.vocab_size, f"{_WHOLE[name]} has {padded.shape[0]} rows",
+                    "The checkpoint is damaged; use another one",
+                )  # fmt: skip
+            return padded[: self.vocab_size]
+        megatron_name, layer = _find_megatron_name(name)
+        if layer is None:
+            return self.tensors.tensor(megatron_name)
+        projection = find_projection(name)
+        if projection is None:
+            return self.tensors.layer_tensor(megatron_name, layer)
+        key = f"{layer}.{megatron_name}"
+        if key not in self._last:
+            self._last.clear()
+            fused = self.tensors.layer_tensor(megatron_name, layer)
+            self._last[key] = projection.linear.split(fused, self.model)
+        return self._last[key][projection.linear.hf_names.index(projection.name)]
+
+    def padded_tensor(self, name: str) -> torch.Tensor:
+        """Read the embedding or the output layer with its padding."""
+        return self.tensors.tensor(_WHOLE[name])
+
+
+def _find_megatron_name(hf_name: str) -> tuple[str, int | None]:
+    """Return Megatron's name and, inside the layers, the global layer number."""
+    if hf_name in _WHOLE:
+        return _WHOLE[hf_name], None
+    projection = find_projection(hf_name)
+    if projection is not None:
+        return f"{projection.linear.name}.weight", projection.layer
+    _, _, layer, local = hf_name.split(".", 3)
+    return _NORM_OF[local], int(layer)
+
+
+def megatron_shapes(model: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]:
+    """Return Megatron's name -> full shape of every tensor, layers numbered from 0.
+
+    Args:
+        model: the architecture.
+        rows: of the embedding, with its padding.
+    """
+    hidden = model.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (rows, hidden)}
+    for layer in range(model.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        shapes |= {f"{prefix}{linear.name}.weight": linear.shape(model) for linear in LINEARS}
+        shapes |= {prefix + name: (hidden,) for name in LAYER_NORMS}
+    shapes[FINAL_NORM] = (hidden,)
+    if not model.share_embeddings_and_output_weights:
+        shapes[OUTPUT] = (rows, hidden)
+    return shapes
+
+
+def compare_shapes(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
+    """Refuse tensors that are not those of a model.
+
+    Args:
+        found, wanted: Megatron's name -> full shape.
+        path: the checkpoint.
+
+    Raises:
+        CheckpointError: names the first five that are absent, too many or of another shape.
+    """
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in wanted]
+    problems += [
+        f"{name} has shape {list(found[name])}, the model's has {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError.of(
+            "checkpoint", path, f"is not the model it says: {'; '.join(problems[:5])}{more}",
+            "It is damaged, or a model that is not converted here",
+        )  # fmt: skip

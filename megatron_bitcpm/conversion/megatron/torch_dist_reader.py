@@ -1,0 +1,300 @@
+"""Full tensors out of a torch_dist checkpoint, without a model and without a process group.
+
+Megatron's torch_dist format keeps a tensor as chunks, whatever the layout it was written at, and
+stacks the layers in dimension 0 (or numbers them). `TorchDistTensors` reads one tensor, or one
+layer of it, at a time: the chunks lie in mapped files, and where one chunk is all that is asked for
+it is not copied. Their checksums are compared. Optimizer and random states are never read.
+
+`open_torch_dist` opens checkpoints of this package's trainer, converted ones, and those of
+`pretrain_gpt.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
+from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, load_common, read_metadata
+from megatron_bitcpm.checkpoint.store import STATE_FILE, find_checkpoint, read_config, read_state
+from megatron_bitcpm.config import ModelConfig, RunConfig
+from megatron_bitcpm.conversion.megatron.folder import (
+    converted_fields,
+    find_megatron_folder,
+    refuse_format,
+    resolve_vocab_size,
+)
+from megatron_bitcpm.conversion.megatron.legacy_args import read_args
+from megatron_bitcpm.conversion.megatron.source import (
+    MegatronSource,
+    MegatronTensors,
+    compare_shapes,
+    megatron_shapes,
+)
+from megatron_bitcpm.conversion.names import EMBEDDING
+from megatron_bitcpm.conversion.stamp import parse_stamp
+from megatron_bitcpm.conversion.torch_zip import StoredTensor, TorchFile, map_file
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.parallel.agree import describe
+
+_LAYERS = "decoder.layers."
+
+
+class TorchDistTensors(MegatronTensors):
+    """The model tensors of a torch_dist checkpoint.
+
+    Args:
+        folder: with ``.metadata``.
+
+    Raises:
+        CheckpointError: the index is absent, damaged or refused.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._metadata = read_metadata(folder)
+        self._entries = {
+            name: entry
+            for name, entry in self._metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not name.startswith("optimizer.")
+        }
+        self._places = {
+            (index.fqn, tuple(index.offset or ())): info
+            for index, info in self._metadata.storage_data.items()
+            if isinstance(index, MetadataIndex)
+        }
+        self._files: dict[str, memoryview] = {}
+
+    def names(self) -> list[str]:
+        """Names of the model's tensors; those of layers may be stacked in dimension 0."""
+        return sorted(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a tensor as stored."""
+        return tuple(self._entry(name).size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor; of a layer's tensor by its name below ``decoder.layers.N``."""
+        for full in (name, _LAYERS + name, f"{_LAYERS}0.{name}"):
+            if full in self._entries:
+                dtype: torch.dtype = self._entries[full].properties.dtype
+                return dtype
+        raise self._absent(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one full tensor as stored.
+
+        Args:
+            name: one of `names`.
+
+        Raises:
+            CheckpointError: absent, or its files are missing or damaged.
+        """
+        shape = self.shape(name)
+        return self._read(name, (0,) * len(shape), shape)
+
+    def layer_tensor(self, name: str, layer: int) -> torch.Tensor:
+        """Read one layer's tensor, without the layer dimension.
+
+        Args:
+            name: name without the layer number, for example ``mlp.linear_fc2.weight``.
+            layer: global layer number, from 0.
+
+        Raises:
+            CheckpointError: absent, or its files are missing or damaged.
+        """
+        stacked, numbered = _LAYERS + name, f"{_LAYERS}{layer}.{name}"
+        if numbered in self._entries:
+            return self.tensor(numbered)
+        shape = self.shape(stacked)
+        if not 0 <= layer < shape[0]:
+            raise CheckpointError.of(
+                "layer", layer, f"{stacked} has layers 0 to {shape[0] - 1}", "Use one of those"
+            )
+        start = (layer,) + (0,) * (len(shape) - 1)
+        return self._read(stacked, start, (1, *shape[1:]))[0]
+
+    def check_shapes(self, model: ModelConfig) -> int:
+        """Compare names and shapes with those of a model; return the rows of its embedding.
+
+        Raises:
+            CheckpointError: a tensor is absent, too many, or of another shape.
+        """
+        rows = self.shape(EMBEDDING)[0]
+        wanted = megatron_shapes(model, rows)
+        found = {}
+        for name in self._entries:
+            if name.endswith("_extra_state"):
+                continue
+            shape = self.shape(name)
+            number, _, rest = name.removeprefix(_LAYERS).partition(".")
+            if not name.startswith(_LAYERS) or number.isdigit():
+                found[name] = shape
+            else:
+                found |= {f"{_LAYERS}{n}.{number}.{rest}": shape[1:] for n in range(shape[0])}
+        compare_shapes(found, wanted, self.folder)
+        return rows
+
+    def _entry(self, name: str) -> TensorStorageMetadata:
+        if name not in self._entries:
+            raise self._absent(name)
+        return self._entries[name]
+
+    def _absent(self, name: str) -> CheckpointError:
+        fix = "Use a checkpoint of a Llama or MiniCPM model"
+        return self._refusal(f"has no tensor {name}", fix)
+
+    def _refusal(self, rule: str, fix: str) -> CheckpointError:
+        error = CheckpointError.of("checkpoint", self.folder, rule, fix)
+        assert isinstance(error, CheckpointError)
+        return error
+
+    def _read(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """Read the box of `shape` that begins at `start`."""
+        result, covered = None, 0
+        for chunk in self._entry(name).chunks:
+            low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
+            high = [
+                min(a + n, b + m)
+                for a, n, b, m in zip(start, shape, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            stored = self._read_chunk(name, tuple(chunk.offsets), tuple(chunk.sizes))
+            part = stored[_box(low, high, chunk.offsets)]
+            if tuple(part.shape) == shape:
+                return part
+            if result is None:
+                result = torch.empty(shape, dtype=stored.dtype)
+            result[_box(low, high, start)] = part
+            covered += part.numel()
+        if result is None or covered != result.numel():
+            rule = f"tensor {name}: {covered} of {math.prod(shape)} values are listed"
+            raise self._refusal(rule, "The checkpoint is damaged; use another one")
+        return result
+
+    def _read_chunk(
+        self, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> torch.Tensor:
+        file = None
+        try:
+            info = self._places[name, offsets]
+            file = info.relative_path
+            if getattr(info, "transform_descriptors", None):
+                raise ValueError("is stored in a transformed (compressed) form")
+            if file not in self._files:
+                self._files[file] = map_file(self.folder / file)
+            end = info.offset + info.length
+            if not 0 <= info.offset <= end <= self._files[file].nbytes:
+                raise ValueError(f"is cut off: {self._files[file].nbytes} of {end} bytes")
+            item = TorchFile(self._files[file][info.offset : end])
+            stored = item.content
+            if not isinstance(stored, StoredTensor) or stored.shape != sizes:
+                raise ValueError("holds something else")
+            if stored.dtype != self._entries[name].properties.dtype:
+                raise ValueError(f"is {stored.dtype}, unlike the index")
+            return item.tensor(stored)
+        # A damaged file can raise nearly anything while its pickle is decoded.
+        except Exception as error:
+            rule = f"tensor {name} in {file or 'no file'} cannot be read: {describe(error)}"
+            raise self._refusal(rule, "The checkpoint is damaged; use another one") from error
+
+
+def _box(low: Any, high: Any, origin: Any) -> tuple[slice, ...]:
+    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+class CheckpointReader(TorchDistTensors):
+    """Reads the model tensors of a checkpoint of this package's trainer.
+
+    Args:
+        checkpoint: a checkpoint, or a run's folder (its newest checkpoint).
+
+    Attributes:
+        folder: the checkpoint's folder.
+        state: ``bitcpm_state.json``: iteration, losses, quantiser stamp.
+        config: the resolved configuration of the run.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        folder = find_checkpoint(checkpoint)
+        self.state: dict[str, Any] = read_state(folder)
+        self.config: RunConfig = read_config(folder)
+        super().__init__(folder)
+
+
+def open_torch_dist(path: str | Path, tokenizer: str | Path | None = None) -> MegatronSource:
+    """Open a torch_dist checkpoint.
+
+    Args:
+        path: a checkpoint, or the folder with its tracker file.
+        tokenizer: tokenizer folder; needed where the checkpoint does not say how many ids there
+            are, otherwise it must fit.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or unsafe, or a model not computed here.
+    """
+    folder = find_megatron_folder(path)
+    refuse_format(folder, "torch_dist")
+    tensors = TorchDistTensors(folder)
+    if (folder / MODEL_FILE).is_file():
+        fields = converted_fields(folder, tokenizer)
+        rows = tensors.check_shapes(fields["model"])
+        resolve_vocab_size(folder, rows, fields["vocab_size"], None)
+    elif (folder / STATE_FILE).is_file():
+        fields = _trained_fields(folder, tensors, tokenizer)
+    else:
+        fields = _stock_fields(folder, tensors, tokenizer)
+    return MegatronSource(path=folder, kind="torch_dist", tensors=tensors, **fields)
+
+
+def _trained_fields(
+    folder: Path, tensors: TorchDistTensors, tokenizer: str | Path | None
+) -> dict[str, Any]:
+    state, config = read_state(folder), read_config(folder)
+    rows = tensors.check_shapes(config.model)
+    size = state.get("vocab_size")
+    if type(size) is not int:
+        raise CheckpointError.of(
+            "vocab_size", size, f"is no size, in {folder}",
+            "The checkpoint is damaged; use another one",
+        )  # fmt: skip
+    stamp = state.get("quantizer")
+    side_files = Path(config.data.tokenizer if tokenizer is None else tokenizer)
+    seq_length = config.data.seq_length
+    return {
+        "form": "plain" if stamp is None else "latent",
+        "model": config.model,
+        "vocab_size": resolve_vocab_size(folder, rows, size, None),
+        "stamp": None if stamp is None else parse_stamp(stamp, folder),
+        "facts": {
+            "iteration": state.get("iteration", 0),
+            "tokens": state.get("consumed_samples", 0) * seq_length,
+            "seq_length": seq_length,
+            "valid_loss": state.get("valid_loss"),
+            "tokenizer_sha256": state.get("tokenizer_sha256"),
+        },
+        "side_files": side_files if side_files.is_dir() else None,
+    }
+
+
+def _stock_fields(
+    folder: Path, tensors: TorchDistTensors, tokenizer: str | Path | None
+) -> dict[str, Any]:
+    common = load_common(folder)
+    stock = read_args(common.get("args"), common.get("iteration"), folder / COMMON_FILE)
+    rows = tensors.check_shapes(stock.model)
+    return {
+        "form": "plain",
+        "model": stock.model,
+        "vocab_size": resolve_vocab_size(folder, rows, stock.vocab_size, tokenizer),
+        "facts": stock.facts,
+        "side_files": None if tokenizer is None else Path(tokenizer),
+    }

@@ -1,0 +1,75 @@
+"""Opening a model of any format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_bitcpm.conversion.hf.config import CONFIG_FILE
+from megatron_bitcpm.conversion.hf.source import BIN_INDEX_FILE, INDEX_FILE, open_hf
+from megatron_bitcpm.conversion.source import Kind, ModelSource
+from megatron_bitcpm.errors import CheckpointError
+
+_HF_WEIGHTS = ("*.safetensors", INDEX_FILE, "pytorch_model*.bin", BIN_INDEX_FILE)
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def open_source(path: str | Path, tokenizer: str | Path | None = None) -> ModelSource:
+    """Open a model: what it is is found out from its files.
+
+    Args:
+        path: a Hugging Face folder, a Megatron checkpoint (torch_dist or legacy), or a run's folder
+            (its newest checkpoint).
+        tokenizer: tokenizer folder for checkpoints that do not say how many ids their tokenizer
+            has.
+
+    Raises:
+        CheckpointError: no model, an unknown architecture, or damaged files.
+    """
+    path = Path(path)
+    if path.is_file() and (path.parent / CONFIG_FILE).is_file():
+        path = path.parent
+    kind = detect_kind(path)
+    if kind == "hf":
+        return open_hf(path)
+    # Each reader brings its own weight of imports.
+    if kind == "legacy":
+        from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
+
+        return open_legacy(path, tokenizer)
+    from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
+
+    return open_torch_dist(path, tokenizer)
+
+
+def detect_kind(path: Path) -> Kind:
+    """Return which format a folder has, by the names in it.
+
+    Args:
+        path: as for `open_source`.
+
+    Raises:
+        CheckpointError: none that is known here.
+    """
+    if not path.exists():
+        raise _unknown(path, "no such file or folder")
+    if path.is_file():
+        raise _unknown(path, "is a file, not a model")
+    if any(next(path.glob(pattern), None) for pattern in _HF_WEIGHTS):
+        return "hf"
+    from megatron_bitcpm.conversion.megatron.folder import find_megatron_folder, kind_of_folder
+
+    is_megatron = (path / _TRACKER).is_file() or kind_of_folder(path) is not None
+    if is_megatron or any(path.glob("iter_*")) or (path / "release").is_dir():
+        return "legacy" if kind_of_folder(find_megatron_folder(path)) == "legacy" else "torch_dist"
+    if (path / CONFIG_FILE).is_file():
+        return "hf"  # whose weights are missed when it is opened
+    raise _unknown(path, "holds neither a Hugging Face model nor a Megatron checkpoint")
+
+
+def _unknown(path: Path, rule: str) -> CheckpointError:
+    error = CheckpointError.of(
+        "model", path, rule,
+        "Name a folder with config.json and weights, a run, or an iter_* or release folder",
+    )  # fmt: skip
+    assert isinstance(error, CheckpointError)
+    return error

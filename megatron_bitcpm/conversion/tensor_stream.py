@@ -1,0 +1,216 @@
+"""Tensors on their way to disk: read ahead, written at once, flushed all along.
+
+What bounds the memory of every writer here: one tensor is being read or computed while the one
+before it is being written, and nothing else is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+from megatron_bitcpm.errors import CheckpointError
+
+T = TypeVar("T")
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CHUNK_BYTES = 16 << 20
+_FLUSH_BYTES = 64 << 20
+
+
+class FlushedFile:
+    """A new binary file whose pages go to disk while it is written, so that closing is short.
+
+    Left to itself the kernel keeps gigabytes of unwritten pages and the final fsync waits for all.
+
+    Args:
+        path: must not exist.
+
+    Attributes:
+        size: bytes of the file so far.
+
+    Raises:
+        OSError: from any method, also for errors that only flushing shows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self.size = self._position = self._flushed = 0
+        self._wake = threading.Event()
+        self._done = False
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._flush, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> FlushedFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close(complete=kind is None)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data` at the current position."""
+        data = memoryview(data).cast("B")
+        rest = data
+        while rest:
+            if self._error is not None:
+                raise self._error
+            count = os.write(self._descriptor, rest[:_CHUNK_BYTES])
+            self._position += count
+            self.size = max(self.size, self._position)
+            rest = rest[count:]
+            if self.size - self._flushed >= _FLUSH_BYTES:
+                self._flushed = self.size
+                self._wake.set()
+        return len(data)
+
+    def tell(self) -> int:
+        """Return the current position."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to another position."""
+        self._position = os.lseek(self._descriptor, offset, whence)
+        return self._position
+
+    def seekable(self) -> bool:
+        """Whether `seek` works."""
+        return True
+
+    def flush(self) -> None:
+        """Do nothing: data is flushed all along, and for good at the end."""
+
+    def _flush(self) -> None:
+        while True:
+            self._wake.wait()
+            if self._done:
+                return
+            self._wake.clear()
+            try:
+                os.fdatasync(self._descriptor)
+            except OSError as error:
+                self._error = error
+                return
+
+    def _close(self, complete: bool) -> None:
+        self._done = True
+        self._wake.set()
+        self._thread.join()
+        try:
+            if complete:
+                if self._error is not None:
+                    raise self._error
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+
+def read_ahead(items: Iterable[T]) -> Generator[T]:
+    """Yield the items, each made in another thread while the one before it is in use.
+
+    At any time there are at most two: the consumer's, which it should let go of before it asks for
+    the next, and the one being made or waiting. Close it when leaving early.
+    """
+    ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue()
+    wanted = threading.Semaphore(1)
+    stopped = False
+
+    def produce() -> None:
+        source = iter(items)
+        try:
+            while True:
+                wanted.acquire()
+                if stopped:
+                    return
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                ready.put((item, None, False))
+                del item
+            ready.put((None, None, True))
+        except BaseException as error:
+            ready.put((None, error, True))
+        finally:
+            if isinstance(source, Generator):
+                source.close()
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error, last = ready.get()
+            if error is not None:
+                raise error
+            if last:
+                return
+            wanted.release()
+            yield item  # type: ignore[misc]
+            del item
+    finally:
+        stopped = True
+        wanted.release()
+        thread.join()
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """View the memory of a contiguous CPU tensor, little-endian as these machines are."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def equal_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have the same type, shape and bits; a NaN equals itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    views = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(*views)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity: one pass, no copy."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # both keep NaN
+    return bool(low.isfinite() & high.isfinite())
+
+
+def count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor."""
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def cut_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Distribute tensors over files in their order; a tensor larger than the limit has its own.
+
+    Args:
+        sizes: name -> bytes.
+        max_shard_bytes: largest sum of a file.
+
+    Raises:
+        CheckpointError: the limit is below 1.
+    """
+    if max_shard_bytes < 1:
+        raise CheckpointError.of("max_shard_size", max_shard_bytes, "is no size", "Use 5GB")
+    shards: list[list[str]] = [[]]
+    total = 0
+    for name, size in sizes.items():
+        if shards[-1] and total + size > max_shard_bytes:
+            shards.append([])
+            total = 0
+        shards[-1].append(name)
+        total += size
+    return shards

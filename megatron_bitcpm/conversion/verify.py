@@ -1,0 +1,303 @@
+"""The proof that a model is what it says, and that two models are the same.
+
+Two questions. Is a model sound by itself: its tensors have the shapes of its architecture and are
+finite, every group of a quantised one is on its grid, the list of quantised tensors is the one that
+its quantiser makes, ids of the tokenizer fit. And, with a second model, is it *that* model: same
+architecture and quantiser; codes and scales of the values that the forward multiplies with are
+equal, latents, norms and embeddings are equal bit for bit. Any two of Megatron checkpoint and
+Hugging Face folder, in any form, compare; rows that only pad the vocabulary do not count.
+
+Tensors are read one at a time. What codes and scales are is said in `grid_reading`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.conversion.comparison import Comparison, compare_architectures, fold_alike
+from megatron_bitcpm.conversion.difference import KINDS, list_first, markdown_table
+from megatron_bitcpm.conversion.grid_reading import (
+    CodeCount,
+    count_not_finite,
+    describe_group,
+    read_codes,
+)
+from megatron_bitcpm.conversion.hf.config import QUANTIZER_FILE, read_hf_config
+from megatron_bitcpm.conversion.open import open_source
+from megatron_bitcpm.conversion.progress import track_tensors
+from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES, read_tokenizer_ids
+from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.files import read_json
+from megatron_bitcpm.quant.grids import find_grid
+
+SCALE_BITS = 32
+"""Bits of a packed scale (float32)."""
+_SHOWN = 3
+"""Unsound tensors that the line names."""
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        content: the counts, as JSON; see `verify`.
+        problems: what is not as it should be, one clause each; empty for a proof.
+        path: the model that was checked.
+    """
+
+    content: dict[str, Any]
+    path: Path
+    problems: list[str] = field(default_factory=list)
+
+    def raise_problems(self) -> None:
+        """Raise a CheckpointError of one line unless there are no problems."""
+        if self.problems:
+            wanted = self.content["checkpoint"]
+            fix = "Convert the model again"
+            if wanted is not None:
+                fix += ", or name the one it was made from"
+            raise CheckpointError.of("model", self.path, "; ".join(self.problems), fix)
+
+    def render(self) -> str:
+        """Return the counts by layer as a Markdown table, '' where nothing was compared."""
+        rows = self.content.get("layers")
+        if not rows:
+            return ""
+        names = ["outside" if row["layer"] is None else row["layer"] for row in rows]
+        return markdown_table(
+            ("layer", "tensors", *(f"differing {kind}" for kind in KINDS)),
+            (
+                (name, row["tensors"], *(row[kind] for kind in KINDS))
+                for name, row in zip(names, rows, strict=True)
+            ),
+        )
+
+
+def verify(
+    model: str | Path, other: str | Path | None = None, tokenizer: str | Path | None = None
+) -> dict[str, Any]:
+    """Prove that a model is sound and, with a second one, that both are the same.
+
+    Args:
+        model: Hugging Face folder or Megatron checkpoint.
+        other: the model it must equal, of any format and form; None checks `model` by itself.
+        tokenizer: tokenizer folder for checkpoints that do not say how many ids they have.
+    Returns:
+        folder, kind, form, architecture; counts over the tensors on the grid (ternary_tensors,
+        groups, weights) and other_parameters, group_sizes, zero_fraction, entropy_bits_per_weight
+        (of the codes), packed_bits_per_weight (codes and float32 scales); grid and numerics;
+        activation: what entered the quantised linears in training, "none" or "int8_per_token";
+        checkpoint: path of `other`, or None. With `other` also its checkpoint_kind and
+        checkpoint_form, iteration, folded_for_comparison, compared_tensors, differing_codes,
+        differing_scales and differing_values, all 0, and layers: the same by layer.
+
+    Raises:
+        CheckpointError: anything is not so; names the tensors.
+    """
+    report = compare(
+        open_source(model, tokenizer), None if other is None else open_source(other, tokenizer)
+    )
+    report.raise_problems()
+    return report.content
+
+
+def verify_sources(found: ModelSource, wanted: ModelSource | None) -> dict[str, Any]:
+    """Check an opened model; see `verify`."""
+    report = compare(found, wanted)
+    report.raise_problems()
+    return report.content
+
+
+def compare(found: ModelSource, wanted: ModelSource | None = None) -> Report:
+    """Check a model, and compare it with another one, without raising on differences.
+
+    Args:
+        found: the model.
+        wanted: the model it should equal, or None.
+    Returns:
+        The report, complete also where there are problems; only when the architectures differ
+        are tensors not compared.
+
+    Raises:
+        CheckpointError: files are damaged or absent.
+    """
+    report = Report(_describe(found, wanted), found.path)
+    report.problems += _check_list(found) + _check_types(found)
+    _check_tokenizer(found, wanted)
+    if wanted is not None:
+        sides = fold_alike(found, wanted)
+        report.content["folded_for_comparison"] = sides != (found, wanted)
+        found, wanted = sides
+        if problems := compare_architectures(found, wanted):
+            report.problems += [f"not the model of {wanted.path}: {'; '.join(problems)}"]
+            return report
+    count = _Count(found)
+    comparison = None if wanted is None else Comparison(found, wanted)
+    odd = []
+    for name in track_tensors(_sizes(found), "verify"):
+        value = found.forward_tensor(name)
+        if problem := count.add(name, value):
+            odd.append(problem)
+        if comparison is not None:
+            comparison.add(name, value)
+    report.problems += odd[:_SHOWN]
+    if len(odd) > _SHOWN:
+        report.problems.append(f"{len(odd) - _SHOWN} more tensors like these")
+    report.content |= count.content()
+    if comparison is not None:
+        report.content |= comparison.content()
+        if problems := comparison.problems():
+            report.problems.append(f"not the model of {comparison.path}: {'; '.join(problems)}")
+    return report
+
+
+def _sizes(source: ModelSource) -> dict[str, int]:
+    """Return the bytes of every tensor as stored."""
+    return {
+        name: math.prod(shape) * source.dtype(name).itemsize
+        for name, shape in source.shapes().items()
+    }
+
+
+class _Count:
+    """Totals over the tensors of a model, which are checked on the way."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self.shapes = source.shapes()
+        self.groups = source.quantized_tensors()
+        stamp = source.stamp
+        self.codes = None if stamp is None else CodeCount(find_grid(stamp.quant.grid))
+        self.other = 0
+
+    def add(self, name: str, value: torch.Tensor) -> str | None:
+        """Count a tensor of the forward; return what is wrong with it."""
+        shape = self.shapes[name]
+        if tuple(value.shape) != shape:
+            return f"{name} has shape {list(value.shape)}, the architecture calls for {list(shape)}"
+        on_grid = name in self.groups
+        if not on_grid:
+            self.other += value.numel()
+        if bad := count_not_finite(value):
+            return f"{name} holds {bad} NaN or infinite values"
+        stamp = self.source.stamp
+        if not on_grid or stamp is None or self.codes is None:
+            return None
+        size, folded = self.groups[name], self.source.folding is not None
+        count, odd = read_codes(value, size, stamp.quant.grid, stamp.quant.eps, folded)
+        self.codes.add(count)
+        if odd is None:
+            return None
+        grid = stamp.quant.grid
+        what = "ternary" if grid == "ternary" else f"on the grid {grid}"
+        return f"{name} is not {what}: {describe_group(value, size, odd)}"
+
+    def content(self) -> dict[str, Any]:
+        """Return the totals for the report."""
+        codes = self.codes
+        found: dict[str, Any] = {
+            "ternary_tensors": codes.tensors if codes else 0,
+            "group_sizes": sorted(set(self.groups.values())),
+            "groups": codes.groups if codes else 0,
+            "weights": codes.weights if codes else 0,
+            "other_parameters": self.other,
+        }
+        if codes and codes.weights:
+            found |= {
+                "zero_fraction": codes.codes.get(0, 0) / codes.weights,
+                "entropy_bits_per_weight": codes.entropy_bits(),
+                "packed_bits_per_weight": codes.code_bits()
+                + SCALE_BITS * codes.groups / codes.weights,
+            }
+        return found
+
+
+def _describe(found: ModelSource, wanted: ModelSource | None) -> dict[str, Any]:
+    stamp = found.stamp
+    content: dict[str, Any] = {
+        "folder": str(found.path),
+        "kind": found.kind,
+        "form": found.form,
+        "architecture": found.model.architecture,
+        "grid": None if stamp is None else stamp.quant.grid,
+        "numerics": None if stamp is None else stamp.numerics,
+        "activation": "none" if stamp is None else stamp.quant.activation,
+        "checkpoint": None,
+    }
+    if wanted is not None:
+        content |= {
+            "checkpoint": str(wanted.path),
+            "checkpoint_kind": wanted.kind,
+            "checkpoint_form": wanted.form,
+            "iteration": wanted.facts.get("iteration"),
+        }
+    return content
+
+
+# -- a model by itself -----------------------------------------------------------------------------
+
+
+def _check_list(source: ModelSource) -> list[str]:
+    """Compare the list of a pseudo-quantised folder with what its quantiser makes."""
+    path = source.path / QUANTIZER_FILE
+    try:
+        made = source.quantized_tensors()
+    except BitcpmError as error:
+        raise CheckpointError.of(
+            "quantizer", source.path, f"does not fit the model: {error}".rstrip("."),
+            "Use the files that belong to the weights",
+        ) from error  # fmt: skip
+    if source.kind != "hf" or not path.is_file():
+        return []
+    listed = read_json(path).get("ternary_tensors")
+    if not isinstance(listed, dict):
+        return [f"{QUANTIZER_FILE} lists no quantised tensors"]
+    if listed == made:
+        return []
+    odd = [name for name in sorted({*listed, *made}) if listed.get(name) != made.get(name)]
+    return [
+        f"{QUANTIZER_FILE} lists other tensors or groups than its quantizer makes: "
+        f"{list_first(odd, 'tensors')}"
+    ]
+
+
+def _check_types(source: ModelSource) -> list[str]:
+    """Values on the grid must have the declared type: another one would round them in loading."""
+    if source.kind != "hf":
+        return []
+    declared = read_hf_config(source.path).dtype
+    if declared is None:
+        return []
+    names = source.quantized_tensors() or list(source.shapes())[:1]
+    odd = [name for name in names if source.dtype(name) != declared]
+    if not odd:
+        return []
+    found = str(source.dtype(odd[0])).removeprefix("torch.")
+    wanted = str(declared).removeprefix("torch.")
+    return [f"{list_first(odd, 'tensors')}: stored as {found}, config.json says {wanted}"]
+
+
+def _check_tokenizer(source: ModelSource, wanted: ModelSource | None) -> None:
+    """Raise where a folder has no tokenizer, unless its model came without, or too many ids."""
+    if source.kind != "hf" and not _has_tokenizer(source):
+        return
+    if wanted is not None and not _has_tokenizer(source) and not _has_tokenizer(wanted):
+        return
+    ids = read_tokenizer_ids(source.side_files or source.path)
+    if ids.size > source.vocab_size:
+        raise CheckpointError.of(
+            "tokenizer", source.side_files, f"has {ids.size} ids, the model of {source.path} "
+            f"{source.vocab_size}", "Name the tokenizer of the model",
+        )  # fmt: skip
+
+
+def _has_tokenizer(source: ModelSource) -> bool:
+    folder = source.side_files
+    return folder is not None and any((folder / name).is_file() for name in VOCABULARY_FILES)
