@@ -35,8 +35,8 @@ def config(**changes):
     ],
 )
 def test_what_may_differ(change, tmp_path):
-    check_init_from(config(**change), config(), tmp_path)
-    check_init_from(config(), config(**change), tmp_path)
+    check_init_from(config(**change), config().model, tmp_path)
+    check_init_from(config(), config(**change).model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -53,5 +53,5 @@ def test_what_may_differ(change, tmp_path):
 )
 def test_another_architecture(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as caught:
-        check_init_from(config(**change), config(), tmp_path)
+        check_init_from(config(**change), config().model, tmp_path)
     assert len(caught.value.problems) == 1

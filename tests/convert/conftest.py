@@ -48,7 +48,7 @@ def trained(data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(trained, tmp_path_factory):
     """Function: name of a case -> its exported folder; do not change it, see `damaged`."""
-    from megatron_bitcpm.checkpoint.hf_folder import export_hf
+    from megatron_bitcpm.conversion.hf.writer import export_hf
 
     done = {}
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from trained_checkpoints import CASES, LAYERS
 
-from megatron_bitcpm.checkpoint.verify import verify
+from megatron_bitcpm.conversion.verify import verify
 
 HEADS, GROUPS, HEAD_DIM, FFN = 4, 2, 32, 160
 QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
@@ -122,7 +122,7 @@ def test_one_scale_per_projection(exported):
 
 @pytest.mark.slow
 def test_filters_leave_latents_in_place(trained, exported):
-    from megatron_bitcpm.checkpoint.reader import CheckpointReader
+    from megatron_bitcpm.conversion.megatron.torch_dist_reader import CheckpointReader
 
     case = "tp2_groups_filters"
     groups, tensors = groups_of(exported(case)), load_all(exported(case))
@@ -139,7 +139,7 @@ def test_filters_leave_latents_in_place(trained, exported):
 
 
 def test_padding_rows_are_left_out(trained, exported):
-    from megatron_bitcpm.checkpoint.reader import CheckpointReader
+    from megatron_bitcpm.conversion.megatron.torch_dist_reader import CheckpointReader
 
     reader = CheckpointReader(trained("tp1_untied").directory)
     tensors = load_all(exported("tp1_untied"))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 from trained_checkpoints import SEQ
 
-from megatron_bitcpm.checkpoint import hf_folder
-from megatron_bitcpm.checkpoint.hf_folder import export_hf
-from megatron_bitcpm.checkpoint.reader import CheckpointReader
-from megatron_bitcpm.checkpoint.verify import verify
+from megatron_bitcpm.conversion.hf.writer import export_hf
+from megatron_bitcpm.conversion.megatron.torch_dist_reader import CheckpointReader
+from megatron_bitcpm.conversion.verify import verify
 from megatron_bitcpm.data.tokenizer import load_tokenizer
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.evaluation.generate import generate, load_hf_model, load_hf_tokenizer
+from megatron_bitcpm.quant.fake_quant import fake_quantize
 
 CASE = "tp1_untied"
 
@@ -110,7 +110,7 @@ def test_output_is_not_replaced_unless_asked(trained, tmp_path):
     (output / "mine.txt").write_text("x")
     with pytest.raises(CheckpointError, match=r"output=.*out: exists"):
         export_hf(trained(CASE).directory, output)
-    with pytest.raises(CheckpointError, match="is no model folder"):
+    with pytest.raises(CheckpointError, match="is no model, so it is not replaced"):
         export_hf(trained(CASE).directory, output, overwrite=True)
     assert (output / "mine.txt").read_text() == "x"
     (output / "config.json").write_text("{}")
@@ -120,32 +120,7 @@ def test_output_is_not_replaced_unless_asked(trained, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("step", ["save_file", "verify_tensors", "publish_folder", "os.rename"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_nothing(step, error, trained, tmp_path, monkeypatch, exported):
-    output = shutil.copytree(exported(CASE), tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-
-    calls = []
-
-    def fail(*args, **kwargs):
-        calls.append(args)
-        # Of the renames the one into place: the old folder is out of the way by then.
-        if (step == "os.rename" and args[1] != output) or len(calls) > 3:
-            return rename(*args, **kwargs)
-        raise error
-
-    rename = os.rename
-    monkeypatch.setattr(os if "." in step else hf_folder, step.split(".")[-1], fail)
-    with pytest.raises((CheckpointError, KeyboardInterrupt)):
-        export_hf(trained(CASE).directory, output, overwrite=True)
-    monkeypatch.undo()
-    assert calls
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_bad_tokenizers(trained, tmp_path):
+def test_bad_tokenizers(trained, changed, tmp_path):
     directory = trained(CASE).directory
     for folder, message in (
         (tmp_path / "absent", "tokenizer=.*absent: no such folder"),
@@ -159,55 +134,84 @@ def test_bad_tokenizers(trained, tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="its files hold 301 ids, the model has 300"):
         export_hf(directory, tmp_path / "out", tokenizer=other)
+    gone = changed(data={"tokenizer": str(tmp_path / "gone")})
+    with pytest.raises(CheckpointError, match=r"tokenizer=None: .* not where its training had it"):
+        export_hf(gone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_checkpoints(trained, tmp_path):
-    with pytest.raises(CheckpointError, match="is neither a checkpoint nor a run"):
+@pytest.fixture
+def changed(trained, tmp_path):
+    """Function: a copy of the checkpoint with another quantiser or architecture in its files."""
+
+    def get(quant=(), model=(), data=()):
+        source = CheckpointReader(trained(CASE).directory).folder
+        copy = shutil.copytree(source, tmp_path / source.name)
+        state = json.loads((copy / "bitcpm_state.json").read_text())
+        state["quantizer"] |= dict(quant)
+        (copy / "bitcpm_state.json").write_text(json.dumps(state))
+        config = yaml.safe_load((copy / "bitcpm_config.yaml").read_text())
+        config["model"] |= dict(model)
+        config["data"] |= dict(data)
+        (copy / "bitcpm_config.yaml").write_text(yaml.safe_dump(config))
+        return copy
+
+    return get
+
+
+def test_bad_checkpoints(changed, tmp_path):
+    with pytest.raises(CheckpointError, match="holds neither a Hugging Face model nor a Megatron"):
         export_hf(tmp_path, tmp_path / "out")
-    source = CheckpointReader(trained(CASE).directory).folder
-    copy = shutil.copytree(source, tmp_path / source.name)
-    state = json.loads((copy / "bitcpm_state.json").read_text())
-    state["quantizer"]["numerics"] = "bf16_reciprocal"
-    (copy / "bitcpm_state.json").write_text(json.dumps(state))
-    with pytest.raises(CheckpointError, match="numerics=bf16_reciprocal: the checkpoint's codes"):
-        export_hf(copy, tmp_path / "out")
-    # A model of another shape than its configuration says.
-    shutil.copy(source / "bitcpm_state.json", copy)
-    config = yaml.safe_load((copy / "bitcpm_config.yaml").read_text())
-    config["model"]["ffn_hidden_size"] = 80
-    (copy / "bitcpm_config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(CheckpointError, match="has shape"):
-        export_hf(copy, tmp_path / "out")
+        export_hf(changed(model={"ffn_hidden_size": 80}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "quant",
     [
-        (
-            {"architecture": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16},
-            r"model\.architecture=minicpm: has no Hugging Face folder yet",
-        ),
-        (
-            {
-                "rope_scaling": {
-                    "short_factor": [1.0] * 16,
-                    "long_factor": [2.0] * 16,
-                    "original_max_position_embeddings": 40,
-                }
-            },
-            r"model\.rope_scaling=longrope: has no Hugging Face folder yet",
-        ),
+        {"grid": "asym4"},
+        {"grid": "half_sym4", "group_size": 16},
+        {"grid": "int_sym4"},
+        {"grid": "five", "group_size": 16},
+        {"numerics": "bf16_reciprocal"},
     ],
+    ids=lambda quant: "-".join(map(str, quant.values())),
 )
-def test_models_that_are_no_llama(changes, message, trained, tmp_path):
-    source = CheckpointReader(trained(CASE).directory).folder
-    copy = shutil.copytree(source, tmp_path / source.name)
-    config = yaml.safe_load((copy / "bitcpm_config.yaml").read_text())
-    config["model"] |= changes
-    (copy / "bitcpm_config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(CheckpointError, match=message) as caught:
-        export_hf(copy, tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
+def test_other_grids_and_numerics(quant, changed, tmp_path):
+    checkpoint = changed(quant)
+    report = export_hf(checkpoint, tmp_path / "out")
+    assert report["differing_codes"] == report["differing_scales"] == 0
+    latent = CheckpointReader(checkpoint).layer_tensor("mlp.linear_fc2.weight", 2)
+    stored = load_file(tmp_path / "out" / "model.safetensors")[
+        "model.layers.2.mlp.down_proj.weight"
+    ]
+    group_size = quant.get("group_size", -1)
+    if "numerics" in quant:
+        mean = latent.float().abs().mean(-1, keepdim=True).bfloat16()
+        codes = (latent * (1 / mean)).round().clamp(-1, 1)
+        # The order of that sum is not the canonical one: a mean may round otherwise.
+        assert ((stored.sign() != codes).sum(-1) > 0).float().mean() < 0.2
+        assert not torch.equal(stored.sign(), fake_quantize(latent, -1).sign())
+    else:
+        assert torch.equal(stored, fake_quantize(latent, group_size, 1e-5, quant["grid"]))
+
+
+LONGROPE = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
+            "original_max_position_embeddings": 40}  # fmt: skip
+MINICPM = {"architecture": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
+
+
+@pytest.mark.parametrize(
+    "model", [MINICPM, {"rope_scaling": LONGROPE}], ids=["minicpm", "longrope"]
+)
+def test_other_architectures(model, changed, tmp_path):
+    report = export_hf(changed(model=model), tmp_path / "out")
+    assert report["differing_codes"] == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    if "rope_scaling" in model:
+        assert config["rope_scaling"].items() >= LONGROPE.items()
+        assert config["architectures"] == ["LlamaForCausalLM"]
+    else:
+        assert config["architectures"] == ["MiniCPMForCausalLM"]
+        assert config.items() >= {key: model[key] for key in model if "_" in key}.items()

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from megatron_bitcpm import ops
-from megatron_bitcpm.checkpoint.megatron_to_hf import (
-    LINEARS,
-    QuantizerStamp,
-    fake_quantize_full,
-    list_ternary_tensors,
-    read_forward_weight,
-)
 from megatron_bitcpm.config import ModelConfig, QuantConfig
-from megatron_bitcpm.quant.groups import resolve_sharded_groups
+from megatron_bitcpm.conversion.names import LINEARS, find_projection, hf_shapes
+from megatron_bitcpm.conversion.stamp import (
+    QuantizerStamp,
+    fake_quantize_projection,
+    list_quantized_tensors,
+)
 from megatron_bitcpm.quant.selection import is_excluded
 
 
@@ -67,11 +63,17 @@ def canonical_sum(values: np.ndarray) -> np.float32:
     return lanes[0]
 
 
+def quantize(w, name, tp_size, **quant):
+    """Quantise a weight of training as its projection `name` is exported."""
+    projection = find_projection(f"model.layers.0.{name}.weight")
+    assert projection is not None
+    return fake_quantize_projection(w, projection, QuantizerStamp(QuantConfig(**quant), tp_size))
+
+
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_sharded_rows_use_the_slices_of_training(tp_size):
     w = torch.randn(96, 512)
-    groups = resolve_sharded_groups(512, tp_size, -1, "row", "exact")
-    wq = fake_quantize_full(w, groups, tp_size, 1e-5)
+    wq = quantize(w, "mlp.down_proj", tp_size)
     for row, wq_row in zip(w.numpy(), wq.numpy(), strict=True):
         total = np.float32(0)
         for part in np.split(row, tp_size):
@@ -84,23 +86,18 @@ def test_sharded_rows_use_the_slices_of_training(tp_size):
 
 def test_local_scales_are_groups():
     w = torch.randn(16, 512)
-    groups = resolve_sharded_groups(512, 4, -1, "row", "local")
     parts = [ops.fake_quantize(part, -1, 1e-5) for part in w.chunk(4, dim=1)]
-    assert groups.scale_len == 128
-    assert torch.equal(fake_quantize_full(w, groups, 4, 1e-5), torch.cat(parts, 1))
+    found = quantize(w, "self_attn.o_proj", 4, scale_sync="local")
+    assert torch.equal(found, torch.cat(parts, 1))
 
 
 # In float32 a 1 that is added to 2**24 is lost, so that a sum tells its order. Lanes are 64 wide.
 LOST = 2.0**24
 
 
-def scales_by_tp_size(linear_name: str, w: torch.Tensor) -> dict[int, float]:
+def scales_by_tp_size(name: str, w: torch.Tensor) -> dict[int, float]:
     """Export a weight of training with one scale per projection: its scale by tp size."""
-    linear = next(linear for linear in LINEARS if linear.name == linear_name)
-    config = SimpleNamespace(model=model_config())
-    reader = SimpleNamespace(config=config, layer_tensor=lambda name, layer: w)
-    stamps = [QuantizerStamp(QuantConfig(group_size="tensor"), tp) for tp in (1, 2, 4)]
-    return {s.tp_size: read_forward_weight(reader, s, linear, 0).max().item() for s in stamps}
+    return {tp: quantize(w, name, tp, group_size="tensor").max().item() for tp in (1, 2, 4)}
 
 
 def test_one_scale_of_sharded_rows_adds_the_slices_of_training():
@@ -108,7 +105,7 @@ def test_one_scale_of_sharded_rows_adds_the_slices_of_training():
     w[:, 0] = LOST
     w[:, 128::128] = 1.0  # in the lane of the large weight, as long as they are in its slice
     # Of a row: one slice loses all three, two keep 1 + 1 of the second, four add them one by one.
-    assert scales_by_tp_size("mlp.linear_fc2", w) == {
+    assert scales_by_tp_size("mlp.down_proj", w) == {
         1: 4 * LOST / 2048,
         2: 4 * (LOST + 2) / 2048,
         4: 4 * LOST / 2048,
@@ -118,15 +115,15 @@ def test_one_scale_of_sharded_rows_adds_the_slices_of_training():
 def test_one_scale_of_whole_rows_does_not_depend_on_the_layout():
     w = torch.ones(4, 512)
     w[:, 0] = LOST
-    whole = scales_by_tp_size("mlp.linear_fc1", w)
+    whole = scales_by_tp_size("mlp.gate_proj", w)
     assert whole[1] == whole[2] == whole[4]
     # Had these rows been cut, each layout would have another sum.
-    assert len({*scales_by_tp_size("mlp.linear_fc2", w).values()}) == 3
+    assert len({*scales_by_tp_size("mlp.down_proj", w).values()}) == 3
 
 
 def test_filters():
     quant = QuantConfig(full_precision_last_layers=1, exclude=("*.0.mlp.*",))
-    names = list_ternary_tensors(model_config(), QuantizerStamp(quant, 1))
+    names = list_quantized_tensors(hf_shapes(model_config(), 300), 4, QuantizerStamp(quant))
     assert len(names) == 4 + 7 + 7
     assert "model.layers.0.self_attn.q_proj.weight" in names
     assert "model.layers.0.mlp.up_proj.weight" not in names

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.ranks import run_ranks
+from memory_source import LLAMA, MINICPM, make_latent, make_stamp
 from trained_checkpoints import SEQ
+
+from megatron_bitcpm.config import RopeScalingConfig
+from megatron_bitcpm.errors import CheckpointError
 
 
 def compare(rank: int, checkpoint: str, folder: str) -> dict:
@@ -87,3 +91,100 @@ def test_the_report_names_the_activation(trained, exported):
     assert report["activation"] == "int8_per_token"
     # The folder rounds nothing; that shows, and changes little.
     assert 1e-4 < report["max_abs_logit_difference"] < 0.05 * report["largest_logit"]
+
+
+# -- models that were never trained: every architecture, grid and form ---------------------------
+
+LONGROPE = RopeScalingConfig(
+    short_factor=tuple(1 + 0.1 * i for i in range(12)),
+    long_factor=tuple(2 + 0.3 * i for i in range(12)),
+    original_max_position_embeddings=32,
+)
+CASES = {
+    "llama_latent": ("llama", {}, "latent", {}),
+    "minicpm_latent": ("minicpm", {"group_size": 16}, "latent", {}),
+    "minicpm_pseudo": ("minicpm", {"grid": "five"}, "pseudo", {}),
+    "minicpm_folded": ("minicpm", {}, "pseudo", {"architecture": "llama"}),
+    "llama_half_sym4": ("llama", {"grid": "half_sym4", "group_size": "tensor"}, "pseudo", {}),
+    "llama_asym4": ("llama", {"grid": "asym4"}, "pseudo", {}),
+    "llama_int_sym4": ("llama", {"grid": "int_sym4"}, "latent", {}),
+    "minicpm_plain": ("minicpm", None, "plain", {}),
+}
+
+
+def write_and_compare(rank: int, data: str, folder: str, names: list[str]) -> dict[str, dict]:
+    """Write each case as a Megatron checkpoint and as a folder, from memory; compare logits."""
+    from pathlib import Path
+
+    from megatron_bitcpm.conversion.hf.writer import write_folder
+    from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
+    from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
+    from megatron_bitcpm.evaluation.generate import load_hf_model
+    from megatron_bitcpm.evaluation.logits import (
+        follow_length,
+        megatron_logits,
+        megatron_model,
+        open_megatron,
+    )
+
+    tokens_BS = torch.randint(300, (1, 60), generator=torch.Generator().manual_seed(0))
+    theirs, found = {}, {}
+    for name in names:
+        architecture, quant, form, options = CASES[name]
+        model = {"llama": LLAMA, "minicpm": MINICPM}[architecture]
+        model = model.model_copy(update={"rope_scaling": LONGROPE})
+        stamp = None if quant is None else make_stamp(tp_size=2, **quant)
+        source = make_latent(stamp, model, vocab_size=300, side_files=Path(data) / "tok")
+        layout = MegatronLayout(2, 1, None)
+        write_torch_dist(source, Path(folder) / name / "megatron", layout)
+        write_folder(source, Path(folder) / name / "hf", form, **options)
+        hf = load_hf_model(Path(folder) / name / "hf", torch.float32)
+        theirs[name] = {length: hf(tokens_BS[:, :length]).logits for length in (20, 60)}
+        # What a wrong split of a fused weight would make of it.
+        mlp = hf.model.layers[1].mlp
+        mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+        theirs[name]["swapped"] = hf(tokens_BS).logits
+    for name in names:
+        checkpoint = open_megatron(Path(folder) / name / "megatron")
+        with megatron_model(checkpoint) as model:
+            for length, logits in theirs[name].items():
+                # Below and above the original length: LongRoPE's two arrays.
+                tokens = tokens_BS[:, : logits.shape[1]]
+                follow_length(model, checkpoint, tokens.shape[1])
+                ours = megatron_logits(model, tokens)[..., :300]
+                found[f"{name} {length}"] = {
+                    "difference": float((ours - logits).abs().max()),
+                    "largest": float(logits.abs().max()),
+                }
+    return found
+
+
+def check_cases(names, data, tmp_path):
+    (found,) = run_ranks(1, write_and_compare, str(data), str(tmp_path), names, timeout_s=280)
+    for name, result in found.items():
+        print(name, result)
+        # Both sum in float32; folded weights are rounded to bfloat16 a second time.
+        limit = 0.005 if "folded" in name else 1e-5
+        assert result["largest"] > 0.01, (name, result)
+        if name.endswith("swapped"):
+            assert result["difference"] > 5 * limit * result["largest"], (name, result)
+        else:
+            assert result["difference"] <= limit * result["largest"], (name, result)
+    assert len(found) == 3 * len(names)
+
+
+def test_minicpm_with_longrope(data, tmp_path):
+    check_cases(["minicpm_latent", "minicpm_folded"], data, tmp_path)
+
+
+@pytest.mark.both_versions
+@pytest.mark.slow
+def test_all_architectures_grids_and_forms(data, tmp_path):
+    check_cases(list(CASES), data, tmp_path)
+
+
+def test_a_folder_is_no_megatron_checkpoint(exported):
+    from megatron_bitcpm.evaluation.logits import open_megatron
+
+    with pytest.raises(CheckpointError, match="is no Megatron checkpoint"):
+        open_megatron(exported("tp1_untied"))

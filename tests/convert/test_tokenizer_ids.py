@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from megatron_bitcpm.checkpoint.hf_config import TokenizerIds, read_tokenizer_ids
 from megatron_bitcpm.data.tokenizer import load_tokenizer
+from megatron_bitcpm.data.tokenizer_ids import TokenizerIds, read_tokenizer_ids
 from megatron_bitcpm.errors import CheckpointError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s", "a\u2028b"]

@@ -1,0 +1,144 @@
+"""Random latent, pseudo and plain models as Hugging Face folders with generated code."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
+from megatron_bitcpm.conversion.names import find_projection, hf_shapes
+from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
+
+VOCAB = 96
+MUP = {"architecture": "minicpm", "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16}
+
+
+def tiny_model(**changes) -> ModelConfig:
+    fields = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 160,  # no multiple of 64
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "max_position_embeddings": 64,
+        "rotary_base": 5000,
+        "layernorm_epsilon": 1e-5,
+    }
+    return ModelConfig(**fields | changes)
+
+
+def quantizer(tp_size: int = 1, numerics: str = "fp32", **quant) -> QuantizerStamp:
+    return QuantizerStamp(QuantConfig(**quant), tp_size, numerics)
+
+
+def random_tensors(model: ModelConfig, dtype: torch.dtype, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randn(shape, generator=generator) * 0.1 + (len(shape) == 1)).to(dtype)
+        for name, shape in hf_shapes(model, VOCAB).items()
+    }
+
+
+def forward_tensors(tensors: dict, stamp: QuantizerStamp, num_layers: int) -> dict:
+    """The values that a training forward multiplies with."""
+    found = {}
+    for name, tensor in tensors.items():
+        projection = find_projection(name)
+        on_grid = projection is not None and stamp.quantizes(projection, num_layers)
+        found[name] = fake_quantize_projection(tensor, projection, stamp) if on_grid else tensor
+    return found
+
+
+def llama_json(model: ModelConfig, dtype: torch.dtype) -> dict:
+    """config.json of a plain Llama; written out here, independent of the exporter."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "num_attention_heads": model.num_attention_heads,
+        "num_hidden_layers": model.num_layers,
+        "num_key_value_heads": model.num_query_groups,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "rope_scaling": None,
+        "rope_theta": float(model.rotary_base),
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": VOCAB,
+    }
+
+
+def write_folder(folder: Path, model: ModelConfig, form: str, stamp, tensors: dict, **json_keys):
+    """Write tensors as a folder; `json_keys` go into config.json."""
+    folder.mkdir(parents=True)
+    dtype = tensors["model.norm.weight"].dtype
+    config = llama_json(model, dtype) | json_keys
+    config |= write_modeling_files(folder, model, form, stamp)
+    (folder / "config.json").write_text(json.dumps(config))
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def load(folder: Path, **options):
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": "auto", "trust_remote_code": True, "local_files_only": True} | options
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+@pytest.fixture(autouse=True)
+def modules_cache(tmp_path, monkeypatch):
+    """Transformers copies remote code to a folder of the user's; here to one of the test."""
+    import transformers
+
+    torch.set_num_threads(1)  # such small models wait for threads, above all on a busy machine
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "hf"))
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def transformers_log():
+    """What transformers logs from warnings upwards; it does not propagate to pytest."""
+    records: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+
+    handler = Keep(logging.WARNING)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def weights_of_forward(model, ids, monkeypatch):
+    """Name -> what torch's own linear got in one evaluation; not asked of the model."""
+    inside, seen = [], {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
+    linear = torch.nn.functional.linear
+
+    def spy(x, w, b=None):
+        seen[f"{inside[-1]}.weight"] = w.detach().clone()
+        return linear(x, w, b)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, "linear", spy)
+        model.eval()(ids)
+    return seen

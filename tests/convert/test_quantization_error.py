@@ -1,0 +1,83 @@
+"""The two figures of latents: against their definitions, and what tells a trained model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.conversion.quantization_error import (
+    CROWDING,
+    LatentFigures,
+    measure_latents,
+)
+from megatron_bitcpm.conversion.stamp import QuantizerStamp
+from megatron_bitcpm.quant.fake_quant import fake_quantize
+
+
+def gaussian(rows=512, columns=512):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
+
+
+def measure(w, group_size=-1, grid="ternary"):
+    figures = LatentFigures()
+    figures.add(
+        w, fake_quantize(w, group_size, 1e-5, grid), w.shape[1] if group_size == -1 else group_size
+    )
+    return figures
+
+
+@pytest.mark.parametrize("group_size", [-1, 64])
+@pytest.mark.parametrize("grid", ["ternary", "five"])
+def test_error_is_its_definition(grid, group_size):
+    w = gaussian()
+    before, wq = w.clone(), fake_quantize(w, group_size, 1e-5, grid)
+    wanted = float(((w - wq).double() ** 2).sum() / (w.double() ** 2).sum())
+    assert measure(w, group_size, grid).error == pytest.approx(wanted, rel=1e-5)
+    assert torch.equal(w, before)  # it may lie in a mapped file
+
+
+def test_gaussian_weights():
+    # E(w - wq)^2 / E w^2 with s = sqrt(2 / pi), threshold s / 2, by integration.
+    scale = (2 / torch.pi) ** 0.5
+    x = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    density = torch.exp(-x * x / 2) / (2 * torch.pi) ** 0.5
+    wq = torch.where(x.abs() > scale / 2, x.sign() * scale, 0.0)
+    wanted = float(torch.trapezoid((x - wq) ** 2 * density, x))
+    assert wanted == pytest.approx(0.263, abs=5e-4)
+    figures = measure(gaussian())
+    assert figures.error == pytest.approx(wanted, abs=3e-3)
+    assert figures.crowding == pytest.approx(1.006, abs=0.03)
+    assert not figures.looks_trained("ternary")
+
+
+def test_what_tells_a_training():
+    w = gaussian()
+    scale = w.abs().mean(-1, keepdim=True)
+    # A tenth of the weights near the threshold moved onto it.
+    near = ((w.abs() / scale - 0.5).abs() < 0.2) & (torch.rand_like(w) < 0.1)
+    crowded = torch.where(near, w.sign() * scale * 0.5, w)
+    assert measure(crowded).crowding > CROWDING
+    assert measure(crowded).looks_trained("ternary")
+    close = fake_quantize(w) + 0.05 * scale * w
+    assert measure(close).error < 0.1
+    assert measure(close).looks_trained("ternary")
+    assert not measure(close, grid="five").looks_trained("five")
+
+
+def test_the_sample_is_first_middle_and_last_layer():
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (8, 64) for i in range(9)}
+    read = []
+
+    def get(name):
+        read.append(int(name.split(".")[2]))
+        return gaussian(8, 64)
+
+    figures = measure_latents(shapes, get, 9, QuantizerStamp(QuantConfig(group_size="tensor")))
+    assert read == [0, 4, 8]
+    w = gaussian(8, 64)
+    scale = w.abs().mean()
+    wq = torch.where(w.abs() > scale / 2, w.sign() * scale, 0.0)
+    assert figures.error == pytest.approx(float(((w - wq) ** 2).sum() / (w**2).sum()), rel=1e-4)
+    inside = ((w.abs() / scale - 0.5).abs() < 0.05).sum()
+    assert figures.at_threshold == 3 * int(inside)
