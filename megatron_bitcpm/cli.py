@@ -130,6 +130,10 @@ def convert_command(
     virtual_pipeline_parallel_size: Annotated[
         int | None, typer.Option(help="Megatron: chunks on each stage (interleaved).")
     ] = None,
+    transformer_impl: Annotated[
+        str | None,
+        typer.Option(help="Legacy shards: names of local (default) or transformer_engine layers."),
+    ] = None,
     architecture: Annotated[
         str | None,
         typer.Option(help="Of a MiniCPM: minicpm (default) or llama, which folds its constants."),
@@ -163,14 +167,14 @@ def convert_command(
     """Convert between Megatron and Hugging Face, and prove that nothing changed."""
     from megatron_bitcpm.conversion.convert import convert
 
-    _print_json(
+    _print_report(
         convert(
             input_, output, to, tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
             virtual_pipeline_parallel_size=virtual_pipeline_parallel_size,
-            architecture=architecture, tokenizer=tokenizer, quant_type=quant_type,
-            group_size=group_size, eps=eps, numerics=numerics, max_shard_size=max_shard_size,
-            weights=weights, force=force, overwrite=overwrite,
+            transformer_impl=transformer_impl, architecture=architecture, tokenizer=tokenizer,
+            quant_type=quant_type, group_size=group_size, eps=eps, numerics=numerics,
+            max_shard_size=max_shard_size, weights=weights, force=force, overwrite=overwrite,
         )
     )  # fmt: skip
 
@@ -187,7 +191,7 @@ def export_hf_command(
     """Write a pseudo-quantised Hugging Face folder that any Llama runtime loads."""
     from megatron_bitcpm.conversion.hf.writer import export_hf
 
-    _print_json(export_hf(checkpoint, output, tokenizer=tokenizer, overwrite=overwrite))
+    _print_report(export_hf(checkpoint, output, tokenizer=tokenizer, overwrite=overwrite))
 
 
 @app.command("verify")
@@ -417,6 +421,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.write("".join(f"{prefix}bitcpm: {line}\n" for line in lines))
         sys.stderr.flush()
         sys.exit(2)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    """Print a report whose warnings a user should see though standard output goes to a file."""
+    for warning in report.get("warnings", ()):
+        typer.echo(f"bitcpm: {warning}", err=True)
+    _print_json(report)
 
 
 def _print_json(value: Any) -> None:

@@ -75,6 +75,7 @@ def test_logits_and_greedy_tokens(case, trained, exported):
     assert report["activation"] == "none"
 
 
+@pytest.mark.slow
 def test_activations_are_rounded_as_in_training(trained, exported):
     case = "tp2_tensor"
     arguments = (str(trained(case).directory), str(exported(case)))
@@ -173,6 +174,7 @@ def check_cases(names, data, tmp_path):
     assert len(found) == 3 * len(names)
 
 
+@pytest.mark.slow
 def test_minicpm_with_longrope(data, tmp_path):
     check_cases(["minicpm_latent", "minicpm_folded"], data, tmp_path)
 

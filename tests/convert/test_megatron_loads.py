@@ -97,7 +97,11 @@ def load_legacy(rank, folder, case, layout):
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [("untied", (2, 2, 2)), ("tied", (2, 2, None)), ("tied", (1, 1, None))],
+    [
+        ("untied", (2, 2, 2)),
+        pytest.param("tied", (2, 2, None), marks=pytest.mark.slow),
+        pytest.param("tied", (1, 1, None), marks=pytest.mark.slow),
+    ],
 )
 def test_legacy_shards_load_strictly(tmp_path, case, layout):
     write_legacy(make_source(tmp_path, case), tmp_path / "out", MegatronLayout(*layout))
@@ -124,8 +128,8 @@ def load_torch_dist(rank, folder, case, layout):
     ("case", "written", "layout"),
     [
         ("untied", (1, 1, None), (2, 2, 2)),
-        ("tied", (2, 2, 2), (2, 2, None)),
-        ("untied", (4, 2, None), (1, 1, None)),
+        pytest.param("tied", (2, 2, 2), (2, 2, None), marks=pytest.mark.slow),
+        pytest.param("untied", (4, 2, None), (1, 1, None), marks=pytest.mark.slow),
     ],
 )
 def test_torch_dist_loads_at_any_layout(tmp_path, case, written, layout):
@@ -155,7 +159,9 @@ def load_decoder(rank, folder, case, layout):
         check_chunks(chunks, source, layout, 64)
 
 
-@pytest.mark.parametrize("layout", [(2, 2, 2), (1, 1, None)])
+@pytest.mark.parametrize(
+    "layout", [pytest.param((2, 2, 2), marks=pytest.mark.slow), (1, 1, None)]
+)
 def test_our_decoder_loads_minicpm(tmp_path, layout):
     write_torch_dist(make_source(tmp_path, "minicpm"), tmp_path / "out", MegatronLayout(2, 1))
     run_ranks(layout[0] * layout[1], load_decoder, str(tmp_path), "minicpm", layout)

@@ -118,7 +118,7 @@ class TestRoundTrip:
 class TestCodes:
     """The codes of a latent model are the same on every way to a pseudo-quantised folder."""
 
-    @pytest.fixture(params=["3B", "8B"])
+    @pytest.fixture(params=["3B", pytest.param("8B", marks=pytest.mark.slow)])
     def model(self, request, tmp_path):
         shape = TINY[request.param]
         tensors = make_tensors(shape, seed=3)
