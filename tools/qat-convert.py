@@ -35,14 +35,14 @@ def main() -> None:
         sys.exit(2)
     for warning in report["warnings"]:
         print(f"qat-convert: warning: {warning}", file=sys.stderr)
-    if "projections" not in report:
+    if "projections" in report:
+        print(
+            f"{report['output']}: {report['projections']} projections, {report['quant_type']}, "
+            f"group size {report['group_size']}, numerics {report['numerics']}; "
+            f"{report['other_tensors']} other tensors unchanged"
+        )
+    else:
         print(f"{report['folder']}: {report['verify']['ternary_tensors']} projections quantised")
-        return
-    print(
-        f"{report['output']}: {report['projections']} projections, {report['quant_type']}, "
-        f"group size {report['group_size']}, numerics {report['numerics']}; "
-        f"{report['other_tensors']} other tensors unchanged"
-    )
     if "other_numerics" in report:
         print(
             f"no stamp: numerics {report['other_numerics']} would change {report['changed_codes']} "

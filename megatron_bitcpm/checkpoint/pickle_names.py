@@ -10,9 +10,12 @@ Any other name is refused.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_bitcpm.checkpoint.strict_pickle import StrictUnpickler, check_keys
 
 _ENUMS = (
     "megatron.core.enums",
@@ -120,21 +123,45 @@ def refused(module: str, name: str) -> pickle.UnpicklingError:
     return pickle.UnpicklingError(f"refers to {module}.{name}, which no checkpoint needs")
 
 
-class InertUnpickler(pickle.Unpickler):
+class InertUnpickler(StrictUnpickler):
     """Reads a pickle whose every object becomes a builtin container or an `Inert`."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self._dict = type("Dict", (dict,), {})
 
     def find_class(self, module: str, name: str) -> Any:
         """Return an inert class for a listed name."""
-        if module == "collections" and name in ("OrderedDict", "defaultdict"):
-            return self._dict if name == "OrderedDict" else lambda factory=None: self._dict()
-        if module in ("builtins", "__builtin__") and name in ("set", "frozenset", "slice"):
-            return {"set": set, "frozenset": frozenset, "slice": slice}[name]
+        if module == "collections":
+            return make_container(name)
+        if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
+            return _make_set if name == "set" else lambda items=(): frozenset(_make_set(items))
+        if (module, name) == ("builtins", "slice"):
+            return make_inert_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if name in INERT_NAMES.get(module, ()):
             return make_inert_class(module, name)
         raise refused(module, name)
+
+
+class _Dict(dict[Any, Any]):
+    """A dictionary that takes attributes, as an OrderedDict does (``_metadata`` of a model)."""
+
+
+def make_container(name: str) -> Callable[..., dict[Any, Any]]:
+    """Return what makes an empty dictionary in place of one of `collections`.
+
+    Their pickles add the items one by one, which `StrictUnpickler` looks at; the default of a
+    defaultdict is left out.
+
+    Raises:
+        pickle.UnpicklingError: of another name.
+    """
+    if name == "OrderedDict":
+        return lambda: _Dict()
+    if name == "defaultdict":
+        return lambda unused=None: _Dict()
+    raise refused("collections", name)
+
+
+def _make_set(items: Any = ()) -> set[Any]:
+    items = list(items)
+    check_keys(items)
+    return set(items)

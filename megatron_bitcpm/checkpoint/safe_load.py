@@ -16,6 +16,7 @@ import functools
 import io
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +24,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
-from megatron_bitcpm.checkpoint.pickle_names import refused, stand_ins
+from megatron_bitcpm.checkpoint.pickle_names import (
+    InertUnpickler,
+    make_container,
+    make_inert_class,
+    refused,
+    stand_ins,
+)
+from megatron_bitcpm.checkpoint.strict_pickle import StrictUnpickler
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.parallel.agree import describe
 from megatron_bitcpm.platforms.patch import Patch, PatchSet
@@ -55,7 +68,6 @@ _ALLOWED = {
     },
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
     "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
-    "collections": {"OrderedDict", "defaultdict"},
 }
 _MEGATRON_RECORDS = {
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
@@ -67,7 +79,7 @@ class _MegatronRecord:
     """Stands for records that only 0.12 has; the index can be read without Megatron."""
 
 
-class MetadataUnpickler(pickle.Unpickler):
+class MetadataUnpickler(StrictUnpickler):
     """Reads torch's index of a checkpoint, which is a pickle, without running foreign code."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -76,6 +88,8 @@ class MetadataUnpickler(pickle.Unpickler):
             value = getattr(torch, name, None)
             if value is torch.Size or isinstance(value, torch.dtype):
                 return value
+        elif module == "collections":
+            return make_container(name)
         elif (module, name) in _MEGATRON_RECORDS:
             return _MegatronRecord
         elif name in _ALLOWED.get(module, ()):
@@ -97,13 +111,39 @@ def read_metadata(folder: Path) -> Metadata:
         metadata = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise pickle.UnpicklingError("is not the index of a torch_dist checkpoint")
-        for info in metadata.storage_data.values():
-            if Path(info.relative_path).name != info.relative_path:
-                raise pickle.UnpicklingError(f"refers to {info.relative_path}, another folder")
+        _check_index(metadata)
     # A damaged pickle raises nearly anything: EOFError, IndexError, UnicodeDecodeError, ...
     except Exception as error:
         raise _unsafe(path, describe(error)) from error
     return metadata
+
+
+def _check_index(metadata: Metadata) -> None:
+    """Refuse an index whose parts are not what torch writes, so that readers can rely on them."""
+    for index, info in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex):
+            raise pickle.UnpicklingError("lists the place of something without a name")
+        if Path(info.relative_path).name != info.relative_path:
+            raise pickle.UnpicklingError(f"refers to {info.relative_path}, another folder")
+        if not _are_sizes((info.offset, info.length)):
+            raise pickle.UnpicklingError(f"has an impossible place of {index.fqn}")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        if not _are_sizes(entry.size) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"describes tensor {name} without shape or type")
+        for chunk in entry.chunks:
+            if (
+                not isinstance(chunk, ChunkStorageMetadata)
+                or not _are_sizes(chunk.offsets)
+                or not _are_sizes(chunk.sizes)
+                or not len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
+            ):
+                raise pickle.UnpicklingError(f"describes an impossible part of tensor {name}")
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, tuple) and all(type(n) is int and n >= 0 for n in values)
 
 
 def find_damage(folder: Path) -> str | None:
@@ -144,6 +184,7 @@ def load_common(folder: Path) -> dict[str, Any]:
     """
     path = folder / COMMON_FILE
     try:
+        _check_pickle(path)
         with restricted_unpickling():
             common = torch.load(path, map_location="cpu")
         if not isinstance(common, dict):
@@ -151,6 +192,34 @@ def load_common(folder: Path) -> dict[str, Any]:
     except Exception as error:
         raise _unsafe(path, _shorten(error)) from error
     return common
+
+
+def _check_pickle(path: Path) -> None:
+    """Read the pickle of a file of `torch.save` strictly, and forget it.
+
+    Torch's own restricted unpickler does not mind what crashes Python, see `strict_pickle`.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"record {info.filename} is compressed")
+            if info.filename.endswith("/data.pkl"):
+                with archive.open(info) as file:
+                    _CheckingUnpickler(io.BytesIO(file.read())).load()
+
+
+class _CheckingUnpickler(InertUnpickler):
+    """Leaves the memory of tensors where it is."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name.startswith("_rebuild_"):
+            return make_inert_class(module, name)
+        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+            return make_inert_class(module, name)
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
 
 
 @contextmanager

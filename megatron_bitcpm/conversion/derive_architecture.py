@@ -57,7 +57,7 @@ def derive_architecture(
     first = {m[2]: shapes[name] for name in shapes if (m := _LAYER.fullmatch(name)) and m[1] == "0"}
     needed = [f"self_attn.{x}_proj.weight" for x in "qk"] + ["mlp.gate_proj.weight"]
     parts = [first.get(name, ()) for name in needed] + [shapes.get(HF_EMBEDDING, ())]
-    if any(len(shape) != 2 for shape in parts):
+    if any(len(shape) != 2 or 0 in shape for shape in parts):
         return None
     (queries, hidden), (keys, _), (ffn, _), (vocab, _) = parts
     sizes = {

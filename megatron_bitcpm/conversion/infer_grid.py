@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from megatron_bitcpm.conversion.grid_reading import CodeCount, read_codes
+from megatron_bitcpm.conversion.tensor_stream import is_finite
 from megatron_bitcpm.quant.grids import GRIDS
 
 MIN_GROUP = 4
 """Smaller groups are not looked for: any few values fit some grid."""
 _SAMPLE_ROWS = 8
+_FIRST_ROWS = 64
 ORDER = ("ternary", "asym4", "int_sym4", "half_sym4", "five")
 """Grids by their levels. Values of asym4 without a single -2, the usual case, count as ternary."""
 assert set(ORDER) == set(GRIDS)
@@ -63,9 +65,12 @@ def infer_grid(
         if found is not None:
             return _widen(w_OI, found, eps, folded)
     sample = _sample_rows(w_OI)
-    for size in (s for s in _list_divisors(in_features) if s >= MIN_GROUP):
-        most = _count_magnitudes(sample.reshape(-1, size))
-        if most > 2:
+    sizes = [s for s in _list_divisors(in_features) if s >= MIN_GROUP]
+    if sizes and _count_magnitudes(sample.reshape(-1, sizes[-1])) > 2:
+        # Larger groups made of these cannot hold fewer: of latents nearly all sizes are ruled out.
+        sizes = [s for s in sizes if s % sizes[-1]]
+    for size in sizes:
+        if _count_magnitudes(sample.reshape(-1, size)) > 2:
             continue
         for grid in grids:
             if _try(sample, grid, size, eps, folded) is None:
@@ -74,6 +79,17 @@ def infer_grid(
             if found is not None:
                 return _widen(w_OI, found, eps, folded)
     return None
+
+
+def lies_on_grid(w_OI: torch.Tensor, eps: float) -> bool:
+    """Whether a weight was quantised already; judged by its first rows.
+
+    Args:
+        w_OI: weight, [O, I].
+        eps: smallest scale of the quantiser.
+    """
+    first_OI = w_OI[:_FIRST_ROWS]
+    return is_finite(first_OI) and infer_grid(first_OI, eps) is not None
 
 
 def is_zero(w: torch.Tensor) -> bool:

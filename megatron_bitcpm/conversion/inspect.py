@@ -166,6 +166,9 @@ def _read_tensors(
     for name in track_tensors(sizes, "inspect"):
         dtypes[model.dtype_name(name)] += sizes[name]
         tensor = model.tensor(name)
+        if not tensor.numel():
+            model.problems.append(f"{name} is empty")
+            continue
         bad = count_not_finite(tensor)
         if bad:
             model.problems.append(f"{name} holds {bad} NaN or infinite values")

@@ -8,13 +8,15 @@ next run.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import publish_folder, sync
@@ -123,12 +125,13 @@ def _check_replaceable(output: Path, overwrite: bool, is_model: bool) -> None:
 def _make_locked(output: Path) -> tuple[Path, int]:
     """Return a new scratch folder and its open lock, -1 where the file system has no locks."""
     while True:
-        scratch = Path(tempfile.mkdtemp(prefix=f".tmp-{output.name}-", dir=output.parent))
+        # Not `mkdtemp`, whose folders are private whatever the umask says.
+        scratch = output.parent / f".tmp-{output.name}-{secrets.token_hex(4)}"
+        scratch.mkdir()
         try:
             lock = os.open(scratch, os.O_RDONLY)
         except FileNotFoundError:  # cleaned up by another process before it could be locked
             continue
-        scratch.chmod(0o755)  # mkdtemp makes it private
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another process is about to clean it up
@@ -154,3 +157,9 @@ def _try_lock(folder: Path) -> int:
         os.close(lock)
         return -1
     return lock
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file for people to read too."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

@@ -33,6 +33,7 @@ class ProjectionTotals:
         off_grid: tensors on no grid.
         figures: quantisation error of those.
         disagree: tensors whose values are not on the stamp's grid.
+        quantized_already: tensors of latents that are on a grid.
         misfits: what of the stamp does not fit the shapes, by tensor.
         packed_bytes: tensor -> its bytes with packed codes and float32 scales.
     """
@@ -45,6 +46,7 @@ class ProjectionTotals:
     off_grid: list[str] = field(default_factory=list)
     figures: LatentFigures = field(default_factory=LatentFigures)
     disagree: list[str] = field(default_factory=list)
+    quantized_already: list[str] = field(default_factory=list)
     misfits: dict[str, str] = field(default_factory=dict)
     packed_bytes: dict[str, float] = field(default_factory=dict)
     _hints: dict[str, FoundGrid | None] = field(default_factory=dict)
@@ -66,6 +68,8 @@ class ProjectionTotals:
         expected = self._expected_group(name, projection, w_OI, num_layers)
         grid = self._infer(name, projection, w_OI, expected)
         if grid is not None:
+            if self.form == "latent" and expected is not None:
+                self.quantized_already.append(name)
             sizes = self.groups.setdefault(projection.name, Counter())
             sizes[_name_group(grid.weights_per_scale, w_OI)] += 1
             total = self.codes.setdefault(grid.grid, CodeCount(find_grid(grid.grid)))
@@ -122,6 +126,11 @@ class ProjectionTotals:
             problems.append(
                 f"{len(self.disagree)} tensors are not on the grid of the stamp, first "
                 f"{self.disagree[0]}"
+            )
+        if self.quantized_already:
+            problems.append(
+                f"{len(self.quantized_already)} tensors are on a grid already, and the forward of "
+                f"latents quantises them once more, first {self.quantized_already[0]}"
             )
         return problems
 

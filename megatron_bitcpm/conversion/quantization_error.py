@@ -19,23 +19,29 @@ Shape legend: O out, I in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from megatron_bitcpm.conversion.names import find_projection
+from megatron_bitcpm.conversion.infer_grid import lies_on_grid
+from megatron_bitcpm.conversion.names import Projection, find_projection
 from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
+from megatron_bitcpm.conversion.tensor_stream import is_finite
+from megatron_bitcpm.errors import CheckpointError
 
 SMALL_ERROR = 0.1
 CROWDING = 1.05
 _HALF_WIDTH = 0.05
-_BLOCK = 1 << 21
+_SAMPLE = 1 << 20
+"""Weights of a tensor that are looked at, about: enough for three digits of both figures."""
+_BLOCK = 1 << 18
 
 
 @dataclass
 class LatentFigures:
-    """Sums over quantised tensors, and the figures that follow.
+    """Sums over rows of quantised tensors, and the figures that follow.
 
     Attributes:
         lost: sum of (w - wq)^2.
@@ -49,7 +55,7 @@ class LatentFigures:
     beside: int = 0
 
     def add(self, w_OI: torch.Tensor, wq_OI: torch.Tensor, weights_per_scale: int) -> None:
-        """Add a tensor, a block of rows at a time.
+        """Add a tensor, of a large one rows from all over it.
 
         Args:
             w_OI: latent weight, [O, I].
@@ -58,6 +64,8 @@ class LatentFigures:
         """
         whole = weights_per_scale > w_OI.shape[1]
         scale = w_OI.abs().mean(dtype=torch.float32) if whole else None
+        step = max(1, w_OI.numel() // _SAMPLE)
+        w_OI, wq_OI = w_OI[::step], wq_OI[::step]
         rows = max(1, _BLOCK // w_OI.shape[1])
         for w, wq in zip(torch.split(w_OI, rows), torch.split(wq_OI, rows), strict=True):
             latent = w.float()
@@ -116,14 +124,99 @@ def measure_latents(
     Raises:
         CheckpointError: damaged files.
     """
-    sample = {0, num_layers // 2, num_layers - 1}
     figures = LatentFigures()
-    for name, shape in shapes.items():
+    for name, projection in _iter_sample(shapes, num_layers, stamp):
+        w_OI = read(name)
+        wq_OI = fake_quantize_projection(w_OI, projection, stamp)
+        figures.add(w_OI, wq_OI, stamp.weights_per_scale(projection, shapes[name]))
+    return figures
+
+
+def _iter_sample(
+    shapes: Mapping[str, tuple[int, ...]], num_layers: int, stamp: QuantizerStamp
+) -> Iterator[tuple[str, Projection]]:
+    """Yield the quantised tensors of the first, the middle and the last layer."""
+    layers = {0, num_layers // 2, num_layers - 1}
+    for name in shapes:
         projection = find_projection(name)
-        if projection is None or projection.layer not in sample:
+        if projection is None or projection.layer not in layers:
             continue
         if stamp.quantizes(projection, num_layers):
-            w_OI = read(name)
-            wq_OI = fake_quantize_projection(w_OI, projection, stamp)
-            figures.add(w_OI, wq_OI, stamp.weights_per_scale(projection, shape))
-    return figures
+            yield name, projection
+
+
+def check_trained(
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+    num_layers: int,
+    stamp: QuantizerStamp,
+    place: tuple[str, Path],
+    force: bool,
+) -> list[str]:
+    """Refuse weights without a stamp that show no training on their grid, unless forced.
+
+    Args:
+        shapes, read, num_layers, stamp: as for `measure_latents`.
+        place: the argument that named the weights, and its value; for messages.
+        force: return the message as a warning.
+
+    Raises:
+        CheckpointError: see above; also a NaN, or weights that were quantised already.
+    """
+    check_latents(shapes, read, num_layers, stamp, place)
+    grid, figures = stamp.quant.grid, measure_latents(shapes, read, num_layers, stamp)
+    if figures.looks_trained(grid):
+        return []
+    rule = f"holds weights that show no training on the {grid} grid: {figures.describe(grid)}"
+    if not force:
+        raise CheckpointError.of(
+            *place, f"{rule}, and no stamp says otherwise",
+            "Add --force if a quantiser did train them; any other model is destroyed",
+        )  # fmt: skip
+    return [f"{place[1]} {rule}"]
+
+
+def check_latents(
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+    num_layers: int,
+    stamp: QuantizerStamp,
+    place: tuple[str, Path],
+) -> None:
+    """Refuse weights that were quantised already: their scales would become other ones.
+
+    Args:
+        shapes, read, num_layers, stamp: as for `measure_latents`.
+        place: as for `check_trained`.
+
+    Raises:
+        CheckpointError: see above; also a NaN; names the tensor.
+    """
+    for name, _ in _iter_sample(shapes, num_layers, stamp):
+        w_OI = read(name)
+        check_finite(name, w_OI, place)
+        if lies_on_grid(w_OI, stamp.quant.eps):
+            raise CheckpointError.of(
+                *place, f"{name} lies on a grid already: it was quantised before, and quantising "
+                "again changes it",
+                "Name the latent weights",
+            )  # fmt: skip
+
+
+def check_finite(name: str, tensor: torch.Tensor, place: tuple[str, Path]) -> None:
+    """Refuse a tensor that holds a NaN or an infinity.
+
+    Args:
+        name: of the tensor.
+        tensor: of any type; only floating-point numbers are looked at.
+        place: as for `check_trained`.
+
+    Raises:
+        CheckpointError: names the tensor and its first bad row.
+    """
+    if tensor.dtype.is_floating_point and not is_finite(tensor):
+        row = int((~tensor.isfinite()).nonzero()[0][0]) if tensor.ndim else 0
+        raise CheckpointError.of(
+            *place, f"{name} holds a NaN or an infinity, first in row {row}",
+            "The training had diverged; use an earlier checkpoint",
+        )  # fmt: skip

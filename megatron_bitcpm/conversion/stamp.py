@@ -94,7 +94,8 @@ def parse_stamp(stamp: Any, source: Path) -> QuantizerStamp:
         tp_size, numerics = int(stamp["tensor_model_parallel_size"]), stamp["numerics"]
         if tp_size < 1:
             raise ValueError(f"tensor_model_parallel_size {tp_size}")
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
+    # Infinity is a number to JSON: OverflowError.
+    except (ValidationError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise CheckpointError.of(
             "quantizer", source, f"unreadable stamp: {reason}",

@@ -41,7 +41,7 @@ class FlushedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self.size = self._position = self._flushed = 0
         self._wake = threading.Event()
         self._done = False

@@ -32,6 +32,7 @@ from megatron_bitcpm.conversion.tensor_stream import as_bytes
 _ALIGNMENT = 64
 _PADDING_ID = 0x4246  # torch's own for the extra field that moves a record to its place
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_LOCAL_SIGNATURE = b"PK\x03\x04"
 _ZIP64_FIELD = 20
 _ZIP64_FROM = 2**31 - 1
 _CHUNK = 2**24
@@ -195,21 +196,20 @@ def _rebuild_tensor(
 ) -> StoredTensor:
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("describes a tensor without memory")
-    return StoredTensor(
-        tuple(map(int, shape)), tuple(map(int, stride)), storage.dtype, storage.key, int(offset)
-    )
-
-
-def _rebuild_parameter(data: Any, *unused: Any) -> Any:
-    return data
+    numbers = (*shape, *stride, offset)
+    if len(shape) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise pickle.UnpicklingError("describes a tensor of an impossible shape")
+    return StoredTensor(tuple(shape), tuple(stride), storage.dtype, storage.key, offset)
 
 
 class _Unpickler(InertUnpickler):
+    unchangeable = (_Storage, StoredTensor)
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
             return _rebuild_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return _rebuild_parameter
+            return lambda data, *unused: data
         if module == "torch" and name.endswith("Storage"):
             for dtype, kind in torch.storage._dtype_to_storage_type_map().items():
                 if kind == name:
@@ -221,7 +221,7 @@ class _Unpickler(InertUnpickler):
             raise pickle.UnpicklingError("refers to another file")
         dtype = pid[1]
         if not isinstance(dtype, torch.dtype):
-            raise refused("storage", str(dtype))
+            raise refused("storage", type(dtype).__name__)
         return _Storage(dtype, f"data/{pid[2]}", int(pid[4]))
 
 
@@ -243,6 +243,8 @@ class TorchFile:
         self._memory = memory
         with zipfile.ZipFile(_Bytes(memory)) as archive:
             infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            if len(infos) != len(archive.infolist()):
+                raise zipfile.BadZipFile("has two records of one name")
         self._records = infos
         self._checked: set[str] = set()
         if "data.pkl" not in infos:
@@ -261,17 +263,18 @@ class TorchFile:
             zipfile.BadZipFile: another checksum, or a record that is absent or too short.
         """
         data = self._bytes(stored.record)
-        size = stored.dtype.itemsize
+        size, count = stored.dtype.itemsize, math.prod(stored.shape)
         last = sum((n - 1) * step for n, step in zip(stored.shape, stored.stride, strict=True))
-        if min((*stored.shape, 1)) < 1 or min((*stored.stride, stored.offset, 0)) < 0:
+        if count == 0 or min((*stored.stride, stored.offset, 0)) < 0:
             raise zipfile.BadZipFile("describes a tensor of an impossible shape")
-        if (stored.offset + last + 1) * size > data.nbytes:
+        # A tensor that repeats values of its memory could be of any size.
+        if (stored.offset + max(last + 1, count)) * size > data.nbytes:
             raise zipfile.BadZipFile(f"record {stored.record} is shorter than its tensor")
-        flat = torch.frombuffer(data, dtype=torch.uint8)
+        first = stored.offset * size
+        flat = torch.frombuffer(data[first : first + (last + 1) * size], dtype=torch.uint8)
         if flat.data_ptr() % size:
             flat = flat.clone()
-        values = flat[: flat.numel() // size * size].view(stored.dtype)
-        return values.as_strided(stored.shape, stored.stride, stored.offset)
+        return flat.view(stored.dtype).as_strided(stored.shape, stored.stride)
 
     def _bytes(self, name: str) -> memoryview:
         info = self._records.get(name)
@@ -280,8 +283,14 @@ class TorchFile:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise zipfile.BadZipFile(f"record {name} is compressed or encrypted")
         header = self._memory[info.header_offset : info.header_offset + _LOCAL_HEADER.size]
-        *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        name_start = info.header_offset + _LOCAL_HEADER.size
+        start = name_start + name_length + extra_length
+        named = bytes(self._memory[name_start : name_start + name_length])
+        encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
+        # The directory at the end could point anywhere.
+        if signature[:4] != _LOCAL_SIGNATURE or named != info.orig_filename.encode(encoding):
+            raise zipfile.BadZipFile(f"record {name} is not where the file says")
         data = self._memory[start : start + info.file_size]
         if data.nbytes != info.file_size:
             raise zipfile.BadZipFile(f"record {name} is cut off")

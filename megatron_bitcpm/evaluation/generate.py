@@ -143,7 +143,10 @@ def _quantize_for_good(model: Any) -> Any:
 
 def load_hf_tokenizer(folder: str | Path) -> Any:
     """Load the tokenizer of a model folder; raises as `load_hf_model`."""
-    return _load(_import_auto_class("AutoTokenizer", folder), folder, trust_remote_code=False)
+    # Transformers asks for the model's code too, which it needs to read config.json.
+    trusted = _needs_code(folder) and trusted_modeling_files(folder)
+    from_pretrained = _import_auto_class("AutoTokenizer", folder)
+    return _load(from_pretrained, folder, trust_remote_code=trusted)
 
 
 def _needs_code(folder: str | Path) -> bool:

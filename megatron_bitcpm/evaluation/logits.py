@@ -12,7 +12,7 @@ Shape legend: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,11 @@ def follow_length(model: Any, source: MegatronSource, length: int) -> None:
 
 
 def decode_greedily(
-    model: torch.nn.Module, prompt: list[int], new_tokens: int, vocab_size: int
+    model: torch.nn.Module,
+    prompt: list[int],
+    new_tokens: int,
+    vocab_size: int,
+    forbidden: Sequence[int] = (),
 ) -> list[int]:
     """Return the most likely continuation, token by token, each from the whole sequence.
 
@@ -186,13 +190,24 @@ def decode_greedily(
         prompt: ids, at least one.
         new_tokens: ids to add.
         vocab_size: ids of the tokenizer; padding rows are never chosen.
+        forbidden: ids that are never chosen, for example the end token.
     """
     ids = list(prompt)
     device = next(model.parameters()).device
     for _ in range(new_tokens):
         logits = megatron_logits(model, torch.tensor([ids], device=device))
-        ids.append(int(logits[0, -1, :vocab_size].argmax()))
+        scores_V = logits[0, -1, :vocab_size].clone()
+        scores_V[list(forbidden)] = -torch.inf
+        ids.append(int(scores_V.argmax()))
     return ids[len(prompt) :]
+
+
+def _end_ids(model: Any) -> list[int]:
+    """Return the end tokens of a model of transformers, at which its generation stops."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
 
 
 @torch.no_grad()
@@ -225,6 +240,7 @@ def compare_with_transformers(
     # Loaded before Megatron's platform is prepared: that changes torch for the whole process.
     reference = load_hf_model(folder, torch.float32)
     theirs = reference(tokens_BS).logits
+    # The end token is forbidden on both sides, so that as many tokens as were asked for compare.
     output = reference.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -238,7 +254,7 @@ def compare_with_transformers(
         follow_length(model, source, length)
         ours = megatron_logits(model, tokens_BS.to(device))[..., :vocab_size].cpu()
         follow_length(model, source, len(prompt) + new_tokens)
-        our_ids = decode_greedily(model, prompt, new_tokens, vocab_size)
+        our_ids = decode_greedily(model, prompt, new_tokens, vocab_size, _end_ids(reference))
     equal = [a == b for a, b in zip(our_ids, their_ids, strict=True)]
     return {
         "max_abs_logit_difference": float((ours - theirs).abs().max()),

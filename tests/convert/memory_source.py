@@ -52,7 +52,7 @@ class FusedTensors(MegatronTensors):
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.tensors[name].shape)
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str, layer: int | None) -> torch.dtype:
         return next(t.dtype for key, t in self.tensors.items() if key.endswith(name))
 
     def tensor(self, name: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from trained_checkpoints import CASES, LAYERS
+from trained_checkpoints import CASES, LAYERS, open_tensors
 
 from megatron_bitcpm.conversion.verify import verify
 
@@ -122,8 +122,6 @@ def test_one_scale_per_projection(exported):
 
 @pytest.mark.slow
 def test_filters_leave_latents_in_place(trained, exported):
-    from megatron_bitcpm.conversion.megatron.torch_dist_reader import CheckpointReader
-
     case = "tp2_groups_filters"
     groups, tensors = groups_of(exported(case)), load_all(exported(case))
     quant = CASES[case]["quant"]
@@ -134,14 +132,12 @@ def test_filters_leave_latents_in_place(trained, exported):
             excluded = layer < 1 or any(fnmatch.fnmatch(name, p) for p in quant["exclude"])
             key = f"model.layers.{layer}.{hf_name}.weight"
             assert (key not in groups) == excluded
-            latent = CheckpointReader(trained(case).directory).layer_tensor(f"{site}.weight", layer)
+            latent = open_tensors(trained(case).directory).layer_tensor(f"{site}.weight", layer)
             assert torch.equal(tensors[key], latent) == excluded
 
 
 def test_padding_rows_are_left_out(trained, exported):
-    from megatron_bitcpm.conversion.megatron.torch_dist_reader import CheckpointReader
-
-    reader = CheckpointReader(trained("tp1_untied").directory)
+    reader = open_tensors(trained("tp1_untied").directory)
     tensors = load_all(exported("tp1_untied"))
     for name, hf_name in (
         ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),

@@ -10,10 +10,9 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
-from trained_checkpoints import SEQ
+from trained_checkpoints import SEQ, open_tensors
 
 from megatron_bitcpm.conversion.hf.writer import export_hf
-from megatron_bitcpm.conversion.megatron.torch_dist_reader import CheckpointReader
 from megatron_bitcpm.conversion.verify import verify
 from megatron_bitcpm.data.tokenizer import load_tokenizer
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
@@ -94,7 +93,7 @@ def test_full_precision_is_an_ordinary_folder(trained, exported, tmp_path):
     folder, run = exported("full_precision"), trained("full_precision")
     assert not (folder / "bitcpm_quantizer.json").exists()
     assert "ternary" not in (folder / "README.md").read_text().lower()
-    latent = CheckpointReader(run.directory).layer_tensor("mlp.linear_fc2.weight", 0)
+    latent = open_tensors(run.directory).layer_tensor("mlp.linear_fc2.weight", 0)
     stored = load_hf_model(folder).state_dict()["model.layers.0.mlp.down_proj.weight"]
     assert torch.equal(stored, latent)
     with pytest.raises(CheckpointError, match="not a ternary folder"):
@@ -145,7 +144,7 @@ def changed(trained, tmp_path):
     """Function: a copy of the checkpoint with another quantiser or architecture in its files."""
 
     def get(quant=(), model=(), data=()):
-        source = CheckpointReader(trained(CASE).directory).folder
+        source = open_tensors(trained(CASE).directory).folder
         copy = shutil.copytree(source, tmp_path / source.name)
         state = json.loads((copy / "bitcpm_state.json").read_text())
         state["quantizer"] |= dict(quant)
@@ -182,7 +181,7 @@ def test_other_grids_and_numerics(quant, changed, tmp_path):
     checkpoint = changed(quant)
     report = export_hf(checkpoint, tmp_path / "out")
     assert report["differing_codes"] == report["differing_scales"] == 0
-    latent = CheckpointReader(checkpoint).layer_tensor("mlp.linear_fc2.weight", 2)
+    latent = open_tensors(checkpoint).layer_tensor("mlp.linear_fc2.weight", 2)
     stored = load_file(tmp_path / "out" / "model.safetensors")[
         "model.layers.2.mlp.down_proj.weight"
     ]

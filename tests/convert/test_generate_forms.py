@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 from memory_source import MINICPM, make_latent, make_stamp
+from modeling_folders import transformers_log  # noqa: F401
 
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.evaluation.generate import generate, load_hf_model
+from megatron_bitcpm.evaluation.generate import generate, load_hf_model, load_hf_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +68,14 @@ def test_code_is_run_when_asked_for(folders, tmp_path, monkeypatch):
     import os
 
     assert os.environ["RUN_FOR_TEST"] == "yes"
+
+
+def test_loading_the_tokenizer_says_nothing(folders, transformers_log, tmp_path):  # noqa: F811
+    """Transformers warns of configurations whose code it was not allowed to run."""
+    for form in ("latent", "pseudo"):
+        load_hf_tokenizer(folders / form)
+    assert transformers_log == []
+    folder = shutil.copytree(folders / "latent", tmp_path / "changed")
+    path = folder / "modeling_bitcpm.py"
+    path.write_text(path.read_text() + "\nraise SystemExit('the code was run')\n")
+    load_hf_tokenizer(folder)

@@ -148,6 +148,10 @@ def test_longrope_without_an_original_length_takes_all_positions():
     [
         ({"model_type": "mistral"}, "model_type=mistral: is no architecture known here"),
         ({"model_type": None}, "model_type=None"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\]: is no architecture"),
+        ({"layer_types": 5}, "layer_types=5"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps=x"),
+        ({"rope_scaling": {**ROPE, "original_max_position_embeddings": [512]}}, "must be a whole"),
         ({"attention_bias": True}, "attention_bias=True: this decoder does not compute it"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
@@ -188,7 +192,7 @@ def test_longrope_without_an_original_length_takes_all_positions():
         ({"hidden_size": 66}, "is not a multiple of the 4 heads"),
         ({"head_dim": 15}, "head_dim=15: rotary embeddings need an even number"),
         ({"num_key_value_heads": 3}, "does not divide the 4 attention heads"),
-        ({"rms_norm_eps": 0}, "layernorm_epsilon=0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings=yes"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ import zipfile
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_folders import make_folder
 
 from megatron_bitcpm.conversion.hf.source import open_hf, open_weights
 from megatron_bitcpm.conversion.hf.tensor_files import open_tensor_file
@@ -481,3 +482,11 @@ def test_a_megatron_checkpoint_that_carries_a_config(tmp_path):
     assert detect_kind(tmp_path) == "legacy"
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     assert detect_kind(tmp_path) == "hf"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_is_not_left_out(name, tmp_path):
+    folder = make_folder(tmp_path / "in")
+    (folder / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"holds an adapter \({name}\).*Merge it"):
+        open_hf(folder)

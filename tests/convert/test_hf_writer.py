@@ -129,7 +129,10 @@ def test_minicpm_in_both_architectures(tied, tmp_path):
     carried = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {key: carried[key] for key in MUP} == MUP
     assert all(same_bits(t, state[n]) for n, t in load_all(tmp_path / "out").items())
-    assert "trust-remote-code" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust-remote-code" in card
+    # The tokenizer too asks first where config.json names code.
+    assert 'AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)' in card
     report = write_folder(open_source(folder), tmp_path / "llama", "plain", architecture="llama")
     config = json.loads((tmp_path / "llama" / "config.json").read_text())
     assert config["model_type"] == "llama"
@@ -163,7 +166,29 @@ def test_a_nan_is_named(value, form, tmp_path):
     stamp = None if form == "plain" else ROW
     with pytest.raises(CheckpointError, match=f"{name} holds a NaN or an infinity, first in row 5"):
         write(folder, form, stamp=stamp, force=True)
+    if stamp is not None:  # not taken for weights that show no training
+        with pytest.raises(CheckpointError, match=f"{name} holds a NaN or an infinity"):
+            write(folder, form, stamp=stamp)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o022, 0o002])
+def test_permissions_follow_the_umask(mask, folder):
+    old = os.umask(mask)
+    try:
+        write(folder)
+    finally:
+        os.umask(old)
+    output = folder.parent / "out"
+    assert output.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {p.stat().st_mode & 0o777 for p in output.iterdir()} == {0o666 & ~mask}
+
+
+def test_a_tokenizer_with_code_of_its_own(folder):
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": ["t.T", None]}}))
+    assert "needs code of its own" in write(folder)["warnings"][0]
 
 
 def test_places_that_would_hurt(folder):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_folders import make_folder
 from trained_checkpoints import BASE
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion import derive_architecture as derive_module
+from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.infer_grid import infer_grid
 from megatron_bitcpm.conversion.inspect import inspect
 from megatron_bitcpm.conversion.inspect_text import render
@@ -210,6 +213,23 @@ def test_a_stamp_of_other_dimensions(tmp_path):
     report = inspect(write(tmp_path / "m", make_tensors(-1), stamp=stamp))
     assert report["problems"][0].startswith("the stamp does not fit the shapes of 14 tensors")
     assert "quant.group_size=7" in report["problems"][0]
+
+
+@pytest.mark.parametrize("short", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj"])
+def test_an_empty_tensor(short, tmp_path):
+    tensors, name = make_tensors(-1), f"{short}.weight"
+    tensors[name] = tensors[name][:0]
+    assert f"{name} is empty" in inspect(write(tmp_path / "m", tensors))["problems"]
+
+
+def test_latents_that_were_quantised_already(tmp_path):
+    folder = make_folder(tmp_path / "plain")
+    stamp = QuantizerStamp(QuantConfig())
+    write_folder(open_source(folder), tmp_path / "m", "latent", stamp=stamp, force=True)
+    assert inspect(tmp_path / "m")["problems"] == []
+    write_folder(open_source(tmp_path / "m"), tmp_path / "pseudo", "pseudo")
+    shutil.copy(tmp_path / "pseudo" / "model.safetensors", tmp_path / "m")
+    assert inspect(tmp_path / "m")["problems"][0].startswith("14 tensors are on a grid already")
 
 
 def test_a_full_disk_leaves_the_config_as_it_was(tmp_path, monkeypatch):

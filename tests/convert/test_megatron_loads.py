@@ -159,9 +159,7 @@ def load_decoder(rank, folder, case, layout):
         check_chunks(chunks, source, layout, 64)
 
 
-@pytest.mark.parametrize(
-    "layout", [pytest.param((2, 2, 2), marks=pytest.mark.slow), (1, 1, None)]
-)
+@pytest.mark.parametrize("layout", [pytest.param((2, 2, 2), marks=pytest.mark.slow), (1, 1, None)])
 def test_our_decoder_loads_minicpm(tmp_path, layout):
     write_torch_dist(make_source(tmp_path, "minicpm"), tmp_path / "out", MegatronLayout(2, 1))
     run_ranks(layout[0] * layout[1], load_decoder, str(tmp_path), "minicpm", layout)

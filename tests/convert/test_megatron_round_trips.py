@@ -106,3 +106,18 @@ def test_names_for_transformer_engine(tmp_path):
     assert "decoder.layers.3.mlp.linear_fc1.layer_norm_weight" in shard["model"]
     assert not any("input_layernorm" in name for name in shard["model"])
     assert_same(open_legacy(tmp_path / "o"), source)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_local_scales_keep_the_groups_of_their_training(tmp_path, tp):
+    """Two ranks trained: their groups are halves of a row, however many ranks files are cut for."""
+    stamp = QuantizerStamp(QuantConfig(group_size=-1, scale_sync="local"), tp_size=2)
+    source = dataclasses.replace(make_source(tmp_path), form="latent", stamp=stamp)
+    write_torch_dist(source, tmp_path / "a", MegatronLayout(tp))
+    write_legacy(open_torch_dist(tmp_path / "a"), tmp_path / "b", MegatronLayout(4 // tp))
+    found = open_legacy(tmp_path / "b")
+    model, groups = source.model, found.quantized_tensors()
+    assert groups["model.layers.0.mlp.down_proj.weight"] == model.ffn_hidden_size // 2
+    assert groups["model.layers.0.mlp.up_proj.weight"] == model.hidden_size
+    for name in groups:
+        assert torch.equal(found.forward_tensor(name), source.forward_tensor(name)), name

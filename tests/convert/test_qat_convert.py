@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -15,14 +16,16 @@ from tiny_folders import LAYERS, PROJECTIONS, load_all, make_folder, make_state,
 
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.writer import write_folder
+from megatron_bitcpm.conversion.infer_grid import lies_on_grid
 from megatron_bitcpm.conversion.open import open_source
-from megatron_bitcpm.conversion.qat_convert import lies_on_grid, qat_convert
+from megatron_bitcpm.conversion.qat_convert import qat_convert
 from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.quant.fake_quant import fake_quantize
 from megatron_bitcpm.quant.reciprocal import fake_quantize_reciprocal
 from megatron_bitcpm.quant.sums import sum_abs_canonical
 
+UP = "model.layers.1.mlp.up_proj.weight"
 TOOL = Path(__file__).parents[2] / "tools" / "qat-convert.py"
 
 
@@ -118,6 +121,15 @@ def test_tied_tensors_stay_one(tmp_path):
     assert all(same_bits(found[name], state[name]) for name in names)
 
 
+def test_another_name_of_a_projection_keeps_the_latents(tmp_path):
+    state = make_state()
+    state["other.weight"] = state[UP]
+    convert(save(tmp_path / "in.bin", state), tmp_path / "out.bin")
+    found = load(tmp_path / "out.bin")
+    assert same_bits(found["other.weight"], state[UP])
+    assert same_bits(found[UP], fake_quantize(state[UP]))
+
+
 # -- numerics --------------------------------------------------------------------------------------
 
 
@@ -204,16 +216,57 @@ def test_a_folder_is_converted_as_a_whole(latent, tmp_path):
     convert(latent, tmp_path / "out", "ternary", 16, force=False)
     assert (tmp_path / "out" / "bitcpm_quantizer.json").is_file()
     plain = make_folder(tmp_path / "other")
-    convert(plain, tmp_path / "out2", "ternary", -1)
+    report = convert(plain, tmp_path / "out2", "ternary", -1)
+    in_file = convert(plain / "model.safetensors", tmp_path / "out2.bin", "ternary", -1)
+    keys = ("other_numerics", "changed_codes", "changed_fraction", "weights")
+    assert {key: report[key] for key in keys} == {key: in_file[key] for key in keys}
     name = "model.layers.0.mlp.up_proj.weight"
     assert same_bits(load_all(tmp_path / "out2")[name], fake_quantize(make_state()[name]))
     with pytest.raises(CheckpointError, match="show no training"):
         convert(plain, tmp_path / "out3", "ternary", -1, force=False)
 
 
-# -- refused ---------------------------------------------------------------------------------------
+def test_weights_that_were_quantised_already(latent, tmp_path):
+    write_folder(open_source(latent), tmp_path / "pseudo", "pseudo")
+    weights = tmp_path / "pseudo" / "model.safetensors"
+    for path in (tmp_path / "pseudo", weights):
+        with pytest.raises(CheckpointError, match="was quantised before, says"):
+            convert(path, tmp_path / "out.bin", "ternary", 16)
+    # Without a stamp, or beside the stamp of other weights, their values tell.
+    state = {
+        name: t if "_proj" not in name else fake_quantize(t) for name, t in make_state().items()
+    }
+    unstamped = make_folder(tmp_path / "unstamped", state)
+    rule = r"layers\.[01]\.self_attn\.q_proj\.weight lies on a grid already"
+    for form in ("pseudo", "latent"):
+        with pytest.raises(CheckpointError, match=rule):
+            write_folder(
+                open_source(unstamped), tmp_path / "out", form, stamp=QuantizerStamp(QuantConfig()),
+                force=True,
+            )  # fmt: skip
+    save_file(state, latent / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rule):
+        write_folder(open_source(latent), tmp_path / "out", "pseudo")
+    with pytest.raises(CheckpointError, match="lies on a grid already"):
+        convert(latent / "model.safetensors", tmp_path / "out.bin", "ternary", 16)
+    assert not (tmp_path / "out").exists()
 
-UP = "model.layers.1.mlp.up_proj.weight"
+
+def test_an_output_beside_a_latent_config(latent, tmp_path):
+    report = convert(latent / "model.safetensors", latent / "pytorch_model.bin", "ternary", 16)
+    assert "would quantise pytorch_model.bin again" in report["warnings"][0]
+    assert not convert(latent / "model.safetensors", tmp_path / "a.bin", "ternary", 16)["warnings"]
+
+
+@pytest.mark.parametrize("block", ["x", [1], {}, {"quantizer": 3}])
+def test_a_damaged_stamp_beside_the_file(block, latent, tmp_path):
+    config = json.loads((latent / "config.json").read_text())
+    (latent / "config.json").write_text(json.dumps(config | {"bitcpm_quantizer": block}))
+    with pytest.raises(CheckpointError, match="is not that of a latent folder"):
+        convert(latent / "model.safetensors", tmp_path / "out.bin", "ternary", 16)
+
+
+# -- refused ---------------------------------------------------------------------------------------
 
 
 def test_bad_inputs(tmp_path):
@@ -230,6 +283,11 @@ def test_bad_inputs(tmp_path):
     refused(state, "shows? no training on the ternary grid.*--force", force=False)
     refused(state, r"q_proj.*group_size=48: in_features 64 is not a multiple", "ternary", 48)
     refused({**state, UP: state[UP].long()}, rf"{UP} is torch\.int64 .*not a matrix of float32")
+    odd = torch.zeros(8).to(torch.float8_e4m3fn)
+    refused({**state, "odd": odd}, r"odd is torch\.float8_e4m3fn, which is not written here")
+    refused({**state, UP: state[UP][:0]}, rf"{UP} is torch\.bfloat16 \[0, 64\], not a matrix")
+    far = {"model.layers.987654321.mlp.up_proj.weight": state[UP].clone()}
+    refused({**state, **far}, "holds layer 987654321, but nothing of layer 2")
     without = {name: tensor for name, tensor in state.items() if name != UP}
     refused(without, f"lacks 1 projections: {UP}")
     refused({"a": torch.ones(2)}, "holds no projection")
@@ -294,9 +352,13 @@ def test_a_full_disk_leaves_the_old_output(suffix, tmp_path, monkeypatch):
 @pytest.mark.parametrize("group_size", [8, 16, -1])
 def test_what_lies_on_a_grid(grid, group_size):
     w = torch.randn(96, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert not lies_on_grid(w)
-    assert lies_on_grid(fake_quantize(w, group_size, 1e-5, grid))
-    assert not lies_on_grid(torch.zeros(4, 64))
+    assert not lies_on_grid(w, 1e-5)
+    assert lies_on_grid(fake_quantize(w, group_size, 1e-5, grid), 1e-5)
+    assert not lies_on_grid(torch.zeros(4, 64), 1e-5)
+    assert not lies_on_grid(torch.full((4, 64), float("nan")), 1e-5)
+    # Two values other than 0 in each four are no grid.
+    w[:, 0::4] = w[:, 2::4] = 0
+    assert not lies_on_grid(w, 1e-5)
 
 
 # -- the command -----------------------------------------------------------------------------------
@@ -317,6 +379,8 @@ def test_the_command_line_of_the_cards(tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("qat-convert: input_bin=")
     assert error.count("\n") == 1
+    assert "quantisation error 0.2" in error
+    assert "Add --force if a quantiser did train them" in error
     run("--force")
     printed = capsys.readouterr().out
     assert f"{7 * LAYERS} projections, ternary, group size -1, numerics fp32" in printed

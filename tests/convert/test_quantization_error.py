@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.conversion import quantization_error
 from megatron_bitcpm.conversion.quantization_error import (
     CROWDING,
     LatentFigures,
@@ -63,6 +64,19 @@ def test_what_tells_a_training():
     assert measure(close).error < 0.1
     assert measure(close).looks_trained("ternary")
     assert not measure(close, grid="five").looks_trained("five")
+
+
+@pytest.mark.parametrize("group_size", [-1, 64])
+def test_rows_stand_for_a_large_tensor(group_size, monkeypatch):
+    w = gaussian(2048)
+    w[1::2] *= 100  # every other row, which a few neighbouring rows would not show
+    w[0::3] *= 0.01
+    whole = measure(w, group_size)
+    monkeypatch.setattr(quantization_error, "_SAMPLE", w.numel() // 9)
+    some = measure(w, group_size)
+    assert some.error == pytest.approx(whole.error, abs=0.01)
+    assert some.crowding == pytest.approx(whole.crowding, abs=0.03)
+    assert 8 * some.beside < whole.beside < 10 * some.beside
 
 
 def test_the_sample_is_first_middle_and_last_layer():

@@ -10,8 +10,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trained_checkpoints import open_tensors
 
-from megatron_bitcpm.conversion.megatron.torch_dist_reader import CheckpointReader
 from megatron_bitcpm.conversion.verify import verify
 from megatron_bitcpm.errors import CheckpointError
 
@@ -110,7 +110,7 @@ def test_a_changed_norm(damaged, trained):
         ({"torch_dtype": "float32"}, "16 more tensors: stored as bfloat16, config.json says float"),
         ({"vocab_size": None}, r"vocab_size=\(absent\): must be a whole number"),
         ({"num_hidden_layers": 3.0}, "num_hidden_layers=3.0: must be a whole number"),
-        ({"rms_norm_eps": 0.0}, "layernorm_epsilon=0.0: .*config.json"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0: .*config.json"),
     ],
 )
 def test_a_wrong_config(changes, message, damaged):
@@ -253,12 +253,12 @@ def test_not_a_model(tmp_path):
 @pytest.fixture
 def checkpoint(trained, tmp_path):
     """A copy of a checkpoint, to damage."""
-    source = CheckpointReader(trained(CASE).directory).folder
+    source = open_tensors(trained(CASE).directory).folder
     return shutil.copytree(source, tmp_path / source.name)
 
 
 def read_all(checkpoint):
-    reader = CheckpointReader(checkpoint)
+    reader = open_tensors(checkpoint)
     return [reader.tensor(name) for name in reader.names()]
 
 
@@ -281,7 +281,7 @@ def test_a_truncated_index(checkpoint, size):
     path = checkpoint / ".metadata"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"\.metadata: .*damaged"):
-        CheckpointReader(checkpoint)
+        open_tensors(checkpoint)
 
 
 class _Attack:
@@ -292,12 +292,12 @@ class _Attack:
 def test_an_index_cannot_run_code(checkpoint, capsys):
     (checkpoint / ".metadata").write_bytes(pickle.dumps(_Attack()))
     with pytest.raises(CheckpointError, match=r"builtins\.print, which no checkpoint needs"):
-        CheckpointReader(checkpoint)
+        open_tensors(checkpoint)
     assert "code" not in capsys.readouterr().out
 
 
 def test_absent_names(checkpoint):
-    reader = CheckpointReader(checkpoint)
+    reader = open_tensors(checkpoint)
     assert not any(name.startswith("optimizer") for name in reader.names())
     with pytest.raises(CheckpointError, match=r"has no tensor decoder\.layers\.nothing"):
         reader.layer_tensor("nothing", 0)
@@ -306,7 +306,7 @@ def test_absent_names(checkpoint):
 
 
 def test_a_layer_is_a_slice_of_the_stack(trained):
-    reader = CheckpointReader(trained("tp2_tied_fp32").directory)
+    reader = open_tensors(trained("tp2_tied_fp32").directory)
     stacked = reader.tensor("decoder.layers.mlp.linear_fc1.weight")
     assert stacked.dtype is torch.float32
     for layer in range(3):

@@ -128,3 +128,11 @@ def _train(rank: int, text: str, tp_size: int) -> dict:
         trainer.evaluate()
     # Exact: bfloat16 fits in float32.
     return {site: w.float().numpy() for site, w in captured.items()}
+
+
+def open_tensors(checkpoint):
+    """Open the tensors of a checkpoint, or of a run's newest one, under Megatron's names."""
+    from megatron_bitcpm.checkpoint.store import find_checkpoint
+    from megatron_bitcpm.conversion.megatron.torch_dist_reader import TorchDistTensors
+
+    return TorchDistTensors(find_checkpoint(checkpoint))

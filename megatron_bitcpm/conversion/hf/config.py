@@ -172,7 +172,7 @@ def parse_architecture(raw: Mapping[str, Any], path: Path) -> tuple[ModelConfig,
         "max_position_embeddings": positions,
         "rotary_base": theta,
         "rope_scaling": rope,
-        "layernorm_epsilon": raw.get("rms_norm_eps", 1e-6),
+        "layernorm_epsilon": 1e-6 if raw.get("rms_norm_eps") is None else raw["rms_norm_eps"],
         "share_embeddings_and_output_weights": is_tied(raw, path),
         **(_read_mup(raw, path) if kind == "minicpm" else {}),
     }
@@ -183,7 +183,8 @@ def parse_architecture(raw: Mapping[str, Any], path: Path) -> tuple[ModelConfig,
         return ModelConfig(**fields), size["vocab_size"]
     except ValidationError as error:
         first = error.errors()[0]
-        raise _problem(path, first["loc"][0], first["input"], first["msg"], "Correct it") from error
+        key = {"layernorm_epsilon": "rms_norm_eps"}.get(str(first["loc"][0]), first["loc"][0])
+        raise _problem(path, key, first["input"], first["msg"], "Correct it") from error
 
 
 def find_model_type(raw: Mapping[str, Any], path: Path) -> str:
@@ -201,10 +202,10 @@ def find_model_type(raw: Mapping[str, Any], path: Path) -> str:
     if kind is None:
         classes = raw.get("architectures") or []
         kind = next((k for k, name in MODEL_CLASSES.items() if name in classes), None)
-    if kind not in MODEL_CLASSES:
+    if not isinstance(kind, str) or kind not in MODEL_CLASSES:
         raise _problem(path, "model_type", kind, "is no architecture known here",
                        f"Use {' or '.join(MODEL_CLASSES)}")  # fmt: skip
-    return str(kind)
+    return kind
 
 
 def is_tied(raw: Mapping[str, Any], path: Path) -> bool:
@@ -228,7 +229,7 @@ def _check_neutral(raw: Mapping[str, Any], kind: str, path: Path) -> None:
         raise _problem(path, "sliding_window", raw["sliding_window"],
                        "this decoder attends to all tokens", "Use a model without it")  # fmt: skip
     layers = raw.get("layer_types") or []
-    if any(layer != "full_attention" for layer in layers):
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         raise _problem(path, "layer_types", layers, "this decoder has full attention only",
                        "Use a model without others")  # fmt: skip
     # OpenBMB's forward leaves out the division of the logits then.

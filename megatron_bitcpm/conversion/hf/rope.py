@@ -125,10 +125,10 @@ def _read_original(
 ) -> int:
     """Return the original length: inside the settings, beside them, or all positions."""
     name = "original_max_position_embeddings"
-    values = {v for v in (rope.get(name), config.get(name)) if v is not None}
-    if len(values) > 1:
+    values = [v for v in (rope.get(name), config.get(name)) if v is not None]
+    if len(values) > 1 and values[0] != values[1]:
         raise RopeProblem(name, config[name], f"{key} says {rope[name]}", "Remove one of the two")
-    original = values.pop() if values else max_positions
+    original = values[0] if values else max_positions
     if type(original) is not int or not 2 <= original <= max_positions:
         raise RopeProblem(
             f"{key}.{name}", original,

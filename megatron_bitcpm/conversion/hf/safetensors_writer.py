@@ -15,7 +15,7 @@ import torch
 
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, as_bytes, count_bytes
 
-_TYPE_NAMES = {
+TYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -27,6 +27,7 @@ _TYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""Types that both kinds of weight files are written with -> their name in safetensors."""
 _ALIGNMENT = 8
 
 
@@ -64,7 +65,7 @@ def _make_header(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> b
     for name, (shape, dtype) in layout.items():
         end = offset + count_bytes(shape, dtype)
         header[name] = {
-            "dtype": _TYPE_NAMES[dtype],
+            "dtype": TYPE_NAMES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, end],
         }

@@ -87,8 +87,7 @@ def open_hf(folder: str | Path) -> HfSource:
         raise _folder_error(
             folder, f"{len(wrong)} tensors contradict config.json: {shown}", _INSPECT
         )
-    for name, file in files.items():
-        file.dtype(name)
+    _check_types(folder, {name: file.dtype(name) for name, file in files.items()})
     return HfSource(
         path=folder,
         kind="hf",
@@ -104,6 +103,20 @@ def open_hf(folder: str | Path) -> HfSource:
     )
 
 
+def _check_types(folder: Path, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuse a model in both 16-bit types: a type in a header was changed, not the values."""
+    names = {
+        dtype: [name for name, found in dtypes.items() if found == dtype]
+        for dtype in (torch.float16, torch.bfloat16)
+    }
+    few, many = sorted(names, key=lambda dtype: len(names[dtype]))
+    if names[few]:
+        raise _folder_error(
+            folder, f"{_list_names(names[few])}: of type {str(few).removeprefix('torch.')} among "
+            f"{len(names[many])} of {str(many).removeprefix('torch.')}", _COPY_AGAIN,
+        )  # fmt: skip
+
+
 def open_weights(folder: Path) -> dict[str, TensorFile]:
     """Open the weight files of a folder: name of a tensor -> its file.
 
@@ -115,6 +128,13 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
     """
     if not folder.is_dir():
         raise _folder_error(folder, "no such folder", "Name a folder with a model")
+    adapters = sorted(path.name for path in folder.glob("adapter_*"))
+    if adapters:
+        # Transformers would load them on top of the weights.
+        raise _folder_error(
+            folder, f"holds an adapter ({adapters[0]}), which is no part of the weights",
+            "Merge it (merge_and_unload of PEFT), or convert a folder without it",
+        )  # fmt: skip
     kind = next((k for k in _KINDS if any(folder.glob(k[2])) or (folder / k[1]).is_file()), None)
     if kind is None:
         raise _folder_error(
@@ -197,7 +217,8 @@ def _check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
             problems.append(f"{len(names)} {kind} tensors: {_list_names(names)}")
     if not problems:
         return
-    fix = _INSPECT
+    # A layer has nine tensors. Fewer are lost ones, of the number of layers that config.json says.
+    fix = _INSPECT if len(wanted ^ found) >= 9 else _COPY_AGAIN
     if wanted - found == {HF_OUTPUT} and not found - wanted:
         fix = "Set tie_word_embeddings to true if the embedding is the output layer"
     raise _folder_error(folder, "; ".join(problems), fix)

@@ -222,15 +222,31 @@ def load_tensors_only(path: Path) -> Any:
         raise
     # A damaged pickle raises nearly anything.
     except Exception as error:
-        text = str(error)
-        foreign = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"class ([\w.]+)", text)
-        if foreign and "nsupported" in text:
-            raise file_error(
-                path, f"names {foreign[1]}, which no tensor needs; nothing of it was run",
-                "Use a safetensors file of a source that you trust",
-            ) from error  # fmt: skip
-        reason = text.split("\n")[0][:160] or type(error).__name__
-        raise file_error(path, f"is damaged: {reason}") from error
+        raise _explain_torch(path, error) from error
+
+
+def _explain_torch(path: Path, error: Exception) -> Exception:
+    """Say in one line what torch says in a page, about settings that are not this package's."""
+    text = str(error)
+    foreign = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"class ([\w.]+)", text)
+    if foreign and "nsupported" in text:
+        return file_error(
+            path, f"names {foreign[1]}, which no tensor needs; nothing of it was run",
+            "Use a safetensors file of a source that you trust",
+        )  # fmt: skip
+    if "Weights only load failed" in text:
+        reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+        return file_error(
+            path, "is a pickle that torch.save did not write"
+            f"{f' ({reason[1].strip()})' if reason else ''}; nothing of it was run",
+            "Use a safetensors file of a source that you trust",
+        )  # fmt: skip
+    if path.stat().st_size == 0:
+        return file_error(path, "is empty")
+    if "central directory" in text:
+        return file_error(path, "is truncated, or no file of torch.save")
+    first_line = (text.splitlines() or [type(error).__name__])[0]
+    return file_error(path, f"is damaged: {first_line[:160]}")
 
 
 def _check_stored(path: Path) -> None:

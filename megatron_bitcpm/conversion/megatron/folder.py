@@ -109,6 +109,8 @@ def converted_fields(folder: Path, tokenizer: str | Path | None) -> dict[str, An
     side_files = Path(tokenizer) if tokenizer is not None else folder / SIDE_FOLDER
     try:
         folding = None if found.folding is None else Folding(**found.folding)
+        if not all(isinstance(value, int | float) for value in (found.folding or {}).values()):
+            raise TypeError("holds something else than numbers")
     except TypeError as error:
         raise CheckpointError.of(
             "folding", folder, f"cannot be read: {error}", "Convert the checkpoint again"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,17 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 """Argument -> values under which a model is a Llama or MiniCPM; False also stands for None."""
 
 
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True)
 class StockModel:
     """What the arguments of a checkpoint say.
@@ -107,7 +119,8 @@ def read_args(args: Any, iteration: Any, path: Path) -> StockModel:
         value = values.get(name)
         if (name in _REQUIRED and name not in values) or not _is_allowed(value, name, allowed):
             wanted = " or ".join(map(repr, allowed))
-            raise _refusal(path, f"args.{name}={value!r}", f"the model here has {wanted}")
+            shown = f"args.{name}={reprlib.repr(value)}"
+            raise _refusal(path, shown, f"the model here has {wanted}")
     layout = {
         "tp": _read_size(values, "tensor_model_parallel_size", 1),
         "pp": _read_size(values, "pipeline_model_parallel_size", 1),
@@ -146,7 +159,8 @@ def _read_vocab_size(values: dict[str, Any]) -> int | None:
     if type(size) is not int:
         return None
     # The tokenizer for mock data takes its size without the end token.
-    return size + 1 if str(values.get("tokenizer_type")).startswith("Null") else size
+    kind = values.get("tokenizer_type")
+    return size + 1 if isinstance(kind, str) and kind.startswith("Null") else size
 
 
 def _refusal(path: Path, what: str, rule: str) -> CheckpointError:
@@ -178,6 +192,10 @@ def _read_model(values: dict[str, Any], path: Path) -> ModelConfig:
     missing = [name for name, value in fields.items() if value is None and name != "kv_channels"]
     if missing:
         raise _refusal(path, "args", f"args lack {', '.join(missing)}")
+    for name in _SIZES:
+        value = fields[name]
+        if (type(value) is not int or value < 1) and (name, value) != ("kv_channels", None):
+            raise _refusal(path, f"args.{name}={reprlib.repr(value)}", "a size is needed")
     for name in ("init_method_std", "make_vocab_size_divisible_by"):
         if values.get(name) is not None:
             fields[name] = values[name]
@@ -230,9 +248,10 @@ def _read_rope(values: dict[str, Any], path: Path) -> dict[str, Any]:
     if values.get("rope_scaling_type") is None:
         return {}
     short, long = values.get("short_mscale"), values.get("long_mscale")
-    if short != long:
+    if not isinstance(short, int | float | None) or short != long:
+        shown = f"args.short_mscale={reprlib.repr(short)}, args.long_mscale={reprlib.repr(long)}"
         raise _refusal(
-            path, f"args.short_mscale={short!r}, args.long_mscale={long!r}",
+            path, shown,
             "one attention factor serves all lengths here",
         )  # fmt: skip
     factors = {}

@@ -8,6 +8,7 @@ a stage holds is taken from its shards, so that uneven splits need no arguments.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from megatron_bitcpm.conversion.megatron.source import (
     MegatronTensors,
     compare_shapes,
     megatron_shapes,
+    refuse_dtype,
 )
 from megatron_bitcpm.conversion.names import EMBEDDING, OUTPUT
 from megatron_bitcpm.conversion.torch_zip import StoredTensor, TorchFile, map_file
@@ -58,6 +60,8 @@ class _Shard:
     Attributes:
         path: of the file.
         file: it, opened.
+        content: its objects.
+        iteration: as stored.
         chunks: for each virtual stage name -> tensor, names with local layer numbers.
     """
 
@@ -76,11 +80,16 @@ class _Shard:
             raise _refusal(self.path, "holds no checkpoint of Megatron")
         self.content = content
         version = content.get("checkpoint_version", 0)
-        if not isinstance(version, int | float) or version < _LEAST_VERSION:
+        if not isinstance(version, int | float):
+            raise _refusal(self.path, "checkpoint_version is no number")
+        if version < _LEAST_VERSION:
             raise _refusal(
                 self.path, f"checkpoint_version {version}, rows of linear_qkv in another order",
                 f"Load and save it with a Megatron of version {_LEAST_VERSION} or later first",
             )  # fmt: skip
+        self.iteration = content.get("iteration")
+        if not isinstance(self.iteration, int | None):
+            raise _refusal(self.path, "iteration is no number")
         virtual = [
             f"model{number}" for number in range(len(content)) if f"model{number}" in content
         ]
@@ -103,6 +112,7 @@ class _Shard:
                 continue
             if not isinstance(value, StoredTensor):
                 raise _refusal(self.path, f"{name} is no tensor")
+            refuse_dtype(value.dtype, name, self.path)
             tensors[name] = value
         return tensors
 
@@ -132,7 +142,7 @@ def _find_shards(folder: Path) -> list[list[_Shard]]:
     Raises:
         CheckpointError: one is missing or damaged, or experts are sharded.
     """
-    places = {}
+    places: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.glob("mp_rank_*")):
         match = _FOLDER.fullmatch(path.name)
         if match is None:
@@ -141,7 +151,12 @@ def _find_shards(folder: Path) -> list[list[_Shard]]:
             raise _refusal(
                 path, "is a shard of experts", "Only Llama and MiniCPM decoders are converted"
             )
-        places[int(match[2] or 0), int(match[1])] = path
+        place = int(match[2] or 0), int(match[1])
+        if place in places:
+            raise _refusal(
+                path, f"is of the same rank as {places[place].name}", "Remove the wrong one"
+            )
+        places[place] = path
     stages, ranks = (1 + max(place[axis] for place in places) for axis in (0, 1))
     one_stage = all("_" not in path.name.removeprefix("mp_rank_") for path in places.values())
     for stage in range(stages):
@@ -171,8 +186,28 @@ class LegacyTensors(MegatronTensors):
 
     @property
     def first(self) -> _Shard:
-        """The shard of rank 0: arguments and iteration."""
+        """The shard of rank 0."""
         return self._shards[0][0]
+
+    def read_args(self) -> StockModel:
+        """Return what the arguments say.
+
+        Raises:
+            CheckpointError: damaged, of a model not computed here, or not alike on all ranks.
+        """
+        found = self._read_args(self.first)
+        for shard in itertools.chain(*self._shards):
+            other = self._read_args(shard)
+            if other.model != found.model or other.layout != found.layout:
+                raise _refusal(
+                    shard.path, "its arguments are of another model or layout than those of rank 0",
+                    "The shards are of different checkpoints; restore the right ones",
+                )  # fmt: skip
+        return found
+
+    @staticmethod
+    def _read_args(shard: _Shard) -> StockModel:
+        return read_args(shard.content.get("args"), shard.iteration, shard.path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor; layers are numbered."""
@@ -182,9 +217,9 @@ class LegacyTensors(MegatronTensors):
             return parts[0]
         return (*parts[0][:axis], sum(part[axis] for part in parts), *parts[0][axis + 1 :])
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str, layer: int | None) -> torch.dtype:
         """Type of a tensor; of a layer's tensor by its name below ``decoder.layers.N``."""
-        full = name if name in self._parts else f"decoder.layers.0.{name}"
+        full = name if layer is None else f"decoder.layers.{layer}.{name}"
         return self._find(full)[0].stored.dtype
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -254,7 +289,7 @@ class LegacyTensors(MegatronTensors):
         """Return full name -> parts by tensor rank, layers with their global numbers."""
         parts: dict[str, list[_Part]] = {}
         next_layer = 0
-        self._check_alike(lambda shard: shard.content.get("iteration"), "iteration")
+        self._check_alike(lambda shard: shard.iteration, "iteration")
         self._check_alike(lambda shard: len(shard.chunks), "number of virtual stages")
         for chunk in range(len(self.first.chunks)):
             for ranks in self._shards:
@@ -332,8 +367,7 @@ def open_legacy(path: str | Path, tokenizer: str | Path | None = None) -> Megatr
     folder = find_megatron_folder(path)
     refuse_format(folder, "legacy")
     tensors = LegacyTensors(folder)
-    content = tensors.first.content
-    stock = read_args(content.get("args"), content.get("iteration"), tensors.first.path)
+    stock = tensors.read_args()
     rows = tensors.check(stock)
     if (folder / MODEL_FILE).is_file():
         fields = converted_fields(folder, tokenizer)

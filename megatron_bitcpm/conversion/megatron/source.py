@@ -25,6 +25,7 @@ from megatron_bitcpm.conversion.names import (
     find_projection,
 )
 from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES
 from megatron_bitcpm.errors import CheckpointError
 
 _WHOLE = {HF_EMBEDDING: EMBEDDING, HF_OUTPUT: OUTPUT, HF_FINAL_NORM: FINAL_NORM}
@@ -39,8 +40,8 @@ class MegatronTensors(ABC):
         """Full shape of a tensor outside the layers."""
 
     @abstractmethod
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor; of layers' tensors the name is below ``decoder.layers.N``."""
+    def dtype(self, name: str, layer: int | None) -> torch.dtype:
+        """Type of a tensor; of a layer's tensor the name is below ``decoder.layers.N``."""
 
     @abstractmethod
     def tensor(self, name: str) -> torch.Tensor:
@@ -64,7 +65,7 @@ class MegatronSource(ModelSource):
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a stored tensor."""
-        return self.tensors.dtype(_find_megatron_name(name)[0])
+        return self.tensors.dtype(*_find_megatron_name(name))
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read a tensor; parts of a fused weight are best read one after the other."""
@@ -103,6 +104,20 @@ def _find_megatron_name(hf_name: str) -> tuple[str, int | None]:
         return f"{projection.linear.name}.weight", projection.layer
     _, _, layer, local = hf_name.split(".", 3)
     return _NORM_OF[local], int(layer)
+
+
+def refuse_dtype(dtype: torch.dtype, name: str, path: Path) -> None:
+    """Refuse a tensor that is of no type of weights.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    if dtype not in WEIGHT_DTYPES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
+        raise CheckpointError.of(
+            "checkpoint", path, f"{name} is {str(dtype).removeprefix('torch.')}, weights are of "
+            f"{known}", "Convert it to one of these first",
+        )  # fmt: skip
 
 
 def megatron_shapes(model: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]:

@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, load_common, read_metadata
-from megatron_bitcpm.checkpoint.store import STATE_FILE, find_checkpoint, read_config, read_state
-from megatron_bitcpm.config import ModelConfig, RunConfig
+from megatron_bitcpm.checkpoint.store import STATE_FILE, read_config, read_state
+from megatron_bitcpm.config import ModelConfig
 from megatron_bitcpm.conversion.megatron.folder import (
     converted_fields,
     find_megatron_folder,
@@ -34,6 +34,7 @@ from megatron_bitcpm.conversion.megatron.source import (
     MegatronTensors,
     compare_shapes,
     megatron_shapes,
+    refuse_dtype,
 )
 from megatron_bitcpm.conversion.names import EMBEDDING
 from megatron_bitcpm.conversion.stamp import parse_stamp
@@ -42,6 +43,7 @@ from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.parallel.agree import describe
 
 _LAYERS = "decoder.layers."
+_DAMAGED = "The checkpoint is damaged; use another one"
 
 
 class TorchDistTensors(MegatronTensors):
@@ -77,13 +79,13 @@ class TorchDistTensors(MegatronTensors):
         """Full shape of a tensor as stored."""
         return tuple(self._entry(name).size)
 
-    def dtype(self, name: str) -> torch.dtype:
+    def dtype(self, name: str, layer: int | None) -> torch.dtype:
         """Type of a tensor; of a layer's tensor by its name below ``decoder.layers.N``."""
-        for full in (name, _LAYERS + name, f"{_LAYERS}0.{name}"):
-            if full in self._entries:
-                dtype: torch.dtype = self._entries[full].properties.dtype
-                return dtype
-        raise self._absent(name)
+        if layer is not None:
+            numbered = f"{_LAYERS}{layer}.{name}"
+            name = numbered if numbered in self._entries else _LAYERS + name
+        dtype: torch.dtype = self._entry(name).properties.dtype
+        return dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one full tensor as stored.
@@ -130,7 +132,8 @@ class TorchDistTensors(MegatronTensors):
         for name in self._entries:
             if name.endswith("_extra_state"):
                 continue
-            shape = self.shape(name)
+            shape, dtype = self.shape(name), self._entries[name].properties.dtype
+            refuse_dtype(dtype, name, self.folder)
             number, _, rest = name.removeprefix(_LAYERS).partition(".")
             if not name.startswith(_LAYERS) or number.isdigit():
                 found[name] = shape
@@ -155,7 +158,8 @@ class TorchDistTensors(MegatronTensors):
 
     def _read(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """Read the box of `shape` that begins at `start`."""
-        result, covered = None, 0
+        result = None
+        covered: list[tuple[list[int], list[int]]] = []
         for chunk in self._entry(name).chunks:
             low = [max(a, b) for a, b in zip(start, chunk.offsets, strict=True)]
             high = [
@@ -171,10 +175,13 @@ class TorchDistTensors(MegatronTensors):
             if result is None:
                 result = torch.empty(shape, dtype=stored.dtype)
             result[_box(low, high, start)] = part
-            covered += part.numel()
-        if result is None or covered != result.numel():
-            rule = f"tensor {name}: {covered} of {math.prod(shape)} values are listed"
-            raise self._refusal(rule, "The checkpoint is damaged; use another one")
+            if any(_overlap(low, high, *other) for other in covered):
+                raise self._refusal(f"tensor {name}: some values are listed twice", _DAMAGED)
+            covered.append((low, high))
+        count = sum(math.prod(b - a for a, b in zip(*box, strict=True)) for box in covered)
+        if result is None or count != result.numel():
+            rule = f"tensor {name}: {count} of {math.prod(shape)} values are listed"
+            raise self._refusal(rule, _DAMAGED)
         return result
 
     def _read_chunk(
@@ -201,33 +208,16 @@ class TorchDistTensors(MegatronTensors):
         # A damaged file can raise nearly anything while its pickle is decoded.
         except Exception as error:
             rule = f"tensor {name} in {file or 'no file'} cannot be read: {describe(error)}"
-            raise self._refusal(rule, "The checkpoint is damaged; use another one") from error
+            raise self._refusal(rule, _DAMAGED) from error
 
 
 def _box(low: Any, high: Any, origin: Any) -> tuple[slice, ...]:
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
 
 
-class CheckpointReader(TorchDistTensors):
-    """Reads the model tensors of a checkpoint of this package's trainer.
-
-    Args:
-        checkpoint: a checkpoint, or a run's folder (its newest checkpoint).
-
-    Attributes:
-        folder: the checkpoint's folder.
-        state: ``bitcpm_state.json``: iteration, losses, quantiser stamp.
-        config: the resolved configuration of the run.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-
-    def __init__(self, checkpoint: str | Path) -> None:
-        folder = find_checkpoint(checkpoint)
-        self.state: dict[str, Any] = read_state(folder)
-        self.config: RunConfig = read_config(folder)
-        super().__init__(folder)
+def _overlap(low: list[int], high: list[int], low2: list[int], high2: list[int]) -> bool:
+    """Whether two boxes share a value."""
+    return all(max(a, b) < min(c, d) for a, b, c, d in zip(low, low2, high, high2, strict=True))
 
 
 def open_torch_dist(path: str | Path, tokenizer: str | Path | None = None) -> MegatronSource:

@@ -1,0 +1,169 @@
+"""What lies beside the weights of a Hugging Face folder: config.json, tokenizer, stamp."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_bitcpm.checkpoint.model_file import SIDE_FOLDER
+from megatron_bitcpm.conversion.hf.config import (
+    CONFIG_FILE,
+    FOLDING_KEY,
+    GENERATION_FILE,
+    QUANTIZER_FILE,
+    hf_config,
+)
+from megatron_bitcpm.conversion.hf.fold import FoldedSource
+from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
+from megatron_bitcpm.conversion.names import HF_EMBEDDING
+from megatron_bitcpm.conversion.output_folder import write_json
+from megatron_bitcpm.conversion.source import Form, ModelSource
+from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES, TokenizerIds, read_tokenizer_ids
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, read_json
+from megatron_bitcpm.version import __version__
+
+FORMAT_VERSION = 1
+"""Version of ``bitcpm_quantizer.json``."""
+
+_BESIDE_TOKENIZER = (
+    "bitcpm_tokenizer.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION_FILE,
+)
+_TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+def find_tokenizer(
+    source: ModelSource, tokenizer: str | Path | None, warnings: list[str]
+) -> tuple[Path | None, TokenizerIds | None]:
+    """Return the folder of the model's tokenizer, and its special tokens where they are known.
+
+    Args:
+        source: the model.
+        tokenizer: tokenizer folder; default the source's side files.
+        warnings: gets a sentence where the model comes without one.
+
+    Raises:
+        CheckpointError: it is absent, or not that of the model.
+    """
+    folder = Path(tokenizer) if tokenizer is not None else source.side_files
+    if folder is not None and _has_own_code(folder):
+        warnings.append(f"the tokenizer of {folder} needs code of its own, which is not copied")
+    recorded = None if source.kind == "hf" else source.facts.get("tokenizer_sha256")
+    if folder is None and recorded is not None:
+        raise CheckpointError.of(
+            "tokenizer", None, f"the one of {source.path} is not where its training had it",
+            "Name it (--tokenizer)",
+        )  # fmt: skip
+    if folder is not None and (tokenizer is not None or recorded is not None):
+        ids = read_tokenizer_ids(folder, source.vocab_size)
+        if recorded not in (None, hash_files(folder, TOKENIZER_FILES)):
+            raise CheckpointError.of(
+                "tokenizer", folder,
+                "is not the one of the training (its files have another sha256)",
+                "Name the tokenizer of the run (--tokenizer)",
+            )  # fmt: skip
+        return folder, ids
+    if folder is None or not any((folder / name).is_file() for name in VOCABULARY_FILES):
+        warnings.append(f"{source.path} comes without a tokenizer, and so does the folder")
+        return folder, None
+    ids = read_tokenizer_ids(folder)
+    if ids.size > source.vocab_size:
+        raise CheckpointError.of(
+            "tokenizer", folder, f"its files hold {ids.size} ids, the model has "
+            f"{source.vocab_size}",
+            "Name the tokenizer of the model (--tokenizer)",
+        )  # fmt: skip
+    return folder, ids
+
+
+def _has_own_code(folder: Path) -> bool:
+    """Whether only code that comes with a tokenizer can load it."""
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and "AutoTokenizer" in (read_json(path).get("auto_map") or ())
+
+
+def write_side_files(
+    folder: Path,
+    source: ModelSource,
+    form: Form,
+    tokenizer: Path | None,
+    ids: TokenizerIds | None,
+) -> dict[str, Any]:
+    """Write everything but the weights and the card.
+
+    Args:
+        folder: exists.
+        source: the model as written, folded where it was.
+        form: of its weights.
+        tokenizer, ids: of `find_tokenizer`.
+    Returns:
+        Content of config.json.
+    """
+    if tokenizer is not None:
+        for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, folder / name)
+        if (tokenizer / _TEMPLATE_FOLDER).is_dir():
+            shutil.copytree(tokenizer / _TEMPLATE_FOLDER, folder / _TEMPLATE_FOLDER)
+    original = _find_original_config(source)
+    config = hf_config(source.model, source.dtype(HF_EMBEDDING), source.vocab_size, ids, original)
+    config |= write_modeling_files(folder, source.model, form, source.stamp)
+    folding = describe_folding(source)
+    if form == "plain" and folding is not None:
+        config[FOLDING_KEY] = folding
+    write_json(folder / CONFIG_FILE, config)
+    if not (folder / GENERATION_FILE).is_file():
+        write_json(folder / GENERATION_FILE, _generation_config(config))
+    if form == "pseudo":
+        write_json(folder / QUANTIZER_FILE, _describe_quantizer(source, folding))
+    return config
+
+
+def _find_original_config(source: ModelSource) -> dict[str, Any] | None:
+    """Return the config.json that the model came with; a tokenizer's folder may have a foreign."""
+    folder = source.side_files
+    if folder is None or not (source.kind == "hf" or folder.name == SIDE_FOLDER):
+        return None
+    path = folder / CONFIG_FILE
+    return read_json(path) if path.is_file() else None
+
+
+def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return generation_config.json of a model that came without one.
+
+    Without a padding token generation pads with the end token, which it would do with a warning.
+    """
+    bos, eos, pad = (config.get(f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    if pad is None:
+        pad = eos[0] if isinstance(eos, list) and eos else eos
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+
+
+def describe_folding(source: ModelSource) -> dict[str, Any] | None:
+    """Return the factors and, when they were applied here, what they rounded."""
+    if source.folding is None:
+        return None
+    described = dataclasses.asdict(source.folding)
+    if isinstance(source, FoldedSource):
+        described["largest_relative_rounding"] = max(source.rounding.values(), default=0.0)
+    return described
+
+
+def _describe_quantizer(source: ModelSource, folding: dict[str, Any] | None) -> dict[str, Any]:
+    """Return ``bitcpm_quantizer.json``: what reproduces the values, and where they are."""
+    assert source.stamp is not None
+    content = {
+        "format_version": FORMAT_VERSION,
+        "format": "pseudo-quantized",
+        "megatron_bitcpm": __version__,
+        "quantizer": source.stamp.content(),
+        "source": {"checkpoint": source.path.name, **source.facts},
+        "ternary_tensors": source.quantized_tensors(),
+    }
+    return content if folding is None else {**content, "folding": folding}

@@ -1,0 +1,88 @@
+"""The weight files of a Hugging Face folder, written tensor by tensor, and their index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_bitcpm.conversion.hf.bin_writer import write_bin
+from megatron_bitcpm.conversion.hf.safetensors_writer import write_safetensors
+from megatron_bitcpm.conversion.hf.source import (
+    BIN_FILE,
+    BIN_INDEX_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+)
+from megatron_bitcpm.conversion.output_folder import write_json
+from megatron_bitcpm.conversion.progress import track_tensors
+from megatron_bitcpm.conversion.quantization_error import check_finite
+from megatron_bitcpm.conversion.source import Form, ModelSource
+from megatron_bitcpm.conversion.tensor_stream import count_bytes, cut_shards, read_ahead
+from megatron_bitcpm.errors import CheckpointError
+
+_FILES = {
+    "safetensors": (WEIGHTS_FILE, INDEX_FILE, write_safetensors),
+    "bin": (BIN_FILE, BIN_INDEX_FILE, write_bin),
+}
+
+
+def write_weight_files(
+    folder: Path, source: ModelSource, form: Form, weights: str, max_shard_bytes: int
+) -> tuple[list[str], int]:
+    """Write the weight files, and their index where there are several.
+
+    Args:
+        folder: exists and has none.
+        source: the model.
+        form: latent writes the stored tensors, pseudo and plain what the forward multiplies with.
+        weights: safetensors or bin.
+        max_shard_bytes: largest sum of the tensors of a file.
+    Returns:
+        Names of the files, and bytes of the tensors.
+
+    Raises:
+        CheckpointError: bad settings, a damaged source, or a NaN.
+        OSError: a file cannot be written; a part of it is left.
+    """
+    if weights not in _FILES:
+        raise CheckpointError.of("weights", weights, "is unknown", f"Use {' or '.join(_FILES)}")
+    single, index_name, write = _FILES[weights]
+    layout = {name: (shape, source.dtype(name)) for name, shape in source.shapes().items()}
+    sizes = {name: count_bytes(*entry) for name, entry in layout.items()}
+    shards = cut_shards(sizes, max_shard_bytes)
+    stem, _, suffix = single.partition(".")
+    files = [single]
+    if len(shards) > 1:
+        numbers = range(1, len(shards) + 1)
+        files = [f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}" for number in numbers]
+    with closing(read_ahead(_iter_tensors(source, form, sizes))) as tensors:
+        for file, names in zip(files, shards, strict=True):
+            part = {name: layout[name] for name in names}
+            write(folder / file, part, _take(tensors, len(names)))
+    if len(shards) > 1:
+        weight_map = {
+            name: file for file, names in zip(files, shards, strict=True) for name in names
+        }
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_json(folder / index_name, index)
+    return files, sum(sizes.values())
+
+
+def _take(tensors: Iterator[tuple[str, torch.Tensor]], count: int) -> Iterator[Any]:
+    # Not `islice`, which keeps its last item.
+    for _ in range(count):
+        yield next(tensors)
+
+
+def _iter_tensors(
+    source: ModelSource, form: Form, sizes: Mapping[str, int]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name in track_tensors(sizes, "write"):
+        tensor = source.tensor(name) if form == "latent" else source.forward_tensor(name)
+        check_finite(name, tensor, ("checkpoint", source.path))
+        yield name, tensor
+        del tensor
