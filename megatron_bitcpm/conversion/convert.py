@@ -28,7 +28,7 @@ from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_di
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.source import Form, ModelSource
 from megatron_bitcpm.conversion.stamp import FP32, NUMERICS, QuantizerStamp
-from megatron_bitcpm.conversion.verify import verify_sources
+from megatron_bitcpm.conversion.verify import verify_written
 from megatron_bitcpm.errors import CheckpointError
 
 Target = Literal["torch_dist", "legacy", "plain", "latent", "pseudo"]
@@ -140,7 +140,7 @@ def _write_megatron(
     """Write a checkpoint; the writer calls the comparison before it publishes."""
 
     def check(folder: Path) -> dict[str, Any]:
-        return verify_sources(open_source(folder), source)
+        return verify_written(folder, source, output)
 
     if target == "torch_dist":
         written = write_torch_dist(source, output, layout, overwrite=overwrite, check=check)

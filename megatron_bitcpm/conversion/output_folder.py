@@ -13,11 +13,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
+from megatron_bitcpm.checkpoint.store import TRACKER
+from megatron_bitcpm.conversion.megatron.folder import RELEASE
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import publish_folder, sync
 
@@ -25,13 +28,12 @@ _OLD = ".old"
 
 
 @contextmanager
-def new_folder(output: Path, overwrite: bool, is_model: Callable[[Path], bool]) -> Iterator[Path]:
+def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     """Give an empty folder to fill; at the end of the block it becomes `output`.
 
     Args:
         output: its final place, without symbolic links; parents are made.
-        overwrite: replace a folder that is there.
-        is_model: whether an existing folder may be replaced: replacing deletes.
+        overwrite: replace a model that is there: a Hugging Face folder or a converted checkpoint.
 
     Raises:
         CheckpointError: `output` exists, or cannot be written. Then, and after any other error in
@@ -39,7 +41,7 @@ def new_folder(output: Path, overwrite: bool, is_model: Callable[[Path], bool]) 
     """
     with _scratch_beside(output) as scratch:
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            _check_replaceable(output, overwrite, is_model(output))
+            _check_replaceable(output, overwrite, _is_model(output))
         yield scratch
         publish_folder(scratch, output)
 
@@ -110,6 +112,14 @@ def clean_up_after_killed(output: Path) -> None:
             os.close(lock)
 
 
+def _is_model(output: Path) -> bool:
+    """Whether a folder holds a model and may be replaced, which deletes it; never a run's."""
+    if (output / "config.json").is_file():
+        return True
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    return names == {RELEASE, TRACKER} and (output / RELEASE / MODEL_FILE).is_file()
+
+
 def _check_replaceable(output: Path, overwrite: bool, is_model: bool) -> None:
     if not overwrite:
         raise CheckpointError.of("output", output, "exists", "Name a new one, or add --overwrite")
@@ -117,7 +127,7 @@ def _check_replaceable(output: Path, overwrite: bool, is_model: bool) -> None:
         raise CheckpointError.of(
             "output",
             output,
-            "exists and is no model, so it is not replaced",
+            "exists and is no converted model, so it is not replaced",
             "Name a new one",
         )
 

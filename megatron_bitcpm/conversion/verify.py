@@ -28,6 +28,7 @@ from megatron_bitcpm.conversion.grid_reading import (
     read_codes,
 )
 from megatron_bitcpm.conversion.hf.config import QUANTIZER_FILE, read_hf_config
+from megatron_bitcpm.conversion.hf.modeling.writer import MODELING_FILE, trusted_modeling_files
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
@@ -115,6 +116,30 @@ def verify_sources(found: ModelSource, wanted: ModelSource | None) -> dict[str, 
     return report.content
 
 
+def verify_written(written: Path, source: ModelSource, output: Path) -> dict[str, Any]:
+    """Compare a model that has just been written with its source, before it gets its name.
+
+    Args:
+        written: where it is.
+        source: what was written.
+        output: the name it will get, for the report and messages.
+
+    Raises:
+        CheckpointError: they differ, or the source is unsound; names the one to blame.
+    """
+    try:
+        report = verify_sources(open_source(written), source)
+    except CheckpointError as error:
+        # What is wrong with the copy may be wrong with the original.
+        verify_sources(source, source)
+        raise CheckpointError.of(
+            "output", output, f"is not what was to be written: {error}".rstrip("."),
+            "Convert again, to another disk if need be",
+        ) from error  # fmt: skip
+    report["folder"] = str(output)
+    return report
+
+
 def compare(found: ModelSource, wanted: ModelSource | None = None) -> Report:
     """Check a model, and compare it with another one, without raising on differences.
 
@@ -129,7 +154,9 @@ def compare(found: ModelSource, wanted: ModelSource | None = None) -> Report:
         CheckpointError: files are damaged or absent.
     """
     report = Report(_describe(found, wanted), found.path)
-    report.problems += _check_list(found) + _check_types(found)
+    report.problems += _check_list(found) + _check_code(found) + _check_types(found)
+    if wanted is not None and wanted is not found:
+        report.problems += [f"{wanted.path}: {problem}" for problem in _check_list(wanted)]
     _check_tokenizer(found, wanted)
     if wanted is not None:
         sides = fold_alike(found, wanted)
@@ -266,6 +293,15 @@ def _check_list(source: ModelSource) -> list[str]:
         f"{QUANTIZER_FILE} lists other tensors or groups than its quantizer makes: "
         f"{list_first(odd, 'tensors')}"
     ]
+
+
+def _check_code(source: ModelSource) -> list[str]:
+    """A latent folder is the model that its modelling file computes."""
+    if source.kind != "hf" or read_hf_config(source.path).form != "latent":
+        return []
+    if trusted_modeling_files(source.path):
+        return []
+    return [f"its {MODELING_FILE}, which computes the forward, is not that of this package"]
 
 
 def _check_types(source: ModelSource) -> list[str]:

@@ -109,7 +109,7 @@ def test_output_is_not_replaced_unless_asked(trained, tmp_path):
     (output / "mine.txt").write_text("x")
     with pytest.raises(CheckpointError, match=r"output=.*out: exists"):
         export_hf(trained(CASE).directory, output)
-    with pytest.raises(CheckpointError, match="is no model, so it is not replaced"):
+    with pytest.raises(CheckpointError, match="is no converted model, so it is not replaced"):
         export_hf(trained(CASE).directory, output, overwrite=True)
     assert (output / "mine.txt").read_text() == "x"
     (output / "config.json").write_text("{}")

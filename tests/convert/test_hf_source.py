@@ -341,7 +341,7 @@ def test_truncation_anywhere_is_noticed(kind, tmp_path):
     content = path.read_bytes()
     for keep in (0, 1, 7, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:keep])
-        message = refused(folder, "is damaged|truncated|cannot be")
+        message = refused(folder, "is damaged|is empty|truncated|cannot be")
         assert path.name in message
 
 
@@ -490,3 +490,23 @@ def test_an_adapter_is_not_left_out(name, tmp_path):
     (folder / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"holds an adapter \({name}\).*Merge it"):
         open_hf(folder)
+
+
+def test_a_bare_pickle_runs_nothing_and_is_named(tmp_path):
+    marker = tmp_path / "ran"
+
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    for protocol, message in ((2, "names io.open, which no tensor needs"), (4, "torch.save did")):
+        (tmp_path / "a.bin").write_bytes(pickle.dumps({"w": Attack()}, protocol))
+        with pytest.raises(CheckpointError, match=message):
+            open_tensor_file(tmp_path / "a.bin")
+    assert not marker.exists()
+
+
+def test_both_16_bit_types_in_one_model_are_refused(tmp_path):
+    tensors = make_tensors()
+    tensors[OUTPUT] = tensors[OUTPUT].view(torch.float16)
+    refused(write(tmp_path / "m", tensors), "lm_head.weight: of type float16 among 20 of bfloat16")

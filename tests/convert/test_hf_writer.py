@@ -275,7 +275,7 @@ def test_a_full_disk(where, weights, folder, monkeypatch):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["in", "out"]
 
 
-@pytest.mark.parametrize("step", ["verify_sources", "write_model_card", "os.rename"])
+@pytest.mark.parametrize("step", ["verify_written", "write_model_card", "os.rename"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_leaves_nothing(step, error, folder, monkeypatch):
     write(folder)

@@ -298,16 +298,21 @@ def read_stamp(
         if not isinstance(inside, Mapping) or inside.get("form") != "latent":
             raise _problem(folder / CONFIG_FILE, QUANTIZER_KEY, inside,
                            "is not that of a latent folder", "Convert the model again")  # fmt: skip
-        return "latent", parse_stamp(inside.get("quantizer"), folder / CONFIG_FILE), None, {}
+        stamp = parse_stamp(inside.get("quantizer"), folder / CONFIG_FILE)
+        return "latent", stamp, None, _read_facts(inside)
     if not beside.is_file():
         return "plain", None, _read_folding(raw.get(FOLDING_KEY), folder / CONFIG_FILE), {}
     content = read_json(beside)
     folding = _read_folding(content.get("folding"), beside)
-    facts = content.get("source")
-    facts = {k: v for k, v in facts.items() if k != "checkpoint"} if isinstance(facts, dict) else {}
+    facts = _read_facts(content)
     if content.get("quantizer") is None:
         return "plain", None, folding, facts
     return "pseudo", parse_stamp(content["quantizer"], beside), folding, facts
+
+
+def _read_facts(content: Mapping[str, Any]) -> dict[str, Any]:
+    facts = content.get("source")
+    return {k: v for k, v in facts.items() if k != "checkpoint"} if isinstance(facts, dict) else {}
 
 
 def _read_folding(content: Any, path: Path) -> Folding | None:

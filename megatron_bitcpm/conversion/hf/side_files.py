@@ -17,7 +17,7 @@ from megatron_bitcpm.conversion.hf.config import (
     hf_config,
 )
 from megatron_bitcpm.conversion.hf.fold import FoldedSource
-from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
+from megatron_bitcpm.conversion.hf.modeling.writer import QUANTIZER_KEY, write_modeling_files
 from megatron_bitcpm.conversion.names import HF_EMBEDDING
 from megatron_bitcpm.conversion.output_folder import write_json
 from megatron_bitcpm.conversion.source import Form, ModelSource
@@ -106,23 +106,35 @@ def write_side_files(
         Content of config.json.
     """
     if tokenizer is not None:
-        for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
-            if (tokenizer / name).is_file():
-                shutil.copyfile(tokenizer / name, folder / name)
-        if (tokenizer / _TEMPLATE_FOLDER).is_dir():
-            shutil.copytree(tokenizer / _TEMPLATE_FOLDER, folder / _TEMPLATE_FOLDER)
+        copy_companions(tokenizer, folder)
     original = _find_original_config(source)
     config = hf_config(source.model, source.dtype(HF_EMBEDDING), source.vocab_size, ids, original)
     config |= write_modeling_files(folder, source.model, form, source.stamp)
     folding = describe_folding(source)
     if form == "plain" and folding is not None:
         config[FOLDING_KEY] = folding
-    write_json(folder / CONFIG_FILE, config)
     if not (folder / GENERATION_FILE).is_file():
         write_json(folder / GENERATION_FILE, _generation_config(config))
+    if form == "latent":
+        config[QUANTIZER_KEY]["source"] = _describe_origin(source)
+    write_json(folder / CONFIG_FILE, config)
     if form == "pseudo":
         write_json(folder / QUANTIZER_FILE, _describe_quantizer(source, folding))
     return config
+
+
+def copy_companions(folder: Path, target: Path) -> None:
+    """Copy tokenizer, chat templates and generation settings, as far as they are there."""
+    for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    if (folder / _TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(folder / _TEMPLATE_FOLDER, target / _TEMPLATE_FOLDER)
+
+
+def _describe_origin(source: ModelSource) -> dict[str, Any]:
+    """Return what is known of the training, and the name of what was converted."""
+    return {"checkpoint": source.path.name, **source.facts}
 
 
 def _find_original_config(source: ModelSource) -> dict[str, Any] | None:
@@ -163,7 +175,7 @@ def _describe_quantizer(source: ModelSource, folding: dict[str, Any] | None) -> 
         "format": "pseudo-quantized",
         "megatron_bitcpm": __version__,
         "quantizer": source.stamp.content(),
-        "source": {"checkpoint": source.path.name, **source.facts},
+        "source": _describe_origin(source),
         "ternary_tensors": source.quantized_tensors(),
     }
     return content if folding is None else {**content, "folding": folding}

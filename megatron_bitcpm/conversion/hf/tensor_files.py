@@ -234,6 +234,12 @@ def _explain_torch(path: Path, error: Exception) -> Exception:
             path, f"names {foreign[1]}, which no tensor needs; nothing of it was run",
             "Use a safetensors file of a source that you trust",
         )  # fmt: skip
+    with path.open("rb") as stream:
+        start = stream.read(2)
+    if not start:
+        return file_error(path, "is empty")
+    if start in (b"P", b"PK"):  # of an archive, whose end is not there
+        return file_error(path, "is truncated, or no file of torch.save")
     if "Weights only load failed" in text:
         reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
         return file_error(
@@ -241,10 +247,6 @@ def _explain_torch(path: Path, error: Exception) -> Exception:
             f"{f' ({reason[1].strip()})' if reason else ''}; nothing of it was run",
             "Use a safetensors file of a source that you trust",
         )  # fmt: skip
-    if path.stat().st_size == 0:
-        return file_error(path, "is empty")
-    if "central directory" in text:
-        return file_error(path, "is truncated, or no file of torch.save")
     first_line = (text.splitlines() or [type(error).__name__])[0]
     return file_error(path, f"is damaged: {first_line[:160]}")
 

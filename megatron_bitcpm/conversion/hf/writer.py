@@ -28,7 +28,7 @@ from megatron_bitcpm.conversion.output_folder import new_folder
 from megatron_bitcpm.conversion.quantization_error import check_latents, check_trained
 from megatron_bitcpm.conversion.source import Form, ModelSource
 from megatron_bitcpm.conversion.stamp import QuantizerStamp
-from megatron_bitcpm.conversion.verify import verify_sources
+from megatron_bitcpm.conversion.verify import verify_written
 from megatron_bitcpm.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -110,14 +110,13 @@ def write_folder(
     warnings: list[str] = []
     source = _prepare(source, form, architecture, stamp, force, warnings)
     tokenizer_folder, ids = find_tokenizer(source, tokenizer, warnings)
-    with new_folder(output, overwrite, lambda folder: (folder / CONFIG_FILE).is_file()) as scratch:
+    with new_folder(output, overwrite) as scratch:
         start = time.perf_counter()
         files, total_bytes = write_weight_files(scratch, source, form, weights, max_shard_bytes)
         config = write_side_files(scratch, source, form, tokenizer_folder, ids)
         written = time.perf_counter()
-        verified = verify_sources(open_source(scratch), source)
+        verified = verify_written(scratch, source, output)
         done = time.perf_counter()
-        verified["folder"] = str(output)
         folding = describe_folding(source)
         card = write_model_card(source, form, config, verified, folding)
         (scratch / "README.md").write_text(card, encoding="utf-8")

@@ -21,19 +21,11 @@ from typing import Any
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, ModelFile
 from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.conversion.hf.config import CONFIG_FILE
+from megatron_bitcpm.conversion.hf.side_files import copy_companions
 from megatron_bitcpm.conversion.megatron.folder import RELEASE
 from megatron_bitcpm.conversion.output_folder import new_folder
 from megatron_bitcpm.conversion.source import ModelSource
-from megatron_bitcpm.files import TOKENIZER_FILES
-
-SIDE_FILES = (
-    *TOKENIZER_FILES,
-    "chat_template.jinja",
-    "chat_template.json",
-    "config.json",
-    "generation_config.json",
-)
-"""What is kept of a Hugging Face folder beside its weights."""
 
 Check = Callable[[Path], dict[str, Any]]
 
@@ -62,7 +54,7 @@ def write_megatron(
         CheckpointError: the output exists or cannot be written; an existing one is as it was.
     """
     output = Path(os.path.realpath(output))
-    with new_folder(output, overwrite, _is_converted) as scratch:
+    with new_folder(output, overwrite) as scratch:
         begin = time.perf_counter()
         folder = scratch / RELEASE
         folder.mkdir()
@@ -87,20 +79,14 @@ def write_megatron(
     }
 
 
-def _is_converted(output: Path) -> bool:
-    """Whether a folder holds a converted checkpoint and nothing else: only that is replaced."""
-    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    return names == {RELEASE, TRACKER} and (output / RELEASE / MODEL_FILE).is_file()
-
-
 def _copy_side_files(source: ModelSource, target: Path) -> None:
     folder = source.side_files
-    names = [name for name in SIDE_FILES if folder is not None and (folder / name).is_file()]
-    if not names:
+    if folder is None:
         return
     target.mkdir()
-    for name in names:
-        shutil.copyfile(folder / name, target / name)  # type: ignore[operator]
+    copy_companions(folder, target)
+    if (folder / CONFIG_FILE).is_file():
+        shutil.copyfile(folder / CONFIG_FILE, target / CONFIG_FILE)
 
 
 def describe_model(

@@ -234,6 +234,7 @@ def open_torch_dist(path: str | Path, tokenizer: str | Path | None = None) -> Me
     folder = find_megatron_folder(path)
     refuse_format(folder, "torch_dist")
     tensors = TorchDistTensors(folder)
+    common = load_common(folder)  # also where nothing in it is needed: Megatron would load it
     if (folder / MODEL_FILE).is_file():
         fields = converted_fields(folder, tokenizer)
         rows = tensors.check_shapes(fields["model"])
@@ -241,7 +242,7 @@ def open_torch_dist(path: str | Path, tokenizer: str | Path | None = None) -> Me
     elif (folder / STATE_FILE).is_file():
         fields = _trained_fields(folder, tensors, tokenizer)
     else:
-        fields = _stock_fields(folder, tensors, tokenizer)
+        fields = _stock_fields(folder, tensors, common, tokenizer)
     return MegatronSource(path=folder, kind="torch_dist", tensors=tensors, **fields)
 
 
@@ -276,9 +277,11 @@ def _trained_fields(
 
 
 def _stock_fields(
-    folder: Path, tensors: TorchDistTensors, tokenizer: str | Path | None
+    folder: Path,
+    tensors: TorchDistTensors,
+    common: dict[str, Any],
+    tokenizer: str | Path | None,
 ) -> dict[str, Any]:
-    common = load_common(folder)
     stock = read_args(common.get("args"), common.get("iteration"), folder / COMMON_FILE)
     rows = tensors.check_shapes(stock.model)
     return {
