@@ -76,6 +76,7 @@ def test_setup_is_silent_without_cann(tmp_path: Path, environ: dict[str, str]) -
     assert "NPU" not in output and "ASCEND" not in output
 
 
+@pytest.mark.slow
 def test_setup_calls_cmake(tmp_path: Path, environ: dict[str, str], cann: Path) -> None:
     (tmp_path / "lib/megatron_bitcpm").mkdir(parents=True)
     code, output, calls = run_setup(tmp_path, environ, ASCEND_HOME_PATH=str(cann))

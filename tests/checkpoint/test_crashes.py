@@ -88,6 +88,7 @@ def check_goes_on(run, least):
     return name
 
 
+@pytest.mark.slow
 def test_death_at_every_change_of_publishing_and_deleting(template, tmp_path):
     found, event = [], 0
     while True:

@@ -92,7 +92,7 @@ CASES = {
 }
 
 
-SLOW = ("autocast", "checkpointing")
+SLOW = ("fp32", "autocast", "checkpointing")
 
 
 @pytest.mark.parametrize(

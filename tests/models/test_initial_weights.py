@@ -65,10 +65,10 @@ VPP = "virtual_pipeline_model_parallel_size"
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
-        ("tied", {TP: 2}),
-        ("tied", {PP: 2}),
+        pytest.param("tied", {TP: 2}, marks=pytest.mark.slow),
+        pytest.param("tied", {PP: 2}, marks=pytest.mark.slow),
         ("tied", {TP: 2, PP: 2}),
-        ("untied", {TP: 2}),
+        pytest.param("untied", {TP: 2}, marks=pytest.mark.slow),
         ("untied", {PP: 2, VPP: 2}),
     ],
     ids=["tied-tp2", "tied-pp2", "tied-tp2-pp2", "untied-tp2", "untied-pp2-vpp2"],

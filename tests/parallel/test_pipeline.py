@@ -97,7 +97,7 @@ def train_with_empty_first_stage(rank: int, requantize: str, overlap: bool, hold
     ("holds_layer", "overlap"),
     [
         (False, True),
-        (True, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
         pytest.param(False, False, marks=pytest.mark.slow),
         pytest.param(True, True, marks=pytest.mark.slow),
     ],

@@ -103,7 +103,6 @@ LAYOUTS = {
 FAST = {
     ("one", "every_step"),
     ("one", "every_forward"),
-    ("dp2-overlap", "every_forward"),
     ("pp2-vpp2", "every_forward"),
     ("tp2-pp2", "every_step"),
 }
