@@ -247,7 +247,7 @@ def _explain_torch(path: Path, error: Exception) -> Exception:
             f"{f' ({reason[1].strip()})' if reason else ''}; nothing of it was run",
             "Use a safetensors file of a source that you trust",
         )  # fmt: skip
-    first_line = (text.splitlines() or [type(error).__name__])[0]
+    first_line = (text.split(". ")[0].splitlines() or [type(error).__name__])[0]
     return file_error(path, f"is damaged: {first_line[:160]}")
 
 
