@@ -96,8 +96,9 @@ def test_full_precision_is_an_ordinary_folder(trained, exported, tmp_path):
     latent = open_tensors(run.directory).layer_tensor("mlp.linear_fc2.weight", 0)
     stored = load_hf_model(folder).state_dict()["model.layers.0.mlp.down_proj.weight"]
     assert torch.equal(stored, latent)
-    with pytest.raises(CheckpointError, match="not a ternary folder"):
-        verify(folder, run.directory)
+    report = verify(folder, run.directory)
+    assert report["form"] == "plain" and report["ternary_tensors"] == 0
+    assert report["compared_tensors"] > 0 and report["differing_values"] == 0
 
 
 # -- complete or absent ---------------------------------------------------------------------------

@@ -209,7 +209,7 @@ KILLED = """
 import sys, time, pathlib, os
 sys.path[:0] = {paths!r}
 from megatron_models import MemorySource, make_source
-from megatron_bitcpm.conversion.{module} import {write}
+from {module} import {write}
 class Slow(MemorySource):
     def tensor(self, name):
         if "layers.2." in name:
@@ -230,7 +230,7 @@ def test_killed(tmp_path, write):
     write(source, tmp_path / "o")
     sign = tmp_path / "sign"
     program = KILLED.format(
-        paths=[str(Path(__file__).parent)], module=write.__module__.split(".")[-1],
+        paths=[str(Path(__file__).parent)], module=write.__module__,
         write=write.__name__, sign=str(sign), folder=str(tmp_path),
     )  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", program])
