@@ -155,7 +155,7 @@ def fail_to_save(rank, directory, async_save, failing_rank, limit):
     ("rank", "limit", "async_save"),
     [
         (0, 100, False),
-        (1, 50_000, True),
+        pytest.param(1, 50_000, True, marks=pytest.mark.slow),
         pytest.param(0, 100, True, marks=pytest.mark.slow),
         pytest.param(1, 50_000, False, marks=pytest.mark.slow),
     ],

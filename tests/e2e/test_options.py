@@ -50,6 +50,7 @@ def test_init_from_takes_the_latent_weights_only(write_config, tmp_path, source,
     assert "exp_avg" in " ".join(tensors(tmp_path / "begun" / "iter_0000001"))
 
 
+@pytest.mark.slow
 def test_init_from_needs_the_same_model(write_config, tmp_path):
     train_well(1, write_config("source"))
     config = write_config(
@@ -147,7 +148,8 @@ def test_fp16_finds_its_loss_scale(write_config, tmp_path):
     assert losses[24] < losses[1] - 0.3
 
 
-@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.slow
 def test_only_the_wanted_checkpoints_stay(write_config, tmp_path, async_save):
     config = write_config(
         "run", training__train_iters=10, checkpoint__save_interval=1, checkpoint__keep_last_n=2,

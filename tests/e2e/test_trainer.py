@@ -94,6 +94,7 @@ def test_non_finite_gradients_stop_the_run(write_config, precision):
     )
 
 
+@pytest.mark.slow
 def test_a_run_can_be_continued_with_another_schedule(write_config, tmp_path):
     train_well(1, write_config("run"))
     longer = write_config(

@@ -286,6 +286,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(((found - expected).abs().max() / expected.abs().max()).detach())
 
 
+@pytest.mark.slow
 def test_one_scale_per_projection_is_the_linear_of_transformers():
     """The codes are the same; the scale is mean |w|, theirs 1 / (1 / mean |w|): a few ulps apart.
 
