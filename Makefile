@@ -62,6 +62,10 @@ setup-transformers-4: $(TRANSFORMERS_4)/.built
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" TEXT="$(TEXT)" OUT="$(OUT)" ITERS="$(ITERS)" bash launch/demo.sh
 
+# A trained model through every format and back, and 30 steps of ternary training.
+smollm2: setup
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/smollm2.sh
+
 # On all versions, each run to its end with its versions and its summary. The longer checks, with
 # every layout and twenty crashes, are in test-slow.
 test: SPEED := not slow
