@@ -55,6 +55,7 @@ def train(rank, text):
     run(parse_config(text, world_size=2), resume=False)
 
 
+@pytest.mark.slow
 def test_the_run_begins_with_the_converted_weights(data, converted, latent, tmp_path):
     run_ranks(2, train, run_config(data, tmp_path, converted), timeout_s=200)
     began, wanted = open_source(tmp_path / "run"), open_source(latent)

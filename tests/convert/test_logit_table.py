@@ -137,6 +137,7 @@ def make_tables(rank: int, checkpoint: str, folder: str) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_against_its_export(trained, exported):
     case = "tp1_untied"
     arguments = (str(trained(case).directory), str(exported(case)))

@@ -161,6 +161,7 @@ def test_bad_input_is_one_line_on_every_rank(write_config, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_model_or_a_finished_folder_is_refused(write_config, tmp_path):
     train_well(1, write_config("run"))
     code, message = train(1, tmp_path / "run.yaml")[0]

@@ -77,7 +77,7 @@ def test_tp2_bf16_with_accumulation_recompute_and_a_skipped_step():
 @pytest.mark.parametrize(
     ("group_size", "overlap"),
     [
-        (32, True),
+        pytest.param(32, True, marks=pytest.mark.slow),
         pytest.param(32, False, marks=pytest.mark.slow),
         pytest.param(-1, True, marks=pytest.mark.slow),
         pytest.param(-1, False, marks=pytest.mark.slow),
