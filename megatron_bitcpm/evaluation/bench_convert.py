@@ -95,6 +95,8 @@ class _Case:
 CASES = (
     _Case("hf_to_hf", "hf", {"to": "plain"}),
     _Case("hf_to_hf_quantizing", "hf_latent", {"to": "pseudo"}, "quantizing"),
+    _Case("hf_to_bin", "hf", {"to": "plain", "weights": "bin"}),
+    _Case("hf_to_bin_quantizing", "hf_latent", {"to": "pseudo", "weights": "bin"}, "quantizing"),
     _Case("hf_to_torch_dist", "hf", {"to": "torch_dist", "pipeline_parallel_size": 2}),
     _Case("hf_to_legacy", "hf", {"to": "legacy", "pipeline_parallel_size": 2}),
     _Case("torch_dist_to_hf", "torch_dist", {"to": "plain"}),
