@@ -18,16 +18,17 @@ import re
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from pydantic import ValidationError
-
-from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
 from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 from megatron_bitcpm.conversion.open import open_source
+from megatron_bitcpm.conversion.quantizer_settings import (
+    QuantizerSettings,
+    parse_quantizer_settings,
+)
 from megatron_bitcpm.conversion.source import Form, ModelSource
-from megatron_bitcpm.conversion.stamp import FP32, NUMERICS, QuantizerStamp
+from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.conversion.verify import verify_written
 from megatron_bitcpm.errors import CheckpointError
 
@@ -93,10 +94,7 @@ def convert(
         "architecture": architecture, "max_shard_size": max_shard_size, "weights": weights,
         "force": force or None,
     }  # fmt: skip
-    quantizer = {
-        "quant_type": quant_type, "group_size": _parse_group_size(group_size), "eps": eps,
-        "numerics": numerics,
-    }  # fmt: skip
+    quantizer = parse_quantizer_settings(quant_type, group_size, numerics, eps)
     megatron = target in MEGATRON_TARGETS
     names = {"transformer_impl": None if target == "legacy" else transformer_impl}
     _refuse_without_effect({**(folder_settings if megatron else layout_sizes), **names}, target)
@@ -213,9 +211,9 @@ def _check_tokenizer_wanted(source: ModelSource, tokenizer: str | Path | None) -
         )  # fmt: skip
 
 
-def _check_form(source: ModelSource, target: Target, quantizer: dict[str, Any]) -> None:
+def _check_form(source: ModelSource, target: Target, quantizer: QuantizerSettings) -> None:
     """Refuse what the form of the input cannot become."""
-    given = any(value is not None for value in quantizer.values())
+    given = quantizer.given()
     rule = fix = None
     if source.form == "pseudo" and target == "latent":
         rule = "a pseudo-quantised model has lost its latent weights"
@@ -231,41 +229,18 @@ def _check_form(source: ModelSource, target: Target, quantizer: dict[str, Any]) 
 
 
 def _check_quantizer(
-    source: ModelSource, quantizer: dict[str, Any], target: Target
+    source: ModelSource, quantizer: QuantizerSettings, target: Target
 ) -> QuantizerStamp | None:
     """Return the quantiser named for an unstamped model; refuse one that has no effect."""
-    given = {name: value for name, value in quantizer.items() if value is not None}
     if source.stamp is not None:
-        _check_same_quantizer(source.stamp, given)
+        quantizer.check_agrees(source.stamp)
         return None
+    given = quantizer.given()
     if not given:
         return None
     if target not in ("latent", "pseudo"):
         _refuse_quantizer(given, target)
-    for name in ("quant_type", "group_size"):
-        if name not in given:
-            raise CheckpointError.of(
-                name, None, "must be named with the other settings of the quantiser",
-                "Use the one of the training, for example --quant-type ternary --group-size -1",
-            )  # fmt: skip
-    numerics = given.get("numerics", FP32)
-    if numerics not in NUMERICS:
-        raise CheckpointError.of("numerics", numerics, "is unknown", f"Use {' or '.join(NUMERICS)}")
-    if numerics != FP32 and given["quant_type"] != "ternary":
-        raise CheckpointError.of(
-            "numerics", numerics, "exists for the ternary grid only", f"Use {FP32}"
-        )
-    try:
-        fields = {"grid": given["quant_type"], "group_size": given["group_size"]}
-        quant = QuantConfig(**fields, **({"eps": given["eps"]} if "eps" in given else {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = {"grid": "quant_type"}.get(str(first["loc"][0]), str(first["loc"][0]))
-        rule = first["msg"].rstrip(".")
-        raise CheckpointError.of(
-            name, given.get(name), rule, "Use the one of the training"
-        ) from error
-    return QuantizerStamp(quant, 1, numerics)
+    return quantizer.make_stamp()
 
 
 def _refuse_quantizer(given: dict[str, Any], target: Target) -> None:
@@ -274,27 +249,6 @@ def _refuse_quantizer(given: dict[str, Any], target: Target) -> None:
         name, value, f"has no effect on to={target}, which stores the weights as they are",
         "Leave it out, or use --to latent or --to pseudo",
     )  # fmt: skip
-
-
-def _parse_group_size(group_size: int | str | None) -> int | str | None:
-    """Return the number that a text holds, anything else as it is."""
-    is_number = isinstance(group_size, str) and re.fullmatch(r"-?\d+", group_size)
-    return int(group_size) if is_number and group_size is not None else group_size
-
-
-def _check_same_quantizer(stamp: QuantizerStamp, given: dict[str, Any]) -> None:
-    """Accept settings that repeat the stamp, refuse others: one quantiser trained the model."""
-    stamped = {
-        "quant_type": stamp.quant.grid,
-        "group_size": stamp.quant.group_size,
-        "eps": stamp.quant.eps,
-        "numerics": stamp.numerics,
-    }
-    for name, value in given.items():
-        if value != stamped[name]:
-            raise CheckpointError.of(
-                name, value, f"the model was trained with {stamped[name]}", "Leave it out"
-            )
 
 
 def _check_architecture(source: ModelSource, target: Target, architecture: str | None) -> None:

@@ -12,14 +12,12 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.bin_writer import write_bin
 from megatron_bitcpm.conversion.hf.config import CONFIG_FILE, QUANTIZER_FILE, read_stamp
 from megatron_bitcpm.conversion.hf.modeling.writer import QUANTIZER_KEY
@@ -31,13 +29,15 @@ from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.output_folder import new_file
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.quantization_error import check_finite, check_trained
+from megatron_bitcpm.conversion.quantizer_settings import (
+    QuantizerSettings,
+    parse_quantizer_settings,
+)
 from megatron_bitcpm.conversion.source import ModelSource
-from megatron_bitcpm.conversion.stamp import BF16_RECIPROCAL, FP32, NUMERICS, QuantizerStamp
+from megatron_bitcpm.conversion.stamp import BF16_RECIPROCAL, FP32, QuantizerStamp
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, equal_bytes, read_ahead
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
-from megatron_bitcpm.quant.grids import GRIDS
-from megatron_bitcpm.quant.scales import DEFAULT_EPS, check_eps
 
 
 def qat_convert(
@@ -71,13 +71,13 @@ def qat_convert(
     Raises:
         CheckpointError: bad input or settings; the output is absent or as it was.
     """
-    settings = _check_settings(quant_type, group_size, numerics, eps)
+    settings = parse_quantizer_settings(quant_type, group_size, numerics, eps)
     if Path(input_bin).is_dir():
         source = open_source(input_bin)
         if source.form == "pseudo":
             raise _quantized_already(source.path)
         if source.stamp is not None:
-            _check_agrees(source.stamp, settings)
+            settings.check_agrees(source.stamp)
             return write_folder(source, output, "pseudo", overwrite=overwrite)
         stamp = settings.make_stamp()
         report = write_folder(
@@ -87,67 +87,6 @@ def qat_convert(
     return _convert_file(
         Path(input_bin), Path(os.path.realpath(output)), settings, force, overwrite
     )
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """The quantiser as asked for; None: the stamp's, or the default."""
-
-    grid: str
-    group_size: int | str
-    numerics: str | None
-    eps: float | None
-
-    def make_stamp(self) -> QuantizerStamp:
-        """Return the quantiser of weights that do not name one."""
-        eps = DEFAULT_EPS if self.eps is None else self.eps
-        content = {"grid": self.grid, "group_size": self.group_size, "eps": eps}
-        return QuantizerStamp(QuantConfig(**content), 1, self.numerics or FP32)
-
-
-def _check_settings(
-    quant_type: str, group_size: int | str, numerics: str | None, eps: float | None
-) -> _Settings:
-    if quant_type not in GRIDS:
-        raise CheckpointError.of(
-            "quant_type", quant_type, "is no quantiser", f"Use {', '.join(GRIDS)}"
-        )
-    if group_size != "tensor":
-        try:
-            group_size = int(group_size)
-        except ValueError:
-            group_size = 0
-        if group_size < 1 and group_size != -1:
-            raise CheckpointError.of(
-                "group_size", group_size, "must be at least 1, -1 for the whole row, or tensor",
-                "Use the one of the training",
-            )  # fmt: skip
-    if numerics is not None and numerics not in NUMERICS:
-        raise CheckpointError.of("numerics", numerics, "is unknown", f"Use {' or '.join(NUMERICS)}")
-    if numerics == BF16_RECIPROCAL and quant_type != "ternary":
-        raise CheckpointError.of(
-            "numerics", numerics, f"exists for the ternary grid, not for {quant_type}",
-            f"Use numerics {FP32}",
-        )  # fmt: skip
-    if eps is not None:
-        check_eps(eps)
-    return _Settings(quant_type, group_size, numerics, eps)
-
-
-def _check_agrees(stamp: QuantizerStamp, settings: _Settings) -> None:
-    """Refuse settings that are not those of the training."""
-    for name, given, stamped in (
-        ("quant_type", settings.grid, stamp.quant.grid),
-        ("group_size", settings.group_size, stamp.quant.group_size),
-        ("numerics", settings.numerics, stamp.numerics),
-        ("eps", settings.eps, stamp.quant.eps),
-    ):
-        if given is not None and given != stamped:
-            raise CheckpointError.of(
-                name, given, f"the weights were trained with {stamped}, says the config.json "
-                "beside them",
-                f"Use {stamped}",
-            )  # fmt: skip
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -175,7 +114,7 @@ _WRITERS = {
 
 
 def _convert_file(
-    path: Path, output: Path, settings: _Settings, force: bool, overwrite: bool
+    path: Path, output: Path, settings: QuantizerSettings, force: bool, overwrite: bool
 ) -> dict[str, Any]:
     write = _WRITERS.get(output.suffix)
     if write is None:
@@ -187,7 +126,7 @@ def _convert_file(
     file = open_tensor_file(path)
     stamped = _find_stamp(path)
     if stamped is not None:
-        _check_agrees(stamped, settings)
+        settings.check_agrees(stamped)
     weights = survey(file, stamped or settings.make_stamp())
     quantized = weights.quantized_names()
     counts, warnings = None, _warn_of_latent_folder(output)

@@ -14,7 +14,7 @@ from released_models import TINY, make_tensors, write_hf_folder
 
 from megatron_bitcpm.conversion import convert as convert_module
 from megatron_bitcpm.conversion.convert import convert, parse_size
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import BitcpmError, CheckpointError
 
 ROOT = Path(__file__).parents[2]
 QUANTIZER = {"quant_type": "ternary", "group_size": -1}
@@ -74,12 +74,12 @@ REFUSED = [
     ("plain", "pseudo", {**QUANTIZER, "eps": -1.0}, "eps=-1.0: "),
     ("plain", "pseudo", {**QUANTIZER, "numerics": "fp8"}, "numerics=fp8: is unknown. Use fp32 or"),
     ("plain", "pseudo", {**QUANTIZER, "quant_type": "five", "numerics": "bf16_reciprocal"},
-     "numerics=bf16_reciprocal: exists for the ternary grid only. Use fp32."),
+     "numerics=bf16_reciprocal: exists for the ternary grid, not for five."),
     ("plain", "plain", QUANTIZER, "quant_type=ternary: has no effect on to=plain"),
     ("plain", "legacy", QUANTIZER, "quant_type=ternary: has no effect on to=legacy"),
-    ("latent", "pseudo", {"group_size": 64}, "group_size=64: the model was trained with -1."),
+    ("latent", "pseudo", {"group_size": 64}, "group_size=64: the model was trained with -1, says its stamp. Use -1."),
     ("latent", "legacy", {"numerics": "bf16_reciprocal"},
-     "numerics=bf16_reciprocal: the model was trained with fp32. Leave it out."),
+     "numerics=bf16_reciprocal: the model was trained with fp32, says its stamp."),
     ("plain", "plain", {"architecture": "llama"},
      "architecture=llama: has an effect on a MiniCPM only, and the input is a Llama."),
     ("minicpm", "plain", {"architecture": "qwen"}, "architecture=qwen: is unknown."),
@@ -94,7 +94,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("source", "to", "settings", "message"), REFUSED)
 def test_refusals(source, to, settings, message, models, tmp_path):
-    with pytest.raises(CheckpointError, match=re.escape(message)) as error:
+    with pytest.raises(BitcpmError, match=re.escape(message)) as error:
         convert(models[source], tmp_path / "out", to, **settings)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []

@@ -203,8 +203,8 @@ def test_a_stamp_beside_the_file_counts(latent, tmp_path):
         wanted = fake_quantize(state[name], 16, 1e-4) if on_grid else state[name]
         assert same_bits(tensor, wanted), name
     for settings, message in (
-        (("ternary", -1), "group_size=-1: the weights were trained with 16"),
-        (("five", 16), "quant_type=five: the weights were trained with ternary"),
+        (("ternary", -1), "group_size=-1: the model was trained with 16"),
+        (("five", 16), "quant_type=five: the model was trained with ternary"),
     ):
         with pytest.raises(CheckpointError, match=message):
             convert(path, tmp_path / "other.bin", *settings)
