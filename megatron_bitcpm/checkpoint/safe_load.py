@@ -167,15 +167,6 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def check_common(folder: Path) -> None:
-    """Refuse a ``common.pt`` that cannot be loaded without running code.
-
-    Raises:
-        CheckpointError: absent, damaged or malicious.
-    """
-    load_common(folder)
-
-
 def load_common(folder: Path) -> dict[str, Any]:
     """Return ``common.pt``: what all ranks share; `pretrain_gpt.py` keeps its arguments there.
 

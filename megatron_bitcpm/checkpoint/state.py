@@ -27,8 +27,8 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_bitcpm.checkpoint.safe_load import (
-    check_common,
     find_damage,
+    load_common,
     load_sharded,
     read_metadata,
 )
@@ -256,7 +256,7 @@ def _check_files(folder: Path) -> Metadata:
         metadata = read_metadata(folder)
         if damage := find_damage(folder):
             raise _refusal(folder, f"is incomplete: {damage}", "Use another checkpoint")
-        check_common(folder)
+        load_common(folder)
         return metadata
 
     metadata = on_all_ranks(

@@ -77,7 +77,7 @@ REFUSED = [
      "numerics=bf16_reciprocal: exists for the ternary grid, not for five."),
     ("plain", "plain", QUANTIZER, "quant_type=ternary: has no effect on to=plain"),
     ("plain", "legacy", QUANTIZER, "quant_type=ternary: has no effect on to=legacy"),
-    ("latent", "pseudo", {"group_size": 64}, "group_size=64: the model was trained with -1, says its stamp. Use -1."),
+    ("latent", "pseudo", {"group_size": 64}, "group_size=64: the model was trained with -1, says"),
     ("latent", "legacy", {"numerics": "bf16_reciprocal"},
      "numerics=bf16_reciprocal: the model was trained with fp32, says its stamp."),
     ("plain", "plain", {"architecture": "llama"},
