@@ -5,6 +5,7 @@ A wrong input prints one line and exits with code 2; anything else is a bug and 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import sys
@@ -403,6 +404,9 @@ def main(arguments: list[str] | None = None) -> None:
     from megatron_bitcpm.config import env_rank, env_world_size
 
     rank, world_size = env_rank(), env_world_size()
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        # A crash in compiled code says where in Python it was.
+        faulthandler.enable(sys.__stderr__)
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", force=True
     )

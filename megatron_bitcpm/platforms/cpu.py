@@ -8,6 +8,7 @@ nothing of this is used. CUDA's and the CPU's random generators become one strea
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 from collections.abc import Callable
@@ -155,6 +156,24 @@ def _replace(value: Any) -> Callable[[Any], Any]:
     return lambda original: value
 
 
+def _keep_sends(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`_p2p_ops` whose sends outlive the schedule that issued them.
+
+    The interleaved schedule does not wait for its last send. Gloo cancels a send whose handle is
+    gone before the receiver asked for it, and the receiver then waits until it times out.
+    """
+    # The schedule waits for every send but the last; one of each direction could be open.
+    kept: collections.deque[Any] = collections.deque(maxlen=4)
+
+    @functools.wraps(original)
+    def wrapper(**kwargs: Any) -> dict[str, Any]:
+        handles: dict[str, Any] = original(**kwargs)
+        kept.extend(handle for name, handle in handles.items() if name.startswith("send"))
+        return handles
+
+    return wrapper
+
+
 def _cpu_patches() -> list[Patch]:
     rng = "megatron.core.tensor_parallel.random"
     patches = [
@@ -183,7 +202,11 @@ def _cpu_patches() -> list[Patch]:
         Patch(f"{rng}:_get_cuda_rng_state", _replace(_get_rng_state), "one random stream"),
         Patch(f"{rng}:_set_cuda_rng_state", _replace(_set_rng_state), "one random stream"),
         Patch("torch._dynamo:config.disable", _replace(True), "jit_fuser is torch.compile"),
-    ]
+        Patch(
+            "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops", _keep_sends,
+            "gloo cancels a send whose handle is gone",
+        ),
+    ]  # fmt: skip
     return patches
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import queue
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -77,6 +79,7 @@ def run_one_rank(
     rank: int, world: int, store: str, results: Any, fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     os.setsid()
+    faulthandler.enable(sys.__stderr__)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
     try:

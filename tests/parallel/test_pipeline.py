@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from datetime import timedelta
+
 import pytest
+import torch
 from helpers.ranks import run_ranks
-from helpers.tiny_models import tiny_model_config, tiny_run
+from helpers.tiny_models import model_parallel, tiny_model_config, tiny_run
 
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import ModelError
@@ -154,3 +159,34 @@ def test_names_count_layers_over_the_whole_model():
         ["decoder.layers.0", "decoder.layers.2"],
         ["decoder.layers.1", "decoder.layers.3"],
     ]
+
+
+def receive_a_forgotten_send(rank: int, kept: bool) -> str:
+    """Rank 0 forgets the handle of its send before rank 1 asks for the message."""
+    with model_parallel(1, 2):
+        from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import p2p_communication
+
+        send = p2p_communication._p2p_ops
+        group = parallel_state.get_pipeline_model_parallel_group()
+        names = ("tensor_send_prev", "tensor_recv_prev", "tensor_send_next", "tensor_recv_next")
+        if rank == 0:
+            tensors = dict.fromkeys(names) | {"tensor_send_next": torch.full((4,), 7.0)}
+            send = send if kept else send.__wrapped__
+            send(**tensors, group=group, prev_pipeline_rank=1, next_pipeline_rank=1)
+            gc.collect()
+        torch.distributed.barrier()
+        received = torch.zeros(4)
+        if rank == 1:
+            receipt = torch.distributed.irecv(received, src=0, group=group)
+            # The time-out closes this group's connections only.
+            with contextlib.suppress(RuntimeError):
+                receipt.wait(timedelta(seconds=2))
+        torch.distributed.barrier()
+    return str(received.tolist())
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "stock"])
+def test_a_send_arrives_though_its_handle_is_gone(kept):
+    answers = run_ranks(2, receive_a_forgotten_send, kept)
+    assert (answers[1] == str([7.0] * 4)) is kept, "it arrives now: drop the patch"
