@@ -122,13 +122,19 @@ def read_ahead(items: Iterable[T]) -> Generator[T]:
 
     At any time there are at most two: the consumer's, which it should let go of before it asks for
     the next, and the one being made or waiting. Close it when leaving early.
+
+    The other thread uses one of torch's threads: reading and writing fill two cores already, and a
+    team that waits for a core costs eight times the work of these short operations.
     """
     ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue()
     wanted = threading.Semaphore(1)
     stopped = False
+    num_threads = torch.get_num_threads()
 
     def produce() -> None:
         source = iter(items)
+        # Of this thread, and of threads that begin later: those of others stay.
+        torch.set_num_threads(1)
         try:
             while True:
                 wanted.acquire()
@@ -144,6 +150,7 @@ def read_ahead(items: Iterable[T]) -> Generator[T]:
         except BaseException as error:
             ready.put((None, error, True))
         finally:
+            torch.set_num_threads(num_threads)
             if isinstance(source, Generator):
                 source.close()
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import json
 import os
 import resource
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -24,9 +22,7 @@ from megatron_bitcpm.conversion.hf import writer as hf_writer
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.output_folder import clean_up_after_killed
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.stamp import QuantizerStamp
-from megatron_bitcpm.conversion.tensor_stream import read_ahead
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.quant.fake_quant import fake_quantize
 
@@ -430,74 +426,3 @@ def test_memory_is_a_few_tensors(form, weights, larger, tmp_path):
     )  # fmt: skip
     largest = 32768 * 1024 * 2
     assert int(done.stdout) < 2 * largest + 100_000_000
-
-
-# -- the stream ------------------------------------------------------------------------------------
-
-
-def test_read_ahead_makes_two_at_most():
-    alive, made = [], []
-
-    class Item:
-        def __init__(self, number):
-            self.number = number
-            made.append(number)
-            alive.append(number)
-
-        def __del__(self):
-            alive.remove(self.number)
-
-    def produce():
-        for number in range(20):
-            yield Item(number)
-
-    seen = []
-    for item in read_ahead(produce()):
-        seen.append(item.number)
-        time.sleep(0.001)
-        # The consumer's, the next one, and for an instant the one that the loop let go of.
-        assert len(alive) <= 3
-        del item
-    assert seen == list(range(20))
-
-
-def test_read_ahead_hands_errors_on_and_closes():
-    closed = []
-
-    def produce(bad):
-        try:
-            yield 1
-            if bad:
-                raise CheckpointError("damaged")
-            yield from range(100)
-        finally:
-            closed.append(bad)
-
-    with pytest.raises(CheckpointError, match="damaged"):
-        list(read_ahead(produce(True)))
-    stream = read_ahead(produce(False))
-    assert next(stream) == 1
-    stream.close()
-    assert closed == [True, False]
-
-
-def test_the_bar_is_for_terminals_only(monkeypatch, capsys):
-    sizes = {"a": 10, "b": 20}
-    assert list(track_tensors(sizes, "write")) == ["a", "b"]
-    assert capsys.readouterr() == ("", "")
-    stream = io.StringIO()
-    monkeypatch.setattr(stream, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", stream)
-    assert list(track_tensors(sizes, "write")) == ["a", "b"]
-    assert "write" in stream.getvalue()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_is_finite(value, dtype):
-    for place in (0, 7, 99):
-        tensor = torch.full((10, 10), -3e4, dtype=dtype)
-        assert tensor_stream.is_finite(tensor)
-        tensor.view(-1)[place] = value
-        assert not tensor_stream.is_finite(tensor)
-    assert tensor_stream.is_finite(torch.empty(0, dtype=dtype))
