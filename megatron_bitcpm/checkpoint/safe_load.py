@@ -16,7 +16,6 @@ import functools
 import io
 import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,13 +31,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_bitcpm.checkpoint.pickle_names import (
-    InertUnpickler,
     make_container,
-    make_inert_class,
     refused,
     stand_ins,
 )
 from megatron_bitcpm.checkpoint.strict_pickle import StrictUnpickler
+from megatron_bitcpm.checkpoint.torch_file import TorchFile, check_pickle, map_file
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.parallel.agree import describe
 from megatron_bitcpm.platforms.patch import Patch, PatchSet
@@ -170,47 +168,19 @@ def find_damage(folder: Path) -> str | None:
 def load_common(folder: Path) -> dict[str, Any]:
     """Return ``common.pt``: what all ranks share; `pretrain_gpt.py` keeps its arguments there.
 
+    Its objects become inert records, see `torch_file`.
+
     Raises:
         CheckpointError: absent, damaged or malicious.
     """
     path = folder / COMMON_FILE
     try:
-        _check_pickle(path)
-        with restricted_unpickling():
-            common = torch.load(path, map_location="cpu")
+        common: Any = TorchFile(map_file(path)).content
         if not isinstance(common, dict):
             raise pickle.UnpicklingError("holds no dictionary")
     except Exception as error:
-        raise _unsafe(path, _shorten(error)) from error
+        raise _unsafe(path, describe(error)) from error
     return common
-
-
-def _check_pickle(path: Path) -> None:
-    """Read the pickle of a file of `torch.save` strictly, and forget it.
-
-    Torch's own restricted unpickler does not mind what crashes Python, see `strict_pickle`.
-    """
-    with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"record {info.filename} is compressed")
-            if info.filename.endswith("/data.pkl"):
-                with archive.open(info) as file:
-                    _CheckingUnpickler(io.BytesIO(file.read())).load()
-
-
-class _CheckingUnpickler(InertUnpickler):
-    """Leaves the memory of tensors where it is."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name.startswith("_rebuild_"):
-            return make_inert_class(module, name)
-        if module in ("torch", "torch.storage") and name.endswith("Storage"):
-            return make_inert_class(module, name)
-        return super().find_class(module, name)
-
-    def persistent_load(self, pid: Any) -> None:
-        return None
 
 
 @contextmanager
@@ -284,8 +254,10 @@ def _numpy_globals() -> list[Any]:
 def _weights_only(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(file: Any, map_location: Any = None, **options: Any) -> Any:
-        mapped = {key: value for key, value in options.items() if key == "mmap"}
-        return original(file, map_location=map_location, weights_only=True, **mapped)
+        data = Path(file).read_bytes() if isinstance(file, str | Path) else file.read()
+        # Torch's own restricted unpickler does not mind what crashes Python, see `strict_pickle`.
+        check_pickle(data)
+        return original(io.BytesIO(data), map_location=map_location, weights_only=True)
 
     return load
 

@@ -4,7 +4,7 @@ What a pickle may *refer to* is the business of `pickle_names`. But a few bytes 
 nothing are enough to harm Python's own unpickler: an entry of its memo with a number of nine digits
 takes all memory, the hash of a deeply nested key overflows the stack, and the hash of a key that
 holds another one twice, which holds another one twice, never ends. So this one is in Python, with a
-dictionary for a memo, and its keys are flat.
+dictionary for a memo, and its keys are flat and short.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 _FLAT = (type(None), bool, int, float, str, bytes, torch.dtype)
 _DEEPEST_KEY = 3
 _LONGEST_KEY = 16
+_LONGEST_INTEGER = 64  # bits
 
 
 def check_keys(keys: Iterable[Any], depth: int = 0) -> None:
@@ -32,6 +33,9 @@ def check_keys(keys: Iterable[Any], depth: int = 0) -> None:
         pickle.UnpicklingError: a key is nested too deeply, too long, or of a class of its own.
     """
     for key in keys:
+        # The hash of an integer is its remainder by 2^61 - 1: longer ones could all share it.
+        if isinstance(key, int) and key.bit_length() > _LONGEST_INTEGER:
+            raise pickle.UnpicklingError("has a key that no checkpoint has (a long integer)")
         if isinstance(key, _FLAT) or type(key).__hash__ is object.__hash__:
             continue
         parts = tuple(vars(key).values()) if isinstance(key, MetadataIndex) else key

@@ -1,4 +1,4 @@
-"""``pytorch_model.bin`` files written tensor by tensor; the format itself is in `torch_zip`."""
+"""``pytorch_model.bin`` files written tensor by tensor; the format is in `torch_file_writer`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import BinaryIO, cast
 import torch
 
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile
-from megatron_bitcpm.conversion.torch_zip import LateTensor, write_torch_file
+from megatron_bitcpm.conversion.torch_file_writer import LateTensor, write_torch_file
 
 
 def write_bin(

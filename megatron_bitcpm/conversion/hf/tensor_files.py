@@ -1,22 +1,17 @@
 """Single files with tensors, safetensors and ``.bin``: opened once, read as views of the mapping.
 
 A tensor is a view of the mapped file: reading takes no memory of its own, and the pages are the
-operating system's to drop. Only ``.bin`` files from before torch 1.6 are no archives and have to
-be read whole.
+operating system's to drop.
 
-A ``.bin`` is a pickle. It is loaded with torch's restricted unpickler, which builds tensors and
-plain containers only; anything else in it is refused and not run. The archive carries a checksum of
-every tensor, so damaged values are found there; safetensors has none.
+A ``.bin`` is a pickle, which `checkpoint.torch_file` reads: tensors and plain containers only;
+anything else in it is refused and not run. The archive carries a checksum of every tensor, which is
+compared when the tensor is read; safetensors has none.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-import re
-import warnings
-import zipfile
-import zlib
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,13 +20,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.parallel.agree import describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights; all others (integers, fp8, float64) are of models this package cannot hold."""
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _REPLACE = "Copy the file from its source again"
-_LOCAL_HEADER_BYTES = 30
 
 
 def file_error(path: Path, rule: str, fix: str = _REPLACE) -> CheckpointError:
@@ -151,35 +147,41 @@ class BinFile(TensorFile):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = load_tensors_only(path)
+        try:
+            self._file = TorchFile(map_file(path))
+        # A damaged or hostile file raises nearly anything while it is decoded.
+        except Exception as error:
+            raise _explain_bin(path, error) from error
+        content = self._file.content
         if not isinstance(content, Mapping) or not content:
-            raise file_error(path, f"holds {type(content).__name__}, not named tensors",
+            raise file_error(path, f"holds {_name_type(content)}, not named tensors",
                              "Name a state dict of a model")  # fmt: skip
-        for name, tensor in content.items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                raise file_error(path, f"{name!r} is {type(tensor).__name__}, not a tensor",
-                                 "Name a state dict of a model")  # fmt: skip
-            if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-                raise file_error(path, f"tensor {name} is no ordinary tensor in memory",
-                                 "Name a state dict of a model")  # fmt: skip
-        self._tensors: dict[str, torch.Tensor] = {n: t.detach() for n, t in content.items()}
-        check_archive(path, self._tensors)
+        for name, stored in content.items():
+            if not isinstance(name, str) or not isinstance(stored, StoredTensor):
+                raise file_error(
+                    path, f"{name!r:.80} is {_name_type(stored)}, not a tensor with a name",
+                    "Name a state dict of a model",
+                )  # fmt: skip
+        self._stored: dict[str, StoredTensor] = dict(content)
 
     def names(self) -> list[str]:
         """Names of all tensors, in the order of the file."""
-        return list(self._tensors)
+        return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return tuple(self._tensors[name].shape)
+        return self._stored[name].shape
 
     def dtype_name(self, name: str) -> str:
         """Type of a tensor as torch calls it."""
-        return str(self._tensors[name].dtype).removeprefix("torch.")
+        return str(self._stored[name].dtype).removeprefix("torch.")
 
     def raw_tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor of any type."""
-        return self._tensors[name]
+        """Read a tensor of any type; its checksum is compared."""
+        try:
+            return self._file.tensor(self._stored[name])
+        except Exception as error:
+            raise file_error(self.path, f"tensor {name} is damaged: {describe(error)}") from error
 
 
 def open_tensor_file(path: str | Path) -> TensorFile:
@@ -202,117 +204,26 @@ def open_tensor_file(path: str | Path) -> TensorFile:
                      "Name a .safetensors, .bin or .pt file")  # fmt: skip
 
 
-def load_tensors_only(path: Path) -> Any:
-    """Load a file of `torch.save` mapped, as far as torch's restricted unpickler allows it.
-
-    Args:
-        path: the file.
-
-    Raises:
-        CheckpointError: damaged, or it names a global that no tensor needs; nothing of it was run.
-    """
-    try:
-        is_archive = zipfile.is_zipfile(path)
-        if is_archive:
-            _check_stored(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it would warn about, it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except CheckpointError:
-        raise
-    # A damaged pickle raises nearly anything.
-    except Exception as error:
-        raise _explain_torch(path, error) from error
+def _name_type(value: Any) -> str:
+    if isinstance(value, StoredTensor):
+        return "a tensor"
+    return "dict" if isinstance(value, dict) else type(value).__name__
 
 
-def _explain_torch(path: Path, error: Exception) -> Exception:
-    """Say in one line what torch says in a page, about settings that are not this package's."""
-    text = str(error)
-    foreign = re.search(r"GLOBAL ([\w.]+)", text) or re.search(r"class ([\w.]+)", text)
-    if foreign and "nsupported" in text:
-        return file_error(
-            path, f"names {foreign[1]}, which no tensor needs; nothing of it was run",
-            "Use a safetensors file of a source that you trust",
-        )  # fmt: skip
+def _explain_bin(path: Path, error: Exception) -> Exception:
+    """Say in one line what is wrong with a file of `torch.save`."""
     with path.open("rb") as stream:
         start = stream.read(2)
     if not start:
         return file_error(path, "is empty")
-    if start in (b"P", b"PK"):  # of an archive, whose end is not there
+    if len(start) < 2 or "not a zip file" in str(error):  # an archive ends with its directory
         return file_error(path, "is truncated, or no file of torch.save")
-    if "Weights only load failed" in text:
-        reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    if isinstance(error, pickle.UnpicklingError):
         return file_error(
-            path, "is a pickle that torch.save did not write"
-            f"{f' ({reason[1].strip()})' if reason else ''}; nothing of it was run",
+            path, f"{describe(error)}; nothing of it was run",
             "Use a safetensors file of a source that you trust",
         )  # fmt: skip
-    first_line = (text.split(". ")[0].splitlines() or [type(error).__name__])[0]
-    return file_error(path, f"is damaged: {first_line[:160]}")
-
-
-def _check_stored(path: Path) -> None:
-    """Refuse compressed members: mapped, their bytes would be taken for values."""
-    with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise file_error(path, f"its member {member.filename} is compressed",
-                                 "Save it with torch.save")  # fmt: skip
-
-
-def check_archive(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Compare the checksums of an archive of `torch.save`; older files have none.
-
-    Args:
-        path: the file.
-        tensors: those that were mapped from it, to name the damaged one.
-
-    Raises:
-        CheckpointError: a member is damaged; names its tensor.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    offsets: dict[int, str] = {}
-    with (
-        zipfile.ZipFile(path) as archive,
-        path.open("rb") as stream,
-        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        memoryview(mapped) as content,
-    ):
-        bad: list[int] = []
-        for member in archive.infolist():
-            start = _data_offset(mapped, member)
-            offsets[start] = member.filename
-            with content[start : start + member.file_size] as data:
-                # 0: saved with torch's checksums switched off.
-                if member.CRC and zlib.crc32(data) != member.CRC:
-                    bad.append(start)
-    if bad:
-        name = _find_tensor(bad[0], offsets, tensors)
-        where = f"tensor {name}" if name else f"member {offsets[bad[0]]}"
-        raise file_error(path, f"{where} is damaged: its checksum differs")
-
-
-def _data_offset(mapped: mmap.mmap, member: zipfile.ZipInfo) -> int:
-    """Where the bytes of a member begin: behind its local header, name and padding."""
-    start = member.header_offset
-    lengths = mapped[start + 26 : start + _LOCAL_HEADER_BYTES]
-    name, extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-    return start + _LOCAL_HEADER_BYTES + name + extra
-
-
-def _find_tensor(
-    offset: int, offsets: Mapping[int, str], tensors: Mapping[str, torch.Tensor]
-) -> str | None:
-    """Return which tensor is mapped at an offset: the one base that fits all tensors says it."""
-    pointers = {name: t.untyped_storage().data_ptr() for name, t in tensors.items()}
-    first = next(iter(pointers.values()))
-    for candidate in offsets:
-        base = first - candidate
-        if all(pointer - base in offsets for pointer in pointers.values()):
-            found = (n for n, pointer in pointers.items() if pointer - base == offset)
-            return next(found, None)
-    return None
+    return file_error(path, f"is damaged: {describe(error)[:160]}")
 
 
 def _explain_safetensors(path: Path, error: Exception) -> str:

@@ -2,8 +2,8 @@
 
 Each tensor rank of each pipeline stage has a pickle of its own with its part of the model, its
 arguments, its optimizer and its random states. The pickles are read without running any of their
-code (`torch_zip`), tensors lie in mapped files, and of the optimizer nothing is read. Which layers
-a stage holds is taken from its shards, so that uneven splits need no arguments.
+code (`checkpoint.torch_file`), tensors lie in mapped files, and of the optimizer nothing is read.
+Which layers a stage holds is taken from its shards, so that uneven splits need no arguments.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
+from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.conversion.megatron.folder import (
     SHARD_FILE,
     converted_fields,
@@ -35,7 +36,6 @@ from megatron_bitcpm.conversion.megatron.source import (
     refuse_dtype,
 )
 from megatron_bitcpm.conversion.names import EMBEDDING, OUTPUT
-from megatron_bitcpm.conversion.torch_zip import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.parallel.agree import describe
 

@@ -23,7 +23,7 @@ from megatron_bitcpm.conversion.names import LAYER_NORMS
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
-from megatron_bitcpm.conversion.torch_zip import LateTensor, write_torch_file
+from megatron_bitcpm.conversion.torch_file_writer import LateTensor, write_torch_file
 from megatron_bitcpm.errors import CheckpointError
 
 LOCAL_NORMS = dict(

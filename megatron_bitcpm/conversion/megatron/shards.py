@@ -30,7 +30,7 @@ from megatron_bitcpm.conversion.names import (
     FusedLinear,
 )
 from megatron_bitcpm.conversion.source import ModelSource
-from megatron_bitcpm.conversion.torch_zip import LateTensor
+from megatron_bitcpm.conversion.torch_file_writer import LateTensor
 from megatron_bitcpm.errors import CheckpointError
 
 

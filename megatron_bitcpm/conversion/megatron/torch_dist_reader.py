@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, load_common, read_metadata
 from megatron_bitcpm.checkpoint.store import STATE_FILE, read_config, read_state
+from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.config import ModelConfig
 from megatron_bitcpm.conversion.megatron.folder import (
     converted_fields,
@@ -38,7 +39,6 @@ from megatron_bitcpm.conversion.megatron.source import (
 )
 from megatron_bitcpm.conversion.names import EMBEDDING
 from megatron_bitcpm.conversion.stamp import parse_stamp
-from megatron_bitcpm.conversion.torch_zip import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.parallel.agree import describe
 

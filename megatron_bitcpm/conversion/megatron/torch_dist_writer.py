@@ -35,7 +35,7 @@ from megatron_bitcpm.conversion.names import LINEARS
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
-from megatron_bitcpm.conversion.torch_zip import LateTensor, SeekableFile, write_torch_file
+from megatron_bitcpm.conversion.torch_file_writer import LateTensor, SeekableFile, write_torch_file
 from megatron_bitcpm.errors import CheckpointError
 
 _CONFIG = """{"sharded_backend": "torch_dist", "sharded_backend_version": 1, \

@@ -10,7 +10,8 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from megatron_bitcpm.conversion.torch_zip import LateTensor, TorchFile, map_file, write_torch_file
+from megatron_bitcpm.checkpoint.torch_file import TorchFile, map_file
+from megatron_bitcpm.conversion.torch_file_writer import LateTensor, write_torch_file
 
 
 def late(tensor):
