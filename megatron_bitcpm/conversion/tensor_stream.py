@@ -42,12 +42,7 @@ class FlushedFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self.size = self._position = self._flushed = 0
-        self._wake = threading.Event()
-        self._done = False
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._flush, daemon=True)
-        self._thread.start()
+        self.size = self._position = self._begun = 0
 
     def __enter__(self) -> FlushedFile:
         return self
@@ -58,22 +53,23 @@ class FlushedFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close(complete=kind is None)
+        try:
+            if kind is None:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of `data` at the current position."""
         data = memoryview(data).cast("B")
         rest = data
         while rest:
-            if self._error is not None:
-                raise self._error
             count = os.write(self._descriptor, rest[:_CHUNK_BYTES])
             self._position += count
             self.size = max(self.size, self._position)
             rest = rest[count:]
-            if self.size - self._flushed >= _FLUSH_BYTES:
-                self._flushed = self.size
-                self._wake.set()
+            if self.size - self._begun >= _FLUSH_BYTES:
+                self._begin_flush()
         return len(data)
 
     def tell(self) -> int:
@@ -92,29 +88,13 @@ class FlushedFile:
     def flush(self) -> None:
         """Do nothing: data is flushed all along, and for good at the end."""
 
-    def _flush(self) -> None:
-        while True:
-            self._wake.wait()
-            if self._done:
-                return
-            self._wake.clear()
-            try:
-                os.fdatasync(self._descriptor)
-            except OSError as error:
-                self._error = error
-                return
-
-    def _close(self, complete: bool) -> None:
-        self._done = True
-        self._wake.set()
-        self._thread.join()
-        try:
-            if complete:
-                if self._error is not None:
-                    raise self._error
-                os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
+    def _begin_flush(self) -> None:
+        # Linux begins to write dirty pages that it is told not to keep, and does not wait for them;
+        # they stay cached until they are clean. It has no other call for that in Python.
+        if hasattr(os, "posix_fadvise"):
+            begun, length = self._begun, self.size - self._begun
+            os.posix_fadvise(self._descriptor, begun, length, os.POSIX_FADV_DONTNEED)
+        self._begun = self.size
 
 
 def read_ahead(items: Iterable[T]) -> Generator[T]:

@@ -244,7 +244,7 @@ def test_forms_that_cannot_be_made(folder):
 
 
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])
-@pytest.mark.parametrize("where", ["os.write", "os.fsync", "os.fdatasync", "limit"])
+@pytest.mark.parametrize("where", ["os.write", "os.fsync", "limit"])
 def test_a_full_disk(where, weights, folder, monkeypatch):
     write(folder)
     output = folder.parent / "out"
