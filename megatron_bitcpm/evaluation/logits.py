@@ -12,7 +12,7 @@ Shape legend: B batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from megatron_bitcpm.conversion.names import (
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.evaluation.generate import load_hf_model
 
 # Megatron stores the norm in front of a linear under the linear's name.
 _STORED_NORMS = {
@@ -174,92 +173,3 @@ def follow_length(model: Any, source: MegatronSource, length: int) -> None:
     from megatron_bitcpm.models.rope import RotaryAngles
 
     model.rotary_pos_emb = RotaryAngles(source.model, length)
-
-
-def decode_greedily(
-    model: torch.nn.Module,
-    prompt: list[int],
-    new_tokens: int,
-    vocab_size: int,
-    forbidden: Sequence[int] = (),
-) -> list[int]:
-    """Return the most likely continuation, token by token, each from the whole sequence.
-
-    Args:
-        model: from `megatron_model`.
-        prompt: ids, at least one.
-        new_tokens: ids to add.
-        vocab_size: ids of the tokenizer; padding rows are never chosen.
-        forbidden: ids that are never chosen, for example the end token.
-    """
-    ids = list(prompt)
-    device = next(model.parameters()).device
-    for _ in range(new_tokens):
-        logits = megatron_logits(model, torch.tensor([ids], device=device))
-        scores_V = logits[0, -1, :vocab_size].clone()
-        scores_V[list(forbidden)] = -torch.inf
-        ids.append(int(scores_V.argmax()))
-    return ids[len(prompt) :]
-
-
-def _end_ids(model: Any) -> list[int]:
-    """Return the end tokens of a model of transformers, at which its generation stops."""
-    ids = model.generation_config.eos_token_id
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
-
-
-@torch.no_grad()
-def compare_with_transformers(
-    checkpoint: str | Path,
-    folder: str | Path,
-    new_tokens: int = 64,
-    seed: int = 0,
-    longest: int = 1024,
-) -> dict[str, Any]:
-    """Compare Megatron's model of a checkpoint with transformers' of an exported folder, float32.
-
-    Args:
-        checkpoint: a checkpoint, or a run's folder.
-        folder: Hugging Face folder exported from it.
-        new_tokens: ids to decode greedily, at most the model's longest sequence - 1.
-        seed: of the random prompt and the random sequence that is scored.
-        longest: tokens of the sequence that is scored, at most the model's longest.
-    Returns:
-        max_abs_logit_difference over all positions of a random sequence, largest_logit,
-        greedy_tokens, greedy_tokens_equal (length of the common beginning), activation ("none", or
-        "int8_per_token", which Megatron's side alone rounds with).
-    """
-    source = open_megatron(checkpoint)
-    stamp, vocab_size = source.stamp, source.vocab_size
-    length = min(source.model.max_position_embeddings, longest)
-    generator = torch.Generator().manual_seed(seed)
-    tokens_BS = torch.randint(vocab_size, (1, length), generator=generator)
-    prompt = tokens_BS[0, : max(1, min(8, length - new_tokens))].tolist()
-    # Loaded before Megatron's platform is prepared: that changes torch for the whole process.
-    reference = load_hf_model(folder, torch.float32)
-    theirs = reference(tokens_BS).logits
-    # The end token is forbidden on both sides, so that as many tokens as were asked for compare.
-    output = reference.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-    )
-    their_ids = output[0, len(prompt) :].tolist()
-    with megatron_model(checkpoint) as model:
-        device = next(model.parameters()).device
-        follow_length(model, source, length)
-        ours = megatron_logits(model, tokens_BS.to(device))[..., :vocab_size].cpu()
-        follow_length(model, source, len(prompt) + new_tokens)
-        our_ids = decode_greedily(model, prompt, new_tokens, vocab_size, _end_ids(reference))
-    equal = [a == b for a, b in zip(our_ids, their_ids, strict=True)]
-    return {
-        "max_abs_logit_difference": float((ours - theirs).abs().max()),
-        "largest_logit": float(ours.abs().max()),
-        "greedy_tokens": new_tokens,
-        "greedy_tokens_equal": equal.index(False) if False in equal else new_tokens,
-        "activation": "none" if stamp is None else stamp.quant.activation,
-    }

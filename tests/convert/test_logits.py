@@ -13,7 +13,7 @@ from megatron_bitcpm.errors import CheckpointError
 
 
 def compare(rank: int, checkpoint: str, folder: str) -> dict:
-    from megatron_bitcpm.evaluation.logits import compare_with_transformers
+    from compare_forwards import compare_with_transformers
 
     return compare_with_transformers(checkpoint, folder, new_tokens=64)
 
@@ -190,14 +190,3 @@ def test_a_folder_is_no_megatron_checkpoint(exported):
 
     with pytest.raises(CheckpointError, match="is no Megatron checkpoint"):
         open_megatron(exported("tp1_untied"))
-
-
-def test_forbidden_tokens_are_never_chosen(monkeypatch):
-    """Transformers is told to go on after the end token, by never choosing it."""
-    from megatron_bitcpm.evaluation import logits
-
-    scores = torch.tensor([[[0.0, 2.0, 1.0]]])
-    monkeypatch.setattr(logits, "megatron_logits", lambda model, tokens_BS: scores)
-    model = torch.nn.Linear(1, 1)
-    assert logits.decode_greedily(model, [0], 2, 3) == [1, 1]
-    assert logits.decode_greedily(model, [0], 2, 3, forbidden=[1]) == [2, 2]
