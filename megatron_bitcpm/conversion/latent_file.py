@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from megatron_bitcpm.conversion.hf.config import CONFIG_FILE
 from megatron_bitcpm.conversion.hf.safetensors_writer import TYPE_NAMES
 from megatron_bitcpm.conversion.hf.tensor_files import DTYPES, BinFile, TensorFile
 from megatron_bitcpm.conversion.infer_grid import lies_on_grid
 from megatron_bitcpm.conversion.names import LINEARS, Projection, find_projection
 from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.files import read_json
 
 FIELD = "input_bin"
 """The argument that names the file, for messages."""
@@ -28,7 +30,7 @@ class LatentFile:
         file: the opened file.
         layout: name -> (shape, dtype), without aliases.
         aliases: further name -> name of the same tensor.
-        num_layers: layers that the projections belong to.
+        num_layers: layers of the model, of which the file may hold the first ones only.
         stamp: the quantiser.
     """
 
@@ -103,7 +105,33 @@ def survey(file: TensorFile, stamp: QuantizerStamp) -> LatentFile:
             seen[place] = name
         layout[name] = (tuple(tensor.shape), tensor.dtype)
     _check_whole(file, layers)
-    return LatentFile(file, layout, aliases, len(layers), stamp)
+    return LatentFile(file, layout, aliases, _count_layers(file, len(layers), stamp), stamp)
+
+
+def _count_layers(file: TensorFile, held: int, stamp: QuantizerStamp) -> int:
+    """Return the layers of the model that a file is of.
+
+    Args:
+        file: the file.
+        held: layers in it: the first ones.
+        stamp: the quantiser.
+
+    Raises:
+        CheckpointError: the last layers stay in full precision, and which these are is not known.
+    """
+    if stamp.quant.full_precision_last_layers == 0:
+        return held  # then no filter counts from the end
+    # The file may be the first shard of several: only config.json knows the last layer.
+    config = file.path.parent / CONFIG_FILE
+    count = read_json(config).get("num_hidden_layers") if config.is_file() else None
+    if type(count) is int and count >= held:
+        return count
+    said = f"says num_hidden_layers {count!r}" if config.is_file() else "is missing"
+    raise file_error(
+        file.path, f"holds {held} layers, of a model whose last "
+        f"{stamp.quant.full_precision_last_layers} stay in full precision, but {config} {said}",
+        f"Put the model's {CONFIG_FILE} beside the file",
+    )  # fmt: skip
 
 
 def _check_whole(file: TensorFile, layers: dict[int, set[str]]) -> None:

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_folders import LAYERS, PROJECTIONS, load_all, make_folder, make_state, same_bits
 
 from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.conversion.hf.tensor_files import open_tensor_file
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.infer_grid import lies_on_grid
+from megatron_bitcpm.conversion.latent_file import survey
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.qat_convert import qat_convert
 from megatron_bitcpm.conversion.stamp import QuantizerStamp
@@ -210,6 +212,32 @@ def test_a_stamp_beside_the_file_counts(latent, tmp_path):
             convert(path, tmp_path / "other.bin", *settings)
     with pytest.raises(CheckpointError, match=r"numerics=bf16_reciprocal: .* trained with fp32"):
         convert(path, tmp_path / "other.bin", "ternary", 16, numerics="bf16_reciprocal")
+
+
+def test_the_last_layers_are_those_of_the_model(tmp_path):
+    """The first of two shards holds the first layer, which is not the last one."""
+    stamp = QuantizerStamp(QuantConfig(full_precision_last_layers=1))
+    source = open_source(make_folder(tmp_path / "plain"))
+    write_folder(source, tmp_path / "latent", "latent", stamp=stamp, force=True)
+    state = {name: t for name, t in make_state().items() if "layers.1." not in name}
+    path = save(tmp_path / "latent" / "model-00001-of-00002.safetensors", state)
+    report = convert(path, tmp_path / "out.bin", force=False)
+    assert report["projections"] == 7
+    for name, tensor in load(tmp_path / "out.bin").items():
+        assert same_bits(tensor, fake_quantize(state[name]) if "_proj" in name else state[name])
+    whole = convert(tmp_path / "latent" / "model.safetensors", tmp_path / "whole.bin", force=False)
+    assert whole["projections"] == 7
+
+    config = json.loads((tmp_path / "latent" / "config.json").read_text())
+    for wrong in (None, 0, "2", True):
+        changed = json.dumps(config | {"num_hidden_layers": wrong})
+        (tmp_path / "latent" / "config.json").write_text(changed)
+        with pytest.raises(CheckpointError, match="holds 1 layers.*says num_hidden_layers") as e:
+            convert(path, tmp_path / "other.bin", force=False)
+        assert "\n" not in str(e.value)
+    (tmp_path / "latent" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json is missing\. Put the model's"):
+        survey(open_tensor_file(path), stamp)
 
 
 def test_a_folder_is_converted_as_a_whole(latent, tmp_path):
