@@ -64,6 +64,13 @@ class FusedLinear:
             "mlp.linear_fc2": (model.hidden_size, model.ffn_hidden_size),
         }[self.name]
 
+    def row_counts(self, model: ModelConfig) -> tuple[int, ...]:
+        """Return how many rows each projection has, in the order of `hf_names`."""
+        if len(self.hf_names) == 3:
+            keys = model.num_query_groups * model.head_dim
+            return model.num_attention_heads * model.head_dim, keys, keys
+        return (self.shape(model)[0] // len(self.hf_names),) * len(self.hf_names)
+
     def split(self, weight: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
         """Split a fused weight, [O, I], into the rows of its projections."""
         return self.rows(model).split(weight)
@@ -135,15 +142,14 @@ def hf_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]
     """
     hidden = model.hidden_size
     shapes: dict[str, tuple[int, ...]] = {HF_EMBEDDING: (vocab_size, hidden)}
+    of_layer: dict[str, tuple[int, ...]] = {}
+    for linear in LINEARS:
+        in_features = linear.shape(model)[1]
+        for hf_name, rows in zip(linear.hf_names, linear.row_counts(model), strict=True):
+            of_layer[f"{hf_name}.weight"] = (rows, in_features)
+    of_layer |= dict.fromkeys(LAYER_NORMS.values(), (hidden,))
     for layer in range(model.num_layers):
-        prefix = f"model.layers.{layer}."
-        for linear in LINEARS:
-            out_features, in_features = linear.shape(model)
-            parts = linear.rows(model).split(torch.arange(out_features))
-            for hf_name, part in zip(linear.hf_names, parts, strict=True):
-                shapes[f"{prefix}{hf_name}.weight"] = (part.numel(), in_features)
-        for hf_name in LAYER_NORMS.values():
-            shapes[prefix + hf_name] = (hidden,)
+        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
     shapes[HF_FINAL_NORM] = (hidden,)
     if not model.share_embeddings_and_output_weights:
         shapes[HF_OUTPUT] = (vocab_size, hidden)

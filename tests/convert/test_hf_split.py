@@ -8,12 +8,14 @@ import torch
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.conversion.megatron.source import megatron_shapes
 from megatron_bitcpm.conversion.names import LINEARS, find_projection, hf_shapes
 from megatron_bitcpm.conversion.stamp import (
     QuantizerStamp,
     fake_quantize_projection,
     list_quantized_tensors,
 )
+from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.quant.selection import is_excluded
 
 
@@ -43,6 +45,24 @@ def test_qkv_rows(heads, groups):
         start = (group * (per_group + 2) + per_group) * 4
         assert torch.equal(k[group * 4 : group * 4 + 4], fused[start : start + 4])
         assert torch.equal(v[group * 4 : group * 4 + 4], fused[start + 4 : start + 8])
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 3), (6, 6), (8, 2)])
+def test_counted_rows_are_those_of_the_split(heads, groups):
+    model = model_config(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=10)
+    for linear in LINEARS:
+        parts = linear.split(torch.zeros(linear.shape(model)), model)
+        assert linear.row_counts(model) == tuple(len(part) for part in parts)
+
+
+def test_counting_rows_needs_no_memory():
+    large = model_config(ffn_hidden_size=2**60, num_layers=1)
+    assert hf_shapes(large, 9)["model.layers.0.mlp.up_proj.weight"] == (2**60, 8)
+
+
+def test_more_layers_than_can_be_named():
+    with pytest.raises(CheckpointError, match=r"num_layers=1000000000: no model has more than"):
+        megatron_shapes(model_config(num_layers=10**9), 9)
 
 
 def test_gate_is_the_first_half():

@@ -232,7 +232,7 @@ def test_the_last_layers_are_those_of_the_model(tmp_path):
     for wrong in (None, 0, "2", True):
         changed = json.dumps(config | {"num_hidden_layers": wrong})
         (tmp_path / "latent" / "config.json").write_text(changed)
-        with pytest.raises(CheckpointError, match="holds 1 layers.*says num_hidden_layers") as e:
+        with pytest.raises(CheckpointError, match=r"holds 1 layers.*says num_hid") as e:
             convert(path, tmp_path / "other.bin", force=False)
         assert "\n" not in str(e.value)
     (tmp_path / "latent" / "config.json").unlink()

@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.conversion.megatron.source import MAX_LAYERS
 from megatron_bitcpm.errors import CheckpointError
 
 _REQUIRED = {
@@ -80,6 +81,7 @@ _SIZES = (
     "kv_channels",
     "max_position_embeddings",
 )
+_MAX_SIZE = 2**24
 
 
 @dataclass(frozen=True)
@@ -193,12 +195,13 @@ def _read_model(values: dict[str, Any], path: Path) -> ModelConfig:
     if missing:
         raise _refusal(path, "args", f"args lack {', '.join(missing)}")
     for name in _SIZES:
-        value = fields[name]
-        if (type(value) is not int or value < 1) and (name, value) != ("kv_channels", None):
-            raise _refusal(path, f"args.{name}={reprlib.repr(value)}", "a size is needed")
-    for name in ("init_method_std", "make_vocab_size_divisible_by"):
-        if values.get(name) is not None:
-            fields[name] = values[name]
+        if (name, fields[name]) != ("kv_channels", None):
+            _check_size(fields[name], name, path)
+    if values.get("make_vocab_size_divisible_by") is not None:
+        fields["make_vocab_size_divisible_by"] = values["make_vocab_size_divisible_by"]
+        _check_size(values["make_vocab_size_divisible_by"], "make_vocab_size_divisible_by", path)
+    if values.get("init_method_std") is not None:
+        fields["init_method_std"] = values["init_method_std"]
     fields["rotary_base"] = _whole(fields["rotary_base"])
     fields |= _read_minicpm(values) | _read_rope(values, path)
     try:
@@ -209,6 +212,17 @@ def _read_model(values: dict[str, Any], path: Path) -> ModelConfig:
         raise _refusal(path, f"args of model.{name}", str(problem["msg"]).rstrip(".")) from error
     _check_model(model, path)
     return model
+
+
+def _check_size(value: Any, name: str, path: Path) -> None:
+    """Refuse what is no size, and what no model has: a loop over it would not end."""
+    limit = MAX_LAYERS if name == "num_layers" else _MAX_SIZE
+    if type(value) is not int or not 1 <= value <= limit:
+        shown = f"args.{name}={reprlib.repr(value)}"
+        raise CheckpointError.of(
+            "checkpoint", path, f"{shown}, a whole number from 1 to {limit} is needed",
+            "The arguments are damaged; use another checkpoint",
+        )  # fmt: skip
 
 
 def _check_model(model: ModelConfig, path: Path) -> None:

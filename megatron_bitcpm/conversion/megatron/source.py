@@ -29,6 +29,8 @@ from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES
 from megatron_bitcpm.errors import CheckpointError
 
 _WHOLE = {HF_EMBEDDING: EMBEDDING, HF_OUTPUT: OUTPUT, HF_FINAL_NORM: FINAL_NORM}
+MAX_LAYERS = 10_000
+"""Far above any model, and few enough to name every tensor of one."""
 _NORM_OF = {hf_name: name for name, hf_name in LAYER_NORMS.items()}
 
 
@@ -126,7 +128,15 @@ def megatron_shapes(model: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]
     Args:
         model: the architecture.
         rows: of the embedding, with its padding.
+
+    Raises:
+        CheckpointError: more layers than any model has.
     """
+    if model.num_layers > MAX_LAYERS:
+        raise CheckpointError.of(
+            "num_layers", model.num_layers, f"no model has more than {MAX_LAYERS}",
+            "The checkpoint is damaged; use another one",
+        )  # fmt: skip
     hidden = model.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (rows, hidden)}
     for layer in range(model.num_layers):
