@@ -19,15 +19,19 @@ from megatron_bitcpm.conversion.grid_reading import (
     equal_bits,
 )
 from megatron_bitcpm.conversion.hf.fold import fold
+from megatron_bitcpm.conversion.infer_grid import infer_grid
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.stamp import NUMERICS, QuantizerStamp
-from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.conversion.tensor_stream import is_finite
+from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.models.rope import attention_factor
 
 _NOT_COMPUTED = frozenset(
     {"init_method_std", "make_vocab_size_divisible_by", "kv_channels", "rope_scaling"}
 )
 """Fields of a model that say nothing about its forward, or that are compared by what they mean."""
+
+_FIRST_ROWS = 64
 
 
 class Comparison:
@@ -85,6 +89,61 @@ def _count_values(a: torch.Tensor, b: torch.Tensor) -> int:
     return 0 if equal_bits(a, b) else count_different_bits(a, b)
 
 
+def share_stamp(
+    found: ModelSource, wanted: ModelSource
+) -> tuple[ModelSource, ModelSource, str | None]:
+    """Give the stamp of a stamped model to an unstamped one, for their comparison.
+
+    Weights that lie on a grid are taken as values of the forward, others as its latents: whatever
+    the two are then compared by means something, and equal ones are what the stamp says.
+
+    Args:
+        found, wanted: as stored, of one architecture.
+    Returns:
+        Both models, and what was assumed; None where both have a stamp, or neither.
+
+    Raises:
+        CheckpointError: latents that were folded; no quantiser saw these values.
+    """
+    if (found.stamp is None) == (wanted.stamp is None):
+        return found, wanted, None
+    plain, stamped = (found, wanted) if found.stamp is None else (wanted, found)
+    assert stamped.stamp is not None
+    note = f"{plain.path} carries no quantiser stamp: its "
+    if _lies_on_grid(plain, stamped):
+        form = "pseudo"
+        note += f"values, which lie on a grid, were compared with the forward of {stamped.path}"
+    elif plain.folding is not None:
+        raise CheckpointError.of(
+            "model", plain.path, "carries no quantiser stamp, and folding has rounded its latents: "
+            f"they cannot be quantised for a comparison with {stamped.path}",
+            "Name the MiniCPM before the folding",
+        )  # fmt: skip
+    elif stamped.form == "latent":
+        form = "latent"
+        note += f"weights were compared with the latents of {stamped.path}"
+    else:
+        form = "latent"
+        note += f"weights were quantised with the stamp of {stamped.path} for the comparison"
+    lent = dataclasses.replace(plain, form=form, stamp=stamped.stamp)
+    return (lent, wanted, note) if plain is found else (found, lent, note)
+
+
+def _lies_on_grid(plain: ModelSource, stamped: ModelSource) -> bool:
+    """Whether most of what the stamp quantises was quantised already; single ones may be damaged.
+
+    Judged by the first rows of each.
+    """
+    assert stamped.stamp is not None
+    eps, folded = stamped.stamp.quant.eps, plain.folding is not None
+    names = stamped.quantized_tensors()
+    count = 0
+    for name in names:
+        first_OI = plain.tensor(name)[:_FIRST_ROWS]
+        count += is_finite(first_OI) and infer_grid(first_OI, eps, folded=folded) is not None
+    return 2 * count > len(names)
+
+
 def fold_alike(found: ModelSource, wanted: ModelSource) -> tuple[ModelSource, ModelSource]:
     """Fold the unfolded one of a folded and an unfolded model: folding cannot be undone."""
     if found.folding is not None and _can_fold(wanted):
@@ -124,10 +183,7 @@ def _compare_stamps(found: ModelSource, wanted: ModelSource) -> list[str]:
     """Compare the quantisers by what they do."""
     a, b = found.stamp, wanted.stamp
     if a is None or b is None:
-        if a is b:
-            return []
-        # A folder that was quantised by others carries no stamp; its values may still be equal.
-        return [f"{(found if a is None else wanted).path} has no quantiser stamp"]
+        return []  # neither has one, see `share_stamp`
     mine, others = _stamp_facts(found, a), _stamp_facts(wanted, b)
     return [
         f"{key} of the quantiser is {mine[key]}, there {others[key]}"

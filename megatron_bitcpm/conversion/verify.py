@@ -19,7 +19,12 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.conversion.comparison import Comparison, compare_architectures, fold_alike
+from megatron_bitcpm.conversion.comparison import (
+    Comparison,
+    compare_architectures,
+    fold_alike,
+    share_stamp,
+)
 from megatron_bitcpm.conversion.difference import KINDS, list_first, markdown_table
 from megatron_bitcpm.conversion.grid_reading import (
     CodeCount,
@@ -62,7 +67,11 @@ class Report:
         if self.problems:
             wanted = self.content["checkpoint"]
             fix = "Convert the model again"
-            if wanted is not None:
+            if self.content.get("notes"):
+                # Of an unstamped model nothing says which of both is the original.
+                fix = "Name the model it was made from, or that was made from it"
+                fix += "; convert a damaged one again"
+            elif wanted is not None:
                 fix += ", or name the one it was made from"
             raise CheckpointError.of("model", self.path, "; ".join(self.problems), fix)
 
@@ -97,7 +106,8 @@ def verify(
         activation: what entered the quantised linears in training, "none" or "int8_per_token";
         checkpoint: path of `other`, or None. With `other` also its checkpoint_kind and
         checkpoint_form, iteration, folded_for_comparison, compared_tensors, differing_codes,
-        differing_scales and differing_values, all 0, and layers: the same by layer.
+        differing_scales and differing_values, all 0, and layers: the same by layer; notes: what
+        was assumed of a model without a stamp, to compare it with one that has one.
 
     Raises:
         CheckpointError: anything is not so; names the tensors.
@@ -128,7 +138,9 @@ def verify_written(written: Path, source: ModelSource, output: Path) -> dict[str
         CheckpointError: they differ, or the source is unsound; names the one to blame.
     """
     try:
-        report = verify_sources(open_source(written), source)
+        report = compare(open_source(written), source)
+        report.problems += report.content["notes"]  # a stamp was lost, or came from nowhere
+        report.raise_problems()
     except CheckpointError as error:
         # What is wrong with the copy may be wrong with the original.
         verify_sources(source, source)
@@ -136,8 +148,7 @@ def verify_written(written: Path, source: ModelSource, output: Path) -> dict[str
             "output", output, f"is not what was to be written: {error}".rstrip("."),
             "Convert again, to another disk if need be",
         ) from error  # fmt: skip
-    report["folder"] = str(output)
-    return report
+    return report.content | {"folder": str(output)}
 
 
 def compare(found: ModelSource, wanted: ModelSource | None = None) -> Report:
@@ -159,12 +170,17 @@ def compare(found: ModelSource, wanted: ModelSource | None = None) -> Report:
         report.problems += [f"{wanted.path}: {problem}" for problem in _check_list(wanted)]
     _check_tokenizer(found, wanted)
     if wanted is not None:
+        originals = found, wanted
         sides = fold_alike(found, wanted)
-        report.content["folded_for_comparison"] = sides != (found, wanted)
+        report.content["folded_for_comparison"] = sides != originals
         found, wanted = sides
         if problems := compare_architectures(found, wanted):
             report.problems += [f"not the model of {wanted.path}: {'; '.join(problems)}"]
             return report
+        *shared, note = share_stamp(*originals)
+        if note is not None:
+            report.content["notes"] = [note]
+            found, wanted = fold_alike(*shared)
     count = _Count(found)
     comparison = None if wanted is None else Comparison(found, wanted)
     odd = []
@@ -181,6 +197,7 @@ def compare(found: ModelSource, wanted: ModelSource | None = None) -> Report:
     if comparison is not None:
         report.content |= comparison.content()
         if problems := comparison.problems():
+            problems += report.content["notes"]
             report.problems.append(f"not the model of {comparison.path}: {'; '.join(problems)}")
     return report
 
@@ -264,6 +281,7 @@ def _describe(found: ModelSource, wanted: ModelSource | None) -> dict[str, Any]:
             "checkpoint_kind": wanted.kind,
             "checkpoint_form": wanted.form,
             "iteration": wanted.facts.get("iteration"),
+            "notes": [],
         }
     return content
 

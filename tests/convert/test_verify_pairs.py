@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from memory_source import (
     make_stamp,
 )
 
+from megatron_bitcpm.conversion import verify as verify_module
 from megatron_bitcpm.conversion.hf.fold import fold
-from megatron_bitcpm.conversion.verify import compare, verify_sources
+from megatron_bitcpm.conversion.verify import compare, verify_sources, verify_written
 from megatron_bitcpm.errors import CheckpointError
 
 GRIDS = ("ternary", "asym4", "half_sym4", "int_sym4", "five")
@@ -196,10 +198,72 @@ def test_slices_of_the_training_matter_where_rows_were_cut(latent):
     refuse("the quantisers make other tensors or groups", one, two)
 
 
-def test_a_model_without_a_stamp(pseudo, latent):
-    unstamped = dataclasses.replace(pseudo, form="plain", stamp=None)
-    refuse("not the model of latent: pseudo has no quantiser stamp", unstamped, latent)
-    assert compare(unstamped, latent).content["differing_values"] == 0
+def unstamped(source, path):
+    return dataclasses.replace(copy_of(source), form="plain", stamp=None, path=Path(path))
+
+
+def test_values_without_a_stamp(pseudo, latent):
+    """What `save_pretrained` leaves of a pseudo-quantised folder."""
+    bare = unstamped(pseudo, "bare")
+    for stamped in (pseudo, latent):
+        for pair in ((bare, stamped), (stamped, bare)):
+            report = verify_sources(*pair)
+            assert report["differing_codes"] == report["differing_values"] == 0
+            assert report["ternary_tensors"] == 21
+            (note,) = report["notes"]
+            assert note.startswith("bare carries no quantiser stamp: its values, which lie on a g")
+            assert str(stamped.path) in note
+    row, column = bare.tensors[DOWN].nonzero()[7]
+    bare.tensors[DOWN][row, column] *= -1
+    refuse("1 codes differ: .*; bare carries no .* Name the model it was made from", bare, latent)
+
+
+@pytest.mark.parametrize("model", ["llama", "minicpm"])
+def test_latents_without_a_stamp(model):
+    changes = {"model": MINICPM} if model == "minicpm" else {}
+    latent = make_latent(make_stamp(tp_size=2, full_precision_last_layers=1), **changes)
+    bare, pseudo = unstamped(latent, "bare"), make_pseudo(latent)
+    sides = [pseudo] if model == "llama" else [pseudo, fold(pseudo)]
+    for stamped in sides:
+        for pair in ((bare, stamped), (stamped, bare)):
+            report = verify_sources(*pair)
+            assert report["ternary_tensors"] == 14
+            (note,) = report["notes"]
+            assert note.endswith(
+                "weights were quantised with the stamp of pseudo for the comparison"
+            )
+    (note,) = verify_sources(latent, bare)["notes"]
+    assert note.endswith("its weights were compared with the latents of latent")
+
+    # In the last layer, which stays in full precision, and then in a quantised one.
+    bits(bare.tensors[DOWN])[0, 0] += 1
+    refuse(rf"1 values differ: {re.escape(DOWN)} \(1\); bare carries no", pseudo, bare)
+    bare.tensors[UP][3] *= -1
+    codes = int((pseudo.tensors[UP][3] != 0).sum())
+    refuse(rf"bare: {codes} codes differ: .*Name the model it was made from", pseudo, bare)
+    refuse(r"values differ: .*; bare carries no .* with the latents of", bare, latent)
+
+
+def test_one_damaged_tensor_does_not_make_latents(pseudo, latent):
+    bare = unstamped(pseudo, "bare")
+    bare.tensors[QUERY] = latent.tensors[QUERY].clone()
+    refuse(
+        rf"{re.escape(QUERY)} is not ternary: .*; bare carries no .* values, which", bare, pseudo
+    )
+
+
+def test_folded_latents_cannot_be_quantised():
+    latent = make_latent(make_stamp(), MINICPM)
+    bare = fold(unstamped(latent, "bare"))
+    refuse("carries no quantiser stamp, and folding has rounded its latents", bare, latent)
+    verify_sources(fold(unstamped(make_pseudo(latent), "bare")), latent)
+
+
+def test_an_output_has_the_stamp_of_its_source(pseudo, latent, tmp_path, monkeypatch):
+    for lost in (unstamped(pseudo, "bare"), unstamped(latent, "bare")):
+        monkeypatch.setattr(verify_module, "open_source", lambda _, lost=lost: lost)
+        with pytest.raises(CheckpointError, match=r"is not what was to .*no quantiser"):
+            verify_written(tmp_path, pseudo, tmp_path / "out")
 
 
 def test_the_other_numerics_are_recognised(latent):
