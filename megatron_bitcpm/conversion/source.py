@@ -10,6 +10,7 @@ Three forms a model can have:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.conversion.difference import list_first
 from megatron_bitcpm.conversion.names import find_projection, hf_shapes
 from megatron_bitcpm.conversion.stamp import (
     QuantizerStamp,
@@ -26,6 +28,27 @@ from megatron_bitcpm.conversion.stamp import (
 
 Form = Literal["latent", "pseudo", "plain"]
 Kind = Literal["torch_dist", "legacy", "hf"]
+
+
+def find_mixed_types(dtypes: Mapping[str, torch.dtype]) -> str | None:
+    """Return what is wrong with a model in both 16-bit types, None where it is not.
+
+    Nobody stores one: a type in a header was changed, not the values.
+
+    Args:
+        dtypes: name of a tensor -> its type.
+    """
+    names = {
+        dtype: [name for name, found in dtypes.items() if found == dtype]
+        for dtype in (torch.float16, torch.bfloat16)
+    }
+    few, many = sorted(names, key=lambda dtype: len(names[dtype]))
+    if not names[few]:
+        return None
+    return (
+        f"{list_first(names[few], 'tensors')}: of type {str(few).removeprefix('torch.')} among "
+        f"{len(names[many])} of {str(many).removeprefix('torch.')}"
+    )
 
 
 @dataclass(frozen=True)

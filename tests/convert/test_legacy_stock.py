@@ -259,10 +259,14 @@ def spoil_norm(shard):
     ("name", "change", "message"),
     [
         ("mp_rank_00_000", lambda s: s.update(checkpoint_version=2.0), "checkpoint_version 2.0"),
-        ("mp_rank_01_000", lambda s: s.update(iteration=8), "iteration 8, that of rank 0 is 7"),
+        ("mp_rank_01_000", lambda s: s.update(iteration=8), "iteration 8, on most ranks 7"),
         ("mp_rank_01_001", spoil_tied_copy, "output_layer.weight differs from the embedding"),
-        ("mp_rank_01_000", spoil_norm, "layer_norm_weight differs from that of rank 0"),
-        ("mp_rank_01_001", lambda s: s["model"].popitem(), "is not on all tensor ranks"),
+        ("mp_rank_01_000", spoil_norm, "layer_norm_weight differ in mp_rank_00_000"),
+        (
+            "mp_rank_01_001",
+            lambda s: s["model"].popitem(),
+            "rng.pt, absent in mp_",
+        ),
         (
             "mp_rank_00_001",
             lambda s: s.update(model={"language_model": {}}),

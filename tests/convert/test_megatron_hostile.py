@@ -233,7 +233,7 @@ def test_two_folders_of_one_rank(tmp_path):
 def test_arguments_that_differ_between_ranks(tmp_path):
     folder = write_stock(make_source(tmp_path), tmp_path / "run")
     edit(folder, "mp_rank_01_001", lambda shard: setattr(shard["args"], "rotary_base", 10000))
-    with pytest.raises(CheckpointError, match=r"mp_rank_01_001/\S+: its arguments are of another"):
+    with pytest.raises(CheckpointError, match=r"mp_rank_01_001/\S+: model and layout of the arg"):
         open_legacy(folder)
 
 
@@ -242,8 +242,8 @@ def test_arguments_that_differ_between_ranks(tmp_path):
     [
         (lambda s: s.update(iteration="7" * 1000), "iteration is no number"),
         (lambda s: s.update(checkpoint_version=[3]), "checkpoint_version is no number"),
-        (lambda s: setattr(s["args"], "num_layers", "4"), r"args\.num_layers='4', a size"),
-        (lambda s: setattr(s["args"], "num_query_groups", 0), r"args\.num_query_groups=0, a size"),
+        (lambda s: setattr(s["args"], "num_layers", "4"), r"args\.num_layers='4', a whole number"),
+        (lambda s: setattr(s["args"], "num_query_groups", 0), r"args\.num_query_groups=0, a whole"),
         (lambda s: setattr(s["args"], "swiglu", "x" * 10**6), r"args\.swiglu='x{5,30}\.\.\.x"),
     ],
 )

@@ -19,7 +19,7 @@ import torch
 from megatron_bitcpm.conversion.hf.config import HfConfig, read_hf_config
 from megatron_bitcpm.conversion.hf.tensor_files import TensorFile, open_tensor_file
 from megatron_bitcpm.conversion.names import HF_EMBEDDING, HF_OUTPUT, hf_shapes
-from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.source import ModelSource, find_mixed_types
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
 
@@ -87,7 +87,8 @@ def open_hf(folder: str | Path) -> HfSource:
         raise _folder_error(
             folder, f"{len(wrong)} tensors contradict config.json: {shown}", _INSPECT
         )
-    _check_types(folder, {name: file.dtype(name) for name, file in files.items()})
+    if mixed := find_mixed_types({name: files[name].dtype(name) for name in wanted}):
+        raise _folder_error(folder, mixed)
     return HfSource(
         path=folder,
         kind="hf",
@@ -101,20 +102,6 @@ def open_hf(folder: str | Path) -> HfSource:
         config=config,
         files=files,
     )
-
-
-def _check_types(folder: Path, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Refuse a model in both 16-bit types: a type in a header was changed, not the values."""
-    names = {
-        dtype: [name for name, found in dtypes.items() if found == dtype]
-        for dtype in (torch.float16, torch.bfloat16)
-    }
-    few, many = sorted(names, key=lambda dtype: len(names[dtype]))
-    if names[few]:
-        raise _folder_error(
-            folder, f"{_list_names(names[few])}: of type {str(few).removeprefix('torch.')} among "
-            f"{len(names[many])} of {str(many).removeprefix('torch.')}", _COPY_AGAIN,
-        )  # fmt: skip
 
 
 def open_weights(folder: Path) -> dict[str, TensorFile]:

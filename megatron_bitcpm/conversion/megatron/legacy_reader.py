@@ -9,8 +9,9 @@ Which layers a stage holds is taken from its shards, so that uneven splits need 
 from __future__ import annotations
 
 import itertools
+import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
+from megatron_bitcpm.conversion.difference import list_first
 from megatron_bitcpm.conversion.megatron.folder import (
     SHARD_FILE,
     converted_fields,
@@ -163,9 +165,26 @@ def _find_shards(folder: Path) -> list[list[_Shard]]:
         for rank in range(ranks):
             name = f"mp_rank_{rank:02d}" + ("" if one_stage else f"_{stage:03d}")
             found = places.get((stage, rank))
-            if found is None or not (found / SHARD_FILE).is_file():
+            if found is None:
+                raise _missing_shard(folder, name, (stage, rank), places)
+            if not (found / SHARD_FILE).is_file():
                 raise _refusal(folder, f"{name}/{SHARD_FILE} is missing", "Restore the shard")
     return [[_Shard(places[stage, rank]) for rank in range(ranks)] for stage in range(stages)]
+
+
+def _missing_shard(
+    folder: Path, name: str, missing: tuple[int, int], places: dict[tuple[int, int], Path]
+) -> CheckpointError:
+    """Build the error of an absent shard; the others that call for it may be the wrong ones."""
+    beyond = [
+        [path.name for place, path in places.items() if place[axis] >= missing[axis]]
+        for axis in (0, 1)
+    ]
+    called = list_first(min(beyond, key=len), "shards")
+    return _refusal(
+        folder, f"{name}/{SHARD_FILE} is missing, beside {called}",
+        f"Restore it, or remove {called} if that is surplus",
+    )  # fmt: skip
 
 
 class LegacyTensors(MegatronTensors):
@@ -195,15 +214,11 @@ class LegacyTensors(MegatronTensors):
         Raises:
             CheckpointError: damaged, of a model not computed here, or not alike on all ranks.
         """
-        found = self._read_args(self.first)
-        for shard in itertools.chain(*self._shards):
-            other = self._read_args(shard)
-            if other.model != found.model or other.layout != found.layout:
-                raise _refusal(
-                    shard.path, "its arguments are of another model or layout than those of rank 0",
-                    "The shards are of different checkpoints; restore the right ones",
-                )  # fmt: skip
-        return found
+        shards = list(itertools.chain(*self._shards))
+        found = [self._read_args(shard) for shard in shards]
+        said = [(stock.model, stock.layout) for stock in found]
+        _refuse_unlike(shards, said, "model and layout of the arguments")
+        return found[0]
 
     @staticmethod
     def _read_args(shard: _Shard) -> StockModel:
@@ -240,9 +255,9 @@ class LegacyTensors(MegatronTensors):
             return tensors[0]
         axis = _axis_of(name)
         if axis is None:
-            for part, tensor in zip(parts, tensors, strict=True):
-                if not _equal(tensor, tensors[0]):
-                    raise _refusal(part.shard.path, f"{name} differs from that of rank 0")
+            _refuse_unlike(
+                [part.shard for part in parts], tensors, f"values of {name}", alike=_equal
+            )
             return tensors[0]
         if name.endswith("linear_fc1.weight"):
             halves = [tensor.chunk(2) for tensor in tensors]
@@ -289,17 +304,20 @@ class LegacyTensors(MegatronTensors):
         """Return full name -> parts by tensor rank, layers with their global numbers."""
         parts: dict[str, list[_Part]] = {}
         next_layer = 0
-        self._check_alike(lambda shard: shard.iteration, "iteration")
-        self._check_alike(lambda shard: len(shard.chunks), "number of virtual stages")
+        shards = list(itertools.chain(*self._shards))
+        for what, values in (
+            ("iteration", [shard.iteration for shard in shards]),
+            ("number of virtual stages", [len(shard.chunks) for shard in shards]),
+        ):
+            _refuse_unlike(shards, values, what, show=str)
         for chunk in range(len(self.first.chunks)):
             for ranks in self._shards:
+                _check_same_tensors(ranks, chunk)
                 names = ranks[0].chunks[chunk]
                 layers = sorted({int(m[1]) for m in map(_LAYER.fullmatch, names) if m})
                 if layers != list(range(len(layers))):
                     rule = f"holds layers {layers}, not the first ones of its stage"
                     raise _refusal(ranks[0].path, rule)
-                for shard in ranks:
-                    _check_same_tensors(shard, ranks[0], chunk)
                 for name in names:
                     full = _full_name(name, next_layer)
                     if full in parts:
@@ -307,15 +325,6 @@ class LegacyTensors(MegatronTensors):
                     parts[full] = [_Part(shard, shard.chunks[chunk][name], name) for shard in ranks]
                 next_layer += len(layers)
         return parts
-
-    def _check_alike(self, get: Callable[[_Shard], Any], what: str) -> None:
-        for ranks in self._shards:
-            for shard in ranks:
-                if get(shard) != get(self.first):
-                    raise _refusal(
-                        shard.path, f"{what} {get(shard)}, that of rank 0 is {get(self.first)}",
-                        "The shards are of different checkpoints; restore the right ones",
-                    )  # fmt: skip
 
 
 def _full_name(name: str, first_layer: int) -> str:
@@ -326,16 +335,52 @@ def _full_name(name: str, first_layer: int) -> str:
     return f"decoder.layers.{first_layer + int(match[1])}.{local}"
 
 
-def _check_same_tensors(shard: _Shard, first: _Shard, chunk: int) -> None:
+def _check_same_tensors(ranks: list[_Shard], chunk: int) -> None:
     """All tensor ranks hold parts of the same tensors, of equal shape and type."""
-    mine, other = shard.chunks[chunk], first.chunks[chunk]
-    for name in [*other, *mine]:
-        if name not in mine or name not in other:
-            raise _refusal(shard.path, f"{name} is not on all tensor ranks")
-        for what in ("shape", "dtype"):
-            found, wanted = getattr(mine[name], what), getattr(other[name], what)
-            if found != wanted:
-                raise _refusal(shard.path, f"{name} has {what} {found}, on rank 0 {wanted}")
+
+    def said(stored: StoredTensor | None) -> str:
+        if stored is None:
+            return "absent"
+        return f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
+
+    for name in dict.fromkeys(itertools.chain(*(shard.chunks[chunk] for shard in ranks))):
+        values = [said(shard.chunks[chunk].get(name)) for shard in ranks]
+        _refuse_unlike(ranks, values, f"{name} is", show=str)
+
+
+def _refuse_unlike(
+    shards: list[_Shard],
+    values: Sequence[Any],
+    what: str,
+    alike: Callable[[Any, Any], bool] = operator.eq,
+    show: Callable[[Any], str] | None = None,
+) -> None:
+    """Refuse shards that do not agree: the odd one, or two where no majority tells which that is.
+
+    Args:
+        shards: the shards.
+        values: of each, what should be alike.
+        what: the name of the value.
+        alike: compares two values.
+        show: how the message says a value; None leaves values out.
+    """
+    if all(alike(value, values[0]) for value in values[1:]):
+        return
+    counts = [sum(alike(value, other) for other in values) for value in values]
+    most = counts.index(max(counts))
+    odd = next(n for n, value in enumerate(values) if not alike(value, values[most]))
+    if 2 * counts[most] > len(values):
+        rule = f"{what} {show(values[odd])}, on most ranks {show(values[most])}" if show else (
+            f"{what} are not those of most ranks")  # fmt: skip
+        fix = "The shard is damaged or of another checkpoint; restore it"
+        raise _refusal(shards[odd].path, rule, fix)
+    first, second = sorted((odd, most))
+    names = [f"{shards[n].path.parent.name}/{SHARD_FILE}" for n in (first, second)]
+    rule = f"{what} differ in {names[0]} and {names[1]}"
+    if show:
+        rule = f"{what} {show(values[first])} in {names[0]}, {show(values[second])} in {names[1]}"
+    fix = "One of them is damaged or of another checkpoint; restore it"
+    raise _refusal(shards[odd].path.parent.parent, rule, fix)
 
 
 def _axis_of(name: str) -> int | None:

@@ -24,7 +24,7 @@ from megatron_bitcpm.conversion.names import (
     OUTPUT,
     find_projection,
 )
-from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.source import ModelSource, find_mixed_types
 from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES
 from megatron_bitcpm.errors import CheckpointError
 
@@ -64,6 +64,22 @@ class MegatronSource(ModelSource):
 
     tensors: MegatronTensors
     _last: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a model in both 16-bit types.
+
+        Raises:
+            CheckpointError: names the tensors.
+        """
+        dtypes = {}
+        for name in self.shapes():
+            local, layer = _find_megatron_name(name)
+            full = local if layer is None else f"decoder.layers.{layer}.{local}"
+            dtypes[full] = self.tensors.dtype(local, layer)
+        if mixed := find_mixed_types(dtypes):
+            raise CheckpointError.of(
+                "checkpoint", self.path, mixed, "The checkpoint is damaged; use another one"
+            )
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a stored tensor."""
