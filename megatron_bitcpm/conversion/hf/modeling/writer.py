@@ -6,6 +6,8 @@ because transformers has no such architecture. A plain Llama needs none.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +126,10 @@ def check_quantizer_block(
 def trusted_modeling_files(folder: str | Path) -> bool:
     """Whether all Python files of a folder are byte for byte what this package writes.
 
-    True means that transformers, with ``trust_remote_code=True``, runs nothing else from it, for
-    the model or the tokenizer: ``auto_map`` names classes of this file, and no folder inside
-    (``custom_generate``) has others.
+    True means that transformers, with ``trust_remote_code=True``, runs nothing else, for the model
+    or the tokenizer: ``auto_map`` names classes of this file, no folder inside has others, no
+    folder inside is a link to one elsewhere or ``custom_generate``, and there is no adapter, which
+    would name a model elsewhere. Files may be links, as in the cache of huggingface_hub.
     """
     folder = Path(folder)
     try:
@@ -134,7 +137,9 @@ def trusted_modeling_files(folder: str | Path) -> bool:
         tokenizer = folder / "tokenizer_config.json"
         if tokenizer.exists() and "auto_map" in read_json(tokenizer):
             return False
-        code = [path for path in folder.rglob("*") if path.suffix.startswith(".py")]
+        if any(folder.glob("adapter_*")):
+            return False
+        code = list(_iter_code(folder))
         source = _SOURCE.read_bytes()
         return (
             folder / MODELING_FILE in code
@@ -147,6 +152,24 @@ def trusted_modeling_files(folder: str | Path) -> bool:
         )
     except (CheckpointError, OSError):
         return False
+
+
+def _iter_code(folder: Path) -> Iterator[Path]:
+    """Yield the Python files below a folder.
+
+    Raises:
+        OSError: there is a folder that transformers would look into and this does not.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        for name in folders:
+            # What a link leads to is not walked.
+            if name == "custom_generate" or os.path.islink(os.path.join(parent, name)):
+                raise OSError(f"{name} may hold code")
+        yield from (Path(parent, name) for name in files if Path(name).suffix.startswith(".py"))
 
 
 def _auto_map(model_type: str) -> dict[str, str]:
