@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import read_json
+from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, read_json
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -69,6 +69,26 @@ def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> Tok
         raise CheckpointError.of(
             "tokenizer", folder, f"its files hold {ids.size} ids, the model has {vocab_size}",
             "Name the tokenizer of the run (--tokenizer), or save it with a tokenizer.json",
+        )  # fmt: skip
+    return ids
+
+
+def read_run_tokenizer(folder: str | Path, vocab_size: int, recorded: str | None) -> TokenizerIds:
+    """Read the tokenizer of a model, and compare it with the one that its training recorded.
+
+    Args:
+        folder: tokenizer folder.
+        vocab_size: ids of the model.
+        recorded: sha256 of the tokenizer's files, None where it is not known.
+
+    Raises:
+        CheckpointError: as `read_tokenizer_ids`, or other files than those of the training.
+    """
+    ids = read_tokenizer_ids(folder, vocab_size)
+    if recorded not in (None, hash_files(Path(folder), TOKENIZER_FILES)):
+        raise CheckpointError.of(
+            "tokenizer", folder, "is not the one of the training (its files have another sha256)",
+            "Name the tokenizer of the run (--tokenizer)",
         )  # fmt: skip
     return ids
 

@@ -21,9 +21,14 @@ from megatron_bitcpm.conversion.hf.modeling.writer import QUANTIZER_KEY, write_m
 from megatron_bitcpm.conversion.names import HF_EMBEDDING
 from megatron_bitcpm.conversion.output_folder import write_json
 from megatron_bitcpm.conversion.source import Form, ModelSource
-from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES, TokenizerIds, read_tokenizer_ids
+from megatron_bitcpm.data.tokenizer_ids import (
+    VOCABULARY_FILES,
+    TokenizerIds,
+    read_run_tokenizer,
+    read_tokenizer_ids,
+)
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, read_json
+from megatron_bitcpm.files import TOKENIZER_FILES, read_json
 from megatron_bitcpm.version import __version__
 
 FORMAT_VERSION = 1
@@ -61,14 +66,7 @@ def find_tokenizer(
             "Name it (--tokenizer)",
         )  # fmt: skip
     if folder is not None and (tokenizer is not None or recorded is not None):
-        ids = read_tokenizer_ids(folder, source.vocab_size)
-        if recorded not in (None, hash_files(folder, TOKENIZER_FILES)):
-            raise CheckpointError.of(
-                "tokenizer", folder,
-                "is not the one of the training (its files have another sha256)",
-                "Name the tokenizer of the run (--tokenizer)",
-            )  # fmt: skip
-        return folder, ids
+        return folder, read_run_tokenizer(folder, source.vocab_size, recorded)
     if folder is None or not any((folder / name).is_file() for name in VOCABULARY_FILES):
         warnings.append(f"{source.path} comes without a tokenizer, and so does the folder")
         return folder, None
@@ -108,7 +106,9 @@ def write_side_files(
     if tokenizer is not None:
         copy_companions(tokenizer, folder)
     original = _find_original_config(source)
-    config = hf_config(source.model, source.dtype(HF_EMBEDDING), source.vocab_size, ids, original)
+    # Values on the grid must not be rounded in loading; see `_check_types` of `verify`.
+    dtype = source.dtype(next(iter(source.quantized_tensors()), HF_EMBEDDING))
+    config = hf_config(source.model, dtype, source.vocab_size, ids, original)
     config |= write_modeling_files(folder, source.model, form, source.stamp)
     folding = describe_folding(source)
     if form == "plain" and folding is not None:
@@ -124,7 +124,13 @@ def write_side_files(
 
 
 def copy_companions(folder: Path, target: Path) -> None:
-    """Copy tokenizer, chat templates and generation settings, as far as they are there."""
+    """Copy tokenizer, chat templates and generation settings, as far as they are there.
+
+    Raises:
+        CheckpointError: generation settings that nothing could load.
+    """
+    if (folder / GENERATION_FILE).is_file():
+        read_json(folder / GENERATION_FILE)
     for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
@@ -140,7 +146,9 @@ def _describe_origin(source: ModelSource) -> dict[str, Any]:
 def _find_original_config(source: ModelSource) -> dict[str, Any] | None:
     """Return the config.json that the model came with; a tokenizer's folder may have a foreign."""
     folder = source.side_files
-    if folder is None or not (source.kind == "hf" or folder.name == SIDE_FOLDER):
+    if folder is None:
+        return None
+    if source.kind != "hf" and folder.resolve() != (source.path / SIDE_FOLDER).resolve():
         return None
     path = folder / CONFIG_FILE
     return read_json(path) if path.is_file() else None

@@ -15,7 +15,7 @@ from megatron_bitcpm.checkpoint.store import (
 )
 from megatron_bitcpm.conversion.source import Folding
 from megatron_bitcpm.conversion.stamp import parse_stamp
-from megatron_bitcpm.data.tokenizer_ids import read_tokenizer_ids
+from megatron_bitcpm.data.tokenizer_ids import read_run_tokenizer, read_tokenizer_ids
 from megatron_bitcpm.errors import CheckpointError
 
 SHARD_FILE = "model_optim_rng.pt"
@@ -73,12 +73,14 @@ def resolve_vocab_size(
         folder: the checkpoint, for messages.
         rows: of the embedding.
         found: what the checkpoint says, None where it does not.
-        tokenizer: tokenizer folder that the user named.
+        tokenizer: tokenizer folder that the user named; must have as many ids as the checkpoint
+            says, where it does.
 
     Raises:
         CheckpointError: unknown, or it does not fit.
     """
-    size = found if tokenizer is None else read_tokenizer_ids(tokenizer).size
+    # With fewer ids than were trained, trained rows would be taken for padding.
+    size = found if tokenizer is None else read_tokenizer_ids(tokenizer, found).size
     if size is None:
         raise CheckpointError.of(
             "checkpoint", folder,
@@ -105,7 +107,7 @@ def converted_fields(folder: Path, tokenizer: str | Path | None) -> dict[str, An
     """
     found = read_model_file(folder)
     if tokenizer is not None:
-        read_tokenizer_ids(tokenizer, found.vocab_size)
+        read_run_tokenizer(tokenizer, found.vocab_size, found.facts.get("tokenizer_sha256"))
     side_files = Path(tokenizer) if tokenizer is not None else folder / SIDE_FOLDER
     try:
         folding = None if found.folding is None else Folding(**found.folding)

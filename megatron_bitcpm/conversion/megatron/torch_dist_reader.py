@@ -39,6 +39,7 @@ from megatron_bitcpm.conversion.megatron.source import (
 )
 from megatron_bitcpm.conversion.names import EMBEDDING
 from megatron_bitcpm.conversion.stamp import parse_stamp
+from megatron_bitcpm.data.tokenizer_ids import read_run_tokenizer
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.parallel.agree import describe
 
@@ -257,6 +258,8 @@ def _trained_fields(
             "vocab_size", size, f"is no size, in {folder}",
             "The checkpoint is damaged; use another one",
         )  # fmt: skip
+    if tokenizer is not None:
+        read_run_tokenizer(tokenizer, size, state.get("tokenizer_sha256"))
     stamp = state.get("quantizer")
     side_files = Path(config.data.tokenizer if tokenizer is None else tokenizer)
     seq_length = config.data.seq_length
