@@ -150,7 +150,7 @@ def test_longrope_without_an_original_length_takes_all_positions():
         ({"model_type": None}, "model_type=None"),
         ({"model_type": ["llama"]}, r"model_type=\['llama'\]: is no architecture"),
         ({"layer_types": 5}, "layer_types=5"),
-        ({"rms_norm_eps": "x"}, "rms_norm_eps=x"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps='x'"),
         ({"rope_scaling": {**ROPE, "original_max_position_embeddings": [512]}}, "must be a whole"),
         ({"attention_bias": True}, "attention_bias=True: this decoder does not compute it"),
         ({"mlp_bias": True}, "mlp_bias=True"),
@@ -184,7 +184,7 @@ def test_longrope_without_an_original_length_takes_all_positions():
         ({"rope_scaling": ROPE, "rope_parameters": {**ROPE, "factor": 1}}, "differs from"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e4}}, "rope_theta=10000.0"),
         ({"hidden_size": None}, r"hidden_size=\(absent\)"),
-        ({"hidden_size": "64"}, "hidden_size=64: must be a whole number"),
+        ({"hidden_size": "64"}, "hidden_size='64': must be a whole number"),
         ({"hidden_size": True}, "hidden_size=True"),
         ({"hidden_size": 10**15}, "must be a whole number from 1 to"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers=1000000"),
@@ -193,7 +193,7 @@ def test_longrope_without_an_original_length_takes_all_positions():
         ({"head_dim": 15}, "head_dim=15: rotary embeddings need an even number"),
         ({"num_key_value_heads": 3}, "does not divide the 4 attention heads"),
         ({"rms_norm_eps": 0}, "rms_norm_eps=0"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings=yes"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
     ],
 )  # fmt: skip
 def test_what_the_decoder_does_not_have_is_refused_by_name(changes, message):

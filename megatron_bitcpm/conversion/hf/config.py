@@ -25,9 +25,9 @@ from megatron_bitcpm.conversion.hf.modeling.writer import (
 from megatron_bitcpm.conversion.hf.rope import RopeProblem, read_rope, write_rope
 from megatron_bitcpm.conversion.source import Folding, Form
 from megatron_bitcpm.conversion.stamp import QuantizerStamp, parse_stamp
-from megatron_bitcpm.data.tokenizer_ids import TokenizerIds
+from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES, TokenizerIds
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import read_json
+from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, read_json
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -42,8 +42,21 @@ _TIED_BY_DEFAULT = {"llama": False, "minicpm": True, LATENT_TYPE: False}
 """What an absent tie_word_embeddings means in the configuration class of each model type; of
 minicpm that of OpenBMB."""
 _MUP_KEYS = ("scale_emb", "scale_depth", "dim_model_base")
-_MAX_SIZE = 2**26
+_MAX_SIZE = 2**24
+"""Of vocabulary and context."""
+_MAX_WIDTH = 2**20
+"""Of everything else, and of all heads together. Ten times the largest model there is; what is far
+above it would take all memory before a tensor is looked at."""
 _MAX_LAYERS = 4096
+_MAX_VOLUME = 2**27
+"""Of layers times width."""
+
+_LIMITS = {
+    "num_hidden_layers": _MAX_LAYERS,
+    "vocab_size": _MAX_SIZE,
+    "max_position_embeddings": _MAX_SIZE,
+}
+_FIX_SIZE = "Correct it (bitcpm inspect --fix-config reads sizes from the weights)"
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -95,7 +108,6 @@ class HfConfig:
         dtype: declared type of the weights, None where there is none; the files decide.
         form: by the stamp: latent, pseudo, or plain without one.
         stamp, folding, facts: see `ModelSource`.
-        raw: content of config.json.
     """
 
     path: Path
@@ -106,7 +118,6 @@ class HfConfig:
     stamp: QuantizerStamp | None
     folding: Folding | None
     facts: dict[str, Any] = field(default_factory=dict)
-    raw: dict[str, Any] = field(default_factory=dict)
 
 
 def read_hf_config(folder: str | Path) -> HfConfig:
@@ -121,11 +132,16 @@ def read_hf_config(folder: str | Path) -> HfConfig:
     raw = read_json(path)
     model, vocab_size = parse_architecture(raw, path)
     form, stamp, folding, facts = read_stamp(folder, raw)
+    if facts.get("tokenizer_sha256") is not None and _has_tokenizer(folder):
+        # The model may have been trained on and its tokenizer saved anew; this one goes with it.
+        facts["tokenizer_sha256"] = hash_files(folder, TOKENIZER_FILES)
     if form == "latent" and stamp is not None:
         check_quantizer_block(raw[QUANTIZER_KEY], model, stamp, path)
-    return HfConfig(
-        path, model, vocab_size, _read_dtype(raw, path), form, stamp, folding, facts, raw
-    )
+    return HfConfig(path, model, vocab_size, _read_dtype(raw, path), form, stamp, folding, facts)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
 
 def parse_architecture(raw: Mapping[str, Any], path: Path) -> tuple[ModelConfig, int]:
@@ -154,6 +170,7 @@ def parse_architecture(raw: Mapping[str, Any], path: Path) -> tuple[ModelConfig,
     if head_dim % 2:
         raise _problem(path, "head_dim", head_dim, "rotary embeddings need an even number",
                        "Correct it")  # fmt: skip
+    _check_volume(size, heads * head_dim, path)
     if heads % key_heads:
         raise _problem(path, "num_key_value_heads", key_heads,
                        f"does not divide the {heads} attention heads", "Correct it")  # fmt: skip
@@ -184,7 +201,20 @@ def parse_architecture(raw: Mapping[str, Any], path: Path) -> tuple[ModelConfig,
     except ValidationError as error:
         first = error.errors()[0]
         key = {"layernorm_epsilon": "rms_norm_eps"}.get(str(first["loc"][0]), first["loc"][0])
-        raise _problem(path, key, first["input"], first["msg"], "Correct it") from error
+        raise _problem(path, key, repr(first["input"]), first["msg"], "Correct it") from error
+
+
+def _check_volume(size: Mapping[str, int], channels: int, path: Path) -> None:
+    """Refuse sizes that are too large together; each by itself has passed."""
+    if channels > _MAX_WIDTH:
+        raise _problem(path, "num_attention_heads", size["num_attention_heads"],
+                       f"all heads together have {channels} channels, more than {_MAX_WIDTH}",
+                       _FIX_SIZE)  # fmt: skip
+    width = max(channels, size["hidden_size"], size["intermediate_size"])
+    if width * size["num_hidden_layers"] > _MAX_VOLUME:
+        raise _problem(path, "num_hidden_layers", size["num_hidden_layers"],
+                       f"times the width {width} is more than {_MAX_VOLUME}",
+                       _FIX_SIZE)  # fmt: skip
 
 
 def find_model_type(raw: Mapping[str, Any], path: Path) -> str:
@@ -215,7 +245,8 @@ def is_tied(raw: Mapping[str, Any], path: Path) -> bool:
         kind = find_model_type(raw, path)
         return _TIED_BY_DEFAULT.get(str(raw.get("model_type")), _TIED_BY_DEFAULT[kind])
     if not isinstance(tied, bool):
-        raise _problem(path, "tie_word_embeddings", tied, "must be true or false", "Correct it")
+        raise _problem(path, "tie_word_embeddings", repr(tied), "must be true or false",
+                       "Correct it")  # fmt: skip
     return tied
 
 
@@ -241,12 +272,10 @@ def _check_neutral(raw: Mapping[str, Any], kind: str, path: Path) -> None:
 def _read_size(raw: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
     value = raw.get(key)
     value = default if value is None else value
-    limit = _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE
+    limit = _LIMITS.get(key, _MAX_WIDTH)
     if type(value) is not int or not 1 <= value <= limit:
-        raise _problem(path, key, "(absent)" if value is None else value,
-                       f"must be a whole number from 1 to {limit}",
-                       "Correct it (bitcpm inspect --fix-config reads sizes from the weights)",
-                       )  # fmt: skip
+        raise _problem(path, key, _show(value), f"must be a whole number from 1 to {limit}",
+                       _FIX_SIZE)  # fmt: skip
     return value
 
 
@@ -255,8 +284,7 @@ def _read_mup(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key in _MUP_KEYS:
         value: Any = raw.get(key)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise _problem(path, key, "(absent)" if value is None else value,
-                           "MiniCPM needs a positive number",
+            raise _problem(path, key, _show(value), "MiniCPM needs a positive number",
                            "Complete config.json from its source")  # fmt: skip
         values[key] = value
     if values["dim_model_base"] != int(values["dim_model_base"]):
@@ -326,6 +354,11 @@ def _read_folding(content: Any, path: Path) -> Folding | None:
         raise _problem(path, "folding", content, f"cannot be understood ({error})",
                        "Convert the model again") from error  # fmt: skip
     return Folding(**values)
+
+
+def _show(value: Any) -> str:
+    """Return what is no number as one can tell it from a number: in quotes."""
+    return "(absent)" if value is None else repr(value)
 
 
 def _problem(path: Path, key: Any, value: Any, rule: str, fix: str) -> CheckpointError:
