@@ -32,8 +32,9 @@ from megatron_bitcpm.conversion.grid_reading import (
     describe_group,
     read_codes,
 )
-from megatron_bitcpm.conversion.hf.config import QUANTIZER_FILE, read_hf_config
+from megatron_bitcpm.conversion.hf.config import QUANTIZER_FILE
 from megatron_bitcpm.conversion.hf.modeling.writer import MODELING_FILE, trusted_modeling_files
+from megatron_bitcpm.conversion.hf.source import HfSource
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
@@ -98,9 +99,11 @@ def verify(
     Args:
         model: Hugging Face folder or Megatron checkpoint.
         other: the model it must equal, of any format and form; None checks `model` by itself.
-        tokenizer: tokenizer folder for checkpoints that do not say how many ids they have.
+        tokenizer: tokenizer folder, for checkpoints that do not say how many ids they have and for
+            folders without a tokenizer.
     Returns:
-        folder, kind, form, architecture; counts over the tensors on the grid (ternary_tensors,
+        folder, kind, form, architecture; checked_tokenizer: folder of the tokenizer whose ids fit,
+        None where there was none to check; counts over the tensors on the grid (ternary_tensors,
         groups, weights) and other_parameters, group_sizes, zero_fraction, entropy_bits_per_weight
         (of the codes), packed_bits_per_weight (codes and float32 scales); grid and numerics;
         activation: what entered the quantised linears in training, "none" or "int8_per_token";
@@ -113,7 +116,9 @@ def verify(
         CheckpointError: anything is not so; names the tensors.
     """
     report = compare(
-        open_source(model, tokenizer), None if other is None else open_source(other, tokenizer)
+        open_source(model, tokenizer),
+        None if other is None else open_source(other, tokenizer),
+        tokenizer,
     )
     report.raise_problems()
     return report.content
@@ -151,12 +156,15 @@ def verify_written(written: Path, source: ModelSource, output: Path) -> dict[str
     return report.content | {"folder": str(output)}
 
 
-def compare(found: ModelSource, wanted: ModelSource | None = None) -> Report:
+def compare(
+    found: ModelSource, wanted: ModelSource | None = None, tokenizer: str | Path | None = None
+) -> Report:
     """Check a model, and compare it with another one, without raising on differences.
 
     Args:
         found: the model.
         wanted: the model it should equal, or None.
+        tokenizer: tokenizer folder whose ids must fit, beside that of `found`.
     Returns:
         The report, complete also where there are problems; only when the architectures differ
         are tensors not compared.
@@ -168,7 +176,7 @@ def compare(found: ModelSource, wanted: ModelSource | None = None) -> Report:
     report.problems += _check_list(found) + _check_code(found) + _check_types(found)
     if wanted is not None and wanted is not found:
         report.problems += [f"{wanted.path}: {problem}" for problem in _check_list(wanted)]
-    _check_tokenizer(found, wanted)
+    report.content["checked_tokenizer"] = _check_tokenizer(found, tokenizer)
     if wanted is not None:
         originals = found, wanted
         sides = fold_alike(found, wanted)
@@ -315,7 +323,7 @@ def _check_list(source: ModelSource) -> list[str]:
 
 def _check_code(source: ModelSource) -> list[str]:
     """A latent folder is the model that its modelling file computes."""
-    if source.kind != "hf" or read_hf_config(source.path).form != "latent":
+    if not isinstance(source, HfSource) or source.form != "latent":
         return []
     if trusted_modeling_files(source.path):
         return []
@@ -324,9 +332,9 @@ def _check_code(source: ModelSource) -> list[str]:
 
 def _check_types(source: ModelSource) -> list[str]:
     """Values on the grid must have the declared type: another one would round them in loading."""
-    if source.kind != "hf":
+    if not isinstance(source, HfSource):
         return []
-    declared = read_hf_config(source.path).dtype
+    declared = source.config.dtype
     if declared is None:
         return []
     names = source.quantized_tensors() or list(source.shapes())[:1]
@@ -338,20 +346,26 @@ def _check_types(source: ModelSource) -> list[str]:
     return [f"{list_first(odd, 'tensors')}: stored as {found}, config.json says {wanted}"]
 
 
-def _check_tokenizer(source: ModelSource, wanted: ModelSource | None) -> None:
-    """Raise where a folder has no tokenizer, unless its model came without, or too many ids."""
-    if source.kind != "hf" and not _has_tokenizer(source):
-        return
-    if wanted is not None and not _has_tokenizer(source) and not _has_tokenizer(wanted):
-        return
-    ids = read_tokenizer_ids(source.side_files or source.path)
-    if ids.size > source.vocab_size:
-        raise CheckpointError.of(
-            "tokenizer", source.side_files, f"has {ids.size} ids, the model of {source.path} "
-            f"{source.vocab_size}", "Name the tokenizer of the model",
-        )  # fmt: skip
+def _check_tokenizer(source: ModelSource, named: str | Path | None) -> str | None:
+    """Refuse ids that the model lacks; return the folder of the tokenizer, None without one.
 
-
-def _has_tokenizer(source: ModelSource) -> bool:
-    folder = source.side_files
-    return folder is not None and any((folder / name).is_file() for name in VOCABULARY_FILES)
+    Args:
+        source: the model, which may come without a tokenizer.
+        named: tokenizer folder that the user named.
+    """
+    own = source.side_files
+    if own is not None and not any((own / name).is_file() for name in VOCABULARY_FILES):
+        own = None
+    checked = None
+    for folder in (own, named):
+        if folder is None:
+            continue
+        checked = str(folder)
+        ids = read_tokenizer_ids(folder)
+        if ids.size > source.vocab_size:
+            fix = "Put the tokenizer of the model in its place" if folder is own else "Name another"
+            raise CheckpointError.of(
+                "tokenizer", folder, f"has {ids.size} ids, the model of {source.path} "
+                f"{source.vocab_size}", fix,
+            )  # fmt: skip
+    return checked
