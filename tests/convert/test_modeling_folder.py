@@ -345,6 +345,26 @@ def append_to_code(folder):
         stream.write("# harmless\n")
 
 
+def link_folder(name):
+    """A folder of a model that lies elsewhere, where files are not looked at."""
+
+    def damage(folder):
+        elsewhere = folder.parent / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "generate.py").write_text("print('mine')")
+        (folder / name).symlink_to(elsewhere, target_is_directory=True)
+
+    return damage
+
+
+def copy_code_into(name):
+    def damage(folder):
+        (folder / name).mkdir()
+        (folder / name / MODELING_FILE).write_bytes((folder / MODELING_FILE).read_bytes())
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -352,6 +372,10 @@ def append_to_code(folder):
         lambda folder: (folder / MODELING_FILE).unlink(),
         lambda folder: (folder / "config.json").write_text("{"),
         add_file("custom_generate/generate.py"),
+        link_folder("custom_generate"),
+        link_folder("other"),
+        copy_code_into("custom_generate"),
+        add_file("adapter_config.json", '{"base_model_name_or_path": "elsewhere"}'),
         add_file("evil.pyc"),
         add_file("tokenization.py"),
         add_file("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["else/where--t.T"]}}'),
@@ -366,6 +390,18 @@ def test_only_our_own_code_is_trusted(damage, latent):
     assert trusted_modeling_files(folder)
     damage(folder)
     assert not trusted_modeling_files(folder)
+
+
+def test_files_may_be_links_as_in_the_cache_of_the_hub(latent, tmp_path):
+    folder, *_ = latent("rows")
+    snapshot = tmp_path / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (tmp_path / "named").symlink_to(snapshot, target_is_directory=True)
+    assert trusted_modeling_files(snapshot) and trusted_modeling_files(tmp_path / "named")
+    (folder / MODELING_FILE).write_text("print('mine')")
+    assert not trusted_modeling_files(snapshot)
 
 
 def test_copies_in_checkpoints_of_a_trainer_are_trusted(latent):

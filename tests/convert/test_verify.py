@@ -175,11 +175,30 @@ def test_missing_and_stray_files(damaged):
     refuse("holds neither model.safetensors nor", folder)
 
 
-def test_missing_tokenizer(damaged):
-    folder = damaged(CASE)
+def test_without_a_tokenizer_none_is_checked(damaged, exported, trained, tmp_path):
+    folder, other = damaged(CASE), exported(CASE)
+    assert verify(folder)["checked_tokenizer"] == str(folder)
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    refuse("tokenizer=.* holds no vocabulary", folder)
+    assert verify(folder)["checked_tokenizer"] is None
+    assert verify(folder, other)["checked_tokenizer"] is None
+    assert verify(folder, trained(CASE).directory)["differing_codes"] == 0
+    assert verify(other, folder)["checked_tokenizer"] == str(other)
+
+
+def test_a_named_tokenizer_is_checked(damaged, trained, tmp_path):
+    folder, tokenizer = damaged(CASE), trained(CASE).tokenizer
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    assert verify(folder, tokenizer=tokenizer)["checked_tokenizer"] == str(tokenizer)
+    with pytest.raises(CheckpointError, match=r"tokenizer=.*absent: no such folder"):
+        verify(folder, tokenizer=tmp_path / "absent")
+    large = {"model": {"vocab": {f"t{i}": i for i in range(301)}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(large))
+    with pytest.raises(CheckpointError, match=r"has 301 ids, the model of .* 300\. Name another"):
+        verify(folder, tokenizer=tmp_path)
+    (folder / "tokenizer.json").write_text(json.dumps(large))
+    refuse("has 301 ids, the model of .* 300. Put the tokenizer of the model in its place", folder)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"model": 3}'])
