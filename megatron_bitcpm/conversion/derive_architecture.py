@@ -1,6 +1,7 @@
 """The architecture that a model's tensors have, whatever its config.json says about it.
 
-All sizes follow from names and shapes, except the head dimension: q_proj has heads x head_dim rows
+All sizes follow from names and shapes, by majority, so that one damaged tensor is the one that does
+not fit. Except the head dimension: q_proj has heads x head_dim rows
 and k_proj has kv heads x head_dim, which several values fit. Of these the one is taken for which
 config.json speaks most directly, and the report says which evidence that was.
 """
@@ -11,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +21,31 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.conversion.hf.config import CONFIG_FILE, is_tied, parse_architecture
-from megatron_bitcpm.conversion.names import HF_EMBEDDING, hf_shapes
+from megatron_bitcpm.conversion.names import HF_EMBEDDING, HF_FINAL_NORM, HF_OUTPUT, hf_shapes
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import write_text_atomically
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
 _USUAL_HEAD_DIMS = (128, 64)
+_OF_LAYER = {
+    "self_attn.q_proj.weight": ("queries", "hidden"),
+    "self_attn.k_proj.weight": ("keys", "hidden"),
+    "self_attn.v_proj.weight": ("keys", "hidden"),
+    "self_attn.o_proj.weight": ("hidden", "queries"),
+    "mlp.gate_proj.weight": ("ffn", "hidden"),
+    "mlp.up_proj.weight": ("ffn", "hidden"),
+    "mlp.down_proj.weight": ("hidden", "ffn"),
+    "input_layernorm.weight": ("hidden",),
+    "post_attention_layernorm.weight": ("hidden",),
+}
+_OUTSIDE = {
+    HF_EMBEDDING: ("vocab", "hidden"),
+    HF_OUTPUT: ("vocab", "hidden"),
+    HF_FINAL_NORM: ("hidden",),
+}
+"""Name of a tensor -> what its dimensions are."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +55,12 @@ class DerivedArchitecture:
     Attributes:
         sizes: key -> value; head_dim and the numbers of heads are absent where nothing decides.
         head_dim_from: why head_dim is this one.
+        strays: tensors of layers that are hardly there, which do not count.
     """
 
     sizes: dict[str, Any]
     head_dim_from: str
+    strays: tuple[str, ...] = ()
 
 
 def derive_architecture(
@@ -53,18 +74,17 @@ def derive_architecture(
         tied: whether the output layer is the embedding.
         config: content of config.json, only to choose among head dimensions that fit.
     """
-    layers = {int(m[1]) for name in shapes if (m := _LAYER.fullmatch(name))}
-    first = {m[2]: shapes[name] for name in shapes if (m := _LAYER.fullmatch(name)) and m[1] == "0"}
-    needed = [f"self_attn.{x}_proj.weight" for x in "qk"] + ["mlp.gate_proj.weight"]
-    parts = [first.get(name, ()) for name in needed] + [shapes.get(HF_EMBEDDING, ())]
-    if any(len(shape) != 2 or 0 in shape for shape in parts):
+    votes = _count_votes(shapes)
+    num_layers, strays = count_layers(shapes)
+    if not (num_layers and all(votes.values())):
         return None
-    (queries, hidden), (keys, _), (ffn, _), (vocab, _) = parts
+    found = {what: counter.most_common(1)[0][0] for what, counter in votes.items()}
+    queries, keys, hidden = found["queries"], found["keys"], found["hidden"]
     sizes = {
         "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": len(layers),
-        "vocab_size": vocab,
+        "intermediate_size": found["ffn"],
+        "num_hidden_layers": num_layers,
+        "vocab_size": found["vocab"],
         "tie_word_embeddings": tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
@@ -75,7 +95,41 @@ def derive_architecture(
             "num_attention_heads": queries // head_dim,
             "num_key_value_heads": keys // head_dim,
         }
-    return DerivedArchitecture(sizes, reason)
+    return DerivedArchitecture(sizes, reason, strays)
+
+
+def _count_votes(shapes: Shapes) -> dict[str, Counter[int]]:
+    """Return for each size of the model how many tensors have which value."""
+    votes = {what: Counter[int]() for what in ("vocab", "hidden", "queries", "keys", "ffn")}
+    # The embedding before the output layer: of two that differ the first counts.
+    for name in (*_OUTSIDE, *shapes):
+        match = _LAYER.fullmatch(name)
+        dimensions = _OF_LAYER.get(match[2], ()) if match else _OUTSIDE.get(name, ())
+        shape = shapes.get(name, ())
+        if len(shape) == len(dimensions) and 0 not in shape:
+            for what, size in zip(dimensions, shape, strict=True):
+                votes[what][size] += 1
+    return votes
+
+
+def count_layers(shapes: Shapes) -> tuple[int, tuple[str, ...]]:
+    """Return how many layers tensors are of, and those tensors that make no layer.
+
+    A layer counts if most of its tensors are there: a stray one makes none.
+    """
+    layers: dict[int, list[str]] = {}
+    for name in shapes:
+        if match := _LAYER.fullmatch(name):
+            layers.setdefault(int(match[1]), []).append(name)
+    whole = [
+        number
+        for number, names in layers.items()
+        if 2 * sum(f"model.layers.{number}.{name}" in names for name in _OF_LAYER) > len(_OF_LAYER)
+    ]
+    # A layer that was lost counts too, but no number that is far off.
+    count = min(1 + max(whole, default=-1), 2 * len(whole))
+    strays = (name for number, names in layers.items() if number >= count for name in names)
+    return count, tuple(strays)
 
 
 def _choose_head_dim(
@@ -134,39 +188,65 @@ def find_contradictions(
                 said = hidden // heads
         elif key == "num_key_value_heads" and said is None:
             said = config.get("num_attention_heads")
-        if said != value:
+        # 64.0 equals 64, and no reader of config.json takes it for a size.
+        if said != value or type(said) is not type(value):
             found.append({"field": key, "config": config.get(key), "weights": value})
     return found
 
 
-def fix_config(
-    folder: Path, config: Mapping[str, Any], derived: DerivedArchitecture, shapes: Shapes
-) -> Path:
-    """Write what the tensors say into config.json; the old one stays beside it.
+def correct_config(
+    config: Mapping[str, Any], derived: DerivedArchitecture, shapes: Shapes, path: Path
+) -> dict[str, Any]:
+    """Return a config.json that says what the tensors say.
 
     Args:
-        folder: the model.
-        config: content of its config.json.
+        config: content of the old one.
         derived: what the tensors say.
-        shapes: of the tensors, which the new file must describe.
-    Returns:
-        The file that keeps the old content: config.json.bak, or the first free number behind it.
+        shapes: of the tensors, which the new content must describe.
+        path: the file, for messages.
 
     Raises:
-        CheckpointError: the file would still not describe the tensors; nothing was written.
+        CheckpointError: it would still not describe the tensors.
     """
-    path = folder / CONFIG_FILE
     new = {**config, **derived.sizes}
     if "dtype" in config:
         new["dtype"] = derived.sizes["torch_dtype"]
     model, vocab_size = parse_architecture(new, path)
     wanted = hf_shapes(model, vocab_size)
     differing = [name for name in wanted if shapes.get(name) != wanted[name]]
-    if differing:
+    unknown = [name for name in shapes if name not in wanted]
+    if differing or unknown:
+        name = (differing + unknown)[0]
+        rule = f"{describe_misfit(name, shapes, wanted)}: "
+        rule += f"{len(differing) + len(unknown)} tensors fit no architecture"
         raise CheckpointError.of(
-            "config.json", path, f"{len(differing)} tensors fit no architecture, first "
-            f"{differing[0]}", "Copy the weights from their source again",
-        )  # fmt: skip
+            "config.json", path, rule, "Copy the weights from their source again"
+        )
+    return new
+
+
+def describe_misfit(name: str, shapes: Shapes, wanted: Shapes) -> str:
+    """Say what is wrong with a tensor: absent, unknown, or of another shape."""
+    if name not in shapes:
+        return f"{name} is missing"
+    if name not in wanted:
+        return f"{name} is unknown"
+    return f"{name} is {list(shapes[name])}, not {list(wanted[name])}"
+
+
+def fix_config(folder: Path, new: Mapping[str, Any]) -> Path:
+    """Replace config.json; the old one stays beside it.
+
+    Args:
+        folder: the model.
+        new: from `correct_config`.
+    Returns:
+        The file that keeps the old content: config.json.bak, or the first free number behind it.
+
+    Raises:
+        CheckpointError: it cannot be written; the old one is as it was.
+    """
+    path = folder / CONFIG_FILE
     backup, number = path.with_name(f"{CONFIG_FILE}.bak"), 1
     while backup.exists():
         number += 1

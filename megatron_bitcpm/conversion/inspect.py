@@ -19,10 +19,15 @@ import torch
 
 from megatron_bitcpm.config import ModelConfig
 from megatron_bitcpm.conversion.derive_architecture import (
+    DerivedArchitecture,
+    correct_config,
+    count_layers,
     derive_architecture,
+    describe_misfit,
     find_contradictions,
     fix_config,
 )
+from megatron_bitcpm.conversion.difference import list_first
 from megatron_bitcpm.conversion.grid_reading import count_not_finite
 from megatron_bitcpm.conversion.hf.config import (
     CONFIG_FILE,
@@ -37,7 +42,6 @@ from megatron_bitcpm.conversion.infer_grid import is_zero
 from megatron_bitcpm.conversion.names import (
     HF_EMBEDDING,
     HF_OUTPUT,
-    Projection,
     find_projection,
     hf_shapes,
 )
@@ -105,7 +109,8 @@ def inspect(
     Returns:
         path, kind (hf, torch_dist, legacy, file), form (latent, pseudo, plain by the stamp),
         architecture (keys as in config.json, with head_dim_from), parameters, contradictions
-        (field, config, weights), fixed (name of the file with the old config.json, or None), stamp,
+        (field, config, weights), unfixable (why `fix_config` could not correct them, or None),
+        fixed (name of the file with the old config.json, or None), stamp,
         folding, facts, projections (tensor -> group sizes found), grids (grid -> tensors, groups,
         weights, zero_fraction, entropy_bits_per_weight, packed_bits_per_weight), latents (figures
         of what is on no grid, or None), memory (part -> parameters, stored_bytes, packed_bytes),
@@ -162,7 +167,7 @@ def _read_tensors(
     found = ProjectionTotals(model.stamp, model.form, model.folding is not None)
     dtypes = Counter[str]()
     sizes = {n: math.prod(s) * _bytes_of(model.dtype_name(n)) for n, s in shapes.items()}
-    num_layers = 1 + max((p.layer for _, p in _iter_projections(shapes)), default=-1)
+    num_layers, _ = count_layers(shapes)
     for name in track_tensors(sizes, "inspect"):
         dtypes[model.dtype_name(name)] += sizes[name]
         tensor = model.tensor(name)
@@ -186,13 +191,6 @@ def _read_tensors(
         with contextlib.suppress(CheckpointError):
             tied = tied and is_tied(model.config or {}, model.path)
     return found, tied, dtypes
-
-
-def _iter_projections(names: Mapping[str, Any]) -> Iterator[tuple[str, Projection]]:
-    for name in names:
-        projection = find_projection(name)
-        if projection is not None:
-            yield name, projection
 
 
 def _bytes_of(dtype_name: str) -> int:
@@ -225,13 +223,14 @@ def _describe_architecture(
         "architecture": {"model_type": kind},
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "contradictions": [],
+        "unfixable": None,
         "fixed": None,
     }
     if derived is None:
         model.problems.append("the tensors are not those of a Llama or MiniCPM")
         return result
     result["architecture"] |= {**derived.sizes, "head_dim_from": derived.head_dim_from}
-    model.problems.extend(_compare_names(shapes, derived.sizes))
+    model.problems.extend(_compare_names(shapes, derived))
     if model.config is None:
         if fix:
             raise CheckpointError.of("--fix-config", model.path, "has no config.json to correct",
@@ -244,15 +243,27 @@ def _describe_architecture(
             parse_architecture({**model.config, **derived.sizes}, path)
     except CheckpointError as error:
         model.problems.append(str(error))
-    if fix and result["contradictions"]:
-        result["fixed"] = fix_config(model.path, model.config, derived, shapes).name
+    if result["contradictions"]:
+        try:
+            new = correct_config(model.config, derived, shapes, path)
+        except CheckpointError as error:
+            if fix:
+                raise
+            result["unfixable"] = str(error)
+            return result
+        if fix:
+            result["fixed"] = fix_config(model.path, new).name
     return result
 
 
 def _compare_names(
-    shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]], derived: DerivedArchitecture
 ) -> Iterator[str]:
     """Yield what layers of this architecture have and the tensors lack, and the reverse."""
+    sizes, strays = derived.sizes, derived.strays
+    for layer in sorted({name.split(".")[2] for name in strays}, key=int):
+        names = [name for name in strays if name.split(".")[2] == layer]
+        yield f"layer {layer} is incomplete, it holds only {list_first(names, 'tensors')}"
     if "head_dim" not in sizes:
         return
     model = ModelConfig(
@@ -267,13 +278,16 @@ def _compare_names(
     )
     wanted = hf_shapes(model, sizes["vocab_size"])
     for names, word in ((wanted.keys() - shapes.keys(), "missing"),
-                        (shapes.keys() - wanted.keys(), "unknown")):  # fmt: skip
+                        (shapes.keys() - wanted.keys() - set(strays), "unknown")):  # fmt: skip
         if names:
             listed = ", ".join(sorted(names)[:5])
             yield f"{len(names)} {word} tensors: {listed}{', ...' if len(names) > 5 else ''}"
     odd = sorted(n for n in wanted.keys() & shapes.keys() if wanted[n] != shapes[n])
     if odd:
-        yield f"{len(odd)} tensors are not shaped like those of layer 0, first {odd[0]}"
+        yield (
+            f"{len(odd)} tensors are not shaped like the others, first "
+            f"{describe_misfit(odd[0], shapes, wanted)}"
+        )
 
 
 def _measure_memory(

@@ -73,6 +73,8 @@ def _render_architecture(report: dict[str, Any]) -> list[str]:
             )
         if report["fixed"]:
             lines.append(f"  corrected; the old one is {report['fixed']}")
+        elif report["unfixable"]:
+            lines.append(f"  --fix-config cannot correct it: {report['unfixable']}")
         else:
             lines.append("  --fix-config corrects it")
     return lines

@@ -181,13 +181,71 @@ def test_what_cannot_be_corrected(tmp_path):
     problems = inspect(folder)["problems"]
     assert "1 missing tensors: model.layers.1.mlp.up_proj.weight" in problems
     assert "1 unknown tensors: model.layers.0.extra.weight" in problems
-    assert any("not shaped like those of layer 0, first model.layers.1.mlp.d" in p
-               for p in problems)  # fmt: skip
+    odd = "model.layers.1.mlp.down_proj.weight is [128, 8], not [128, 384]"
+    assert f"1 tensors are not shaped like the others, first {odd}" in problems
+    text = render(inspect(folder))
+    assert "--fix-config cannot correct it: config.json=" in text
+    assert "--fix-config corrects it" not in text
     before = (folder / "config.json").read_bytes()
-    with pytest.raises(CheckpointError, match="2 tensors fit no architecture"):
+    with pytest.raises(CheckpointError, match="3 tensors fit no architecture"):
         inspect(folder, fix_config=True)
     assert (folder / "config.json").read_bytes() == before
     assert not (folder / "config.json.bak").exists()
+
+
+@pytest.mark.parametrize("value", [128.0, "128", None, True])
+def test_a_size_of_another_type(value, tmp_path):
+    folder = write(tmp_path / "m", make_tensors(-1), {**RIGHT, "hidden_size": value})
+    with pytest.raises(CheckpointError, match=r"hidden_size=.* --fix-config"):
+        open_source(folder)
+    wrong = [{"field": "hidden_size", "config": value, "weights": 128}]
+    assert inspect(folder, fix_config=True)["contradictions"] == wrong
+    assert json.loads((folder / "config.json").read_text()) == RIGHT
+    open_source(folder)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("self_attn.q_proj", (256, 127)), ("self_attn.k_proj", (31, 128)), ("mlp.gate_proj", (9, 9))],
+)
+def test_one_damaged_tensor_is_blamed(name, shape, layer, tmp_path):
+    tensors, full = make_tensors(-1), f"model.layers.{layer}.{name}.weight"
+    good = list(tensors[full].shape)
+    tensors[full] = torch.ones(shape).bfloat16()
+    folder = write(tmp_path / "m", tensors)
+    report = inspect(folder, fix_config=True)
+    assert (report["contradictions"], report["fixed"]) == ([], None)
+    odd = f"{full} is {list(shape)}, not {good}"
+    assert f"1 tensors are not shaped like the others, first {odd}" in report["problems"]
+    assert "--fix-config" not in render(report)
+    # With a wrong config.json as well it says why that cannot be corrected.
+    write(folder, tensors, WRONG)
+    assert f"cannot correct it: config.json={folder}/config.json: {odd}" in render(inspect(folder))
+    with pytest.raises(CheckpointError, match="1 tensors fit no architecture"):
+        inspect(folder, fix_config=True)
+
+
+@pytest.mark.parametrize("number", [2, 4, 987654321])
+def test_a_stray_tensor_makes_no_layer(number, tmp_path):
+    tensors = make_tensors(-1)
+    stray = f"model.layers.{number}.self_attn.q_proj.weight"
+    tensors[stray] = tensors["model.layers.0.self_attn.q_proj.weight"].clone()
+    report = inspect(write(tmp_path / "m", tensors), fix_config=True)
+    assert (report["contradictions"], report["fixed"]) == ([], None)
+    assert report["architecture"]["num_hidden_layers"] == 2
+    assert report["problems"] == [f"layer {number} is incomplete, it holds only {stray}"]
+    report = inspect(write(tmp_path / "m", tensors, {**RIGHT, "num_hidden_layers": 1}))
+    assert f"{stray} is unknown: 1 tensors fit no architecture" in report["unfixable"]
+
+
+def test_a_layer_that_was_lost(tmp_path):
+    tensors = make_tensors(-1)
+    tensors |= {n.replace("rs.1.", "rs.2."): t.clone() for n, t in tensors.items() if "rs.1." in n}
+    tensors = {n: t for n, t in tensors.items() if "layers.1." not in n}
+    report = inspect(write(tmp_path / "m", tensors, {**RIGHT, "num_hidden_layers": 3}))
+    assert report["contradictions"] == []
+    assert report["problems"][0].startswith("9 missing tensors: model.layers.1.")
 
 
 def test_rotary_factors_of_another_head_dim(tmp_path):
