@@ -20,7 +20,7 @@ from megatron_bitcpm.conversion.grid_reading import (
 )
 from megatron_bitcpm.conversion.hf.fold import fold
 from megatron_bitcpm.conversion.infer_grid import infer_grid
-from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.source import Form, ModelSource
 from megatron_bitcpm.conversion.stamp import NUMERICS, QuantizerStamp
 from megatron_bitcpm.conversion.tensor_stream import is_finite
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
@@ -110,6 +110,7 @@ def share_stamp(
     plain, stamped = (found, wanted) if found.stamp is None else (wanted, found)
     assert stamped.stamp is not None
     note = f"{plain.path} carries no quantiser stamp: its "
+    form: Form = "latent"
     if _lies_on_grid(plain, stamped):
         form = "pseudo"
         note += f"values, which lie on a grid, were compared with the forward of {stamped.path}"
@@ -120,10 +121,8 @@ def share_stamp(
             "Name the MiniCPM before the folding",
         )  # fmt: skip
     elif stamped.form == "latent":
-        form = "latent"
         note += f"weights were compared with the latents of {stamped.path}"
     else:
-        form = "latent"
         note += f"weights were quantised with the stamp of {stamped.path} for the comparison"
     lent = dataclasses.replace(plain, form=form, stamp=stamped.stamp)
     return (lent, wanted, note) if plain is found else (found, lent, note)

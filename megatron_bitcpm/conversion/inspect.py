@@ -262,8 +262,8 @@ def _compare_names(
     """Yield what layers of this architecture have and the tensors lack, and the reverse."""
     sizes, strays = derived.sizes, derived.strays
     for layer in sorted({name.split(".")[2] for name in strays}, key=int):
-        names = [name for name in strays if name.split(".")[2] == layer]
-        yield f"layer {layer} is incomplete, it holds only {list_first(names, 'tensors')}"
+        held = [name for name in strays if name.split(".")[2] == layer]
+        yield f"layer {layer} is incomplete, it holds only {list_first(held, 'tensors')}"
     if "head_dim" not in sizes:
         return
     model = ModelConfig(

@@ -180,7 +180,8 @@ def _missing_shard(
         [path.name for place, path in places.items() if place[axis] >= missing[axis]]
         for axis in (0, 1)
     ]
-    called = list_first(min(beyond, key=len), "shards")
+    fewest = beyond[0] if len(beyond[0]) < len(beyond[1]) else beyond[1]
+    called = list_first(fewest, "shards")
     return _refusal(
         folder, f"{name}/{SHARD_FILE} is missing, beside {called}",
         f"Restore it, or remove {called} if that is surplus",
