@@ -13,18 +13,38 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
+from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER
 from megatron_bitcpm.checkpoint.store import TRACKER
-from megatron_bitcpm.conversion.megatron.folder import RELEASE
+from megatron_bitcpm.conversion.megatron.folder import RELEASE, SHARD_FILE
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import publish_folder, sync
+from megatron_bitcpm.files import TOKENIZER_FILES, publish_folder, sync, sync_tree
 
 _OLD = ".old"
+
+_Known = Mapping[str, Any]
+"""Patterns of names -> None for a file, what is known in it for a folder."""
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_MODEL_NAMES = (
+    *_WEIGHTS, *TOKENIZER_FILES, "*.index.json", "config.json", "config.json.bak*",
+    "generation_config.json", "bitcpm_*.json", "chat_template.*", "modeling_*.py",
+    "configuration_*.py", "tokenization_*.py", "README.md", "LICENSE*", "NOTICE*",
+    ".gitattributes",
+)  # fmt: skip
+_MODEL: _Known = {**dict.fromkeys(_MODEL_NAMES), "additional_chat_templates": {"*": None}}
+_RELEASE: _Known = {
+    MODEL_FILE: None, SIDE_FOLDER: _MODEL, "mp_rank_*": {SHARD_FILE: None},
+    **dict.fromkeys(("*.distcp", ".metadata", "metadata.json", "common.pt")),
+}  # fmt: skip
+_CHECKPOINT: _Known = {TRACKER: None, RELEASE: _RELEASE}
+_OLD_TORCH_FILE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+"""How `torch.save` began its files before they were archives."""
 
 
 @contextmanager
@@ -40,9 +60,11 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
             the block, nothing is left behind and an old output is as it was.
     """
     with _scratch_beside(output) as scratch:
-        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-            _check_replaceable(output, overwrite, _is_model(output))
+        _check_replaceable(output, overwrite, _why_no_model)
         yield scratch
+        # Writing and flushing take long: the output may have come into being meanwhile.
+        sync_tree(scratch)
+        _check_replaceable(output, overwrite, _why_no_model)
         publish_folder(scratch, output)
 
 
@@ -50,14 +72,14 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 def new_file(output: Path, overwrite: bool) -> Iterator[Path]:
     """Give a place for a file; at the end of the block it becomes `output`.
 
-    Arguments and errors as in `new_folder`; only a file is replaced.
+    Arguments and errors as in `new_folder`; only a file of tensors is replaced.
     """
     with _scratch_beside(output) as scratch:
-        if output.exists():
-            _check_replaceable(output, overwrite, output.is_file())
+        _check_replaceable(output, overwrite, _why_no_tensors)
         path = scratch / output.name
         yield path
         sync(path)
+        _check_replaceable(output, overwrite, _why_no_tensors)
         os.replace(path, output)
         sync(output.parent)
 
@@ -112,24 +134,68 @@ def clean_up_after_killed(output: Path) -> None:
             os.close(lock)
 
 
-def _is_model(output: Path) -> bool:
-    """Whether a folder holds a model and may be replaced, which deletes it; never a run's."""
-    if (output / "config.json").is_file():
-        return True
-    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    return names == {RELEASE, TRACKER} and (output / RELEASE / MODEL_FILE).is_file()
-
-
-def _check_replaceable(output: Path, overwrite: bool, is_model: bool) -> None:
+def _check_replaceable(
+    output: Path, overwrite: bool, why_kept: Callable[[Path], str | None]
+) -> None:
+    """Refuse an output that is there, unless it may be deleted; an empty folder may."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
     if not overwrite:
         raise CheckpointError.of("output", output, "exists", "Name a new one, or add --overwrite")
-    if not is_model:
+    reason = why_kept(output)
+    if reason is not None:
         raise CheckpointError.of(
-            "output",
-            output,
-            "exists and is no converted model, so it is not replaced",
-            "Name a new one",
+            "output", output, f"exists and {reason}", "Name a new one, or remove it yourself"
         )
+
+
+def _why_no_model(output: Path) -> str | None:
+    """Return why a folder must not be deleted as an old model, None where it may.
+
+    It may only if all of it is what models consist of: among anything else somebody's work can be.
+    """
+    rule = "is no converted model, so it is not replaced"
+    if not output.is_dir():
+        return f"{rule} (it is a file)"
+    is_checkpoint = (output / TRACKER).is_file() and (output / RELEASE / MODEL_FILE).is_file()
+    has_weights = any(any(output.glob(pattern)) for pattern in _WEIGHTS)
+    foreign = _find_foreign(output, _CHECKPOINT if is_checkpoint else _MODEL)
+    if foreign is not None:
+        return f"{rule} (it holds {foreign.relative_to(output)}, which is no part of one)"
+    if not is_checkpoint and not ((output / "config.json").is_file() and has_weights):
+        return f"{rule} (it has no config.json with weights)"
+    return None
+
+
+def _find_foreign(folder: Path, known: _Known) -> Path | None:
+    """Return the first entry, by name, that is not among the known ones."""
+    for path in sorted(folder.iterdir()):
+        pattern = next((p for p in known if fnmatchcase(path.name, p)), None)
+        if pattern is None or path.is_dir() != (known[pattern] is not None):
+            return path
+        if known[pattern] is not None and (found := _find_foreign(path, known[pattern])):
+            return found
+    return None
+
+
+def _why_no_tensors(output: Path) -> str | None:
+    """Return why a file must not be deleted as old weights, None where it may; by its beginning."""
+    rule = "is no file of tensors, so it is not replaced"
+    if not output.is_file():
+        return rule
+    if zipfile.is_zipfile(output):
+        try:
+            with zipfile.ZipFile(output) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, ValueError):
+            names = []
+        return None if any(name.endswith("/data.pkl") for name in names) else rule
+    with output.open("rb") as stream:
+        start = stream.read(len(_OLD_TORCH_FILE))
+    is_safetensors = start[8:9] == b"{" and (
+        int.from_bytes(start[:8], "little") <= output.stat().st_size - 8
+    )
+    return None if is_safetensors or start == _OLD_TORCH_FILE else rule
 
 
 def _make_locked(output: Path) -> tuple[Path, int]:

@@ -113,9 +113,11 @@ def test_output_is_not_replaced_unless_asked(trained, tmp_path):
     with pytest.raises(CheckpointError, match="is no converted model, so it is not replaced"):
         export_hf(trained(CASE).directory, output, overwrite=True)
     assert (output / "mine.txt").read_text() == "x"
-    (output / "config.json").write_text("{}")
+    shutil.rmtree(output)
+    export_hf(trained(CASE).directory, output)
+    (output / "README.md").write_text("x")
     export_hf(trained(CASE).directory, output, overwrite=True)
-    assert not (output / "mine.txt").exists()
+    assert (output / "README.md").read_text() != "x"
     verify(output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

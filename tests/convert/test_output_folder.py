@@ -1,0 +1,177 @@
+"""Which outputs are replaced: models and weight files, whole, and only if they may be."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+
+import pytest
+import torch
+from tiny_folders import make_folder, make_state
+
+from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.conversion.convert import convert
+from megatron_bitcpm.conversion.hf.writer import write_folder
+from megatron_bitcpm.conversion.inspect import inspect
+from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
+from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
+from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
+from megatron_bitcpm.conversion.open import open_source
+from megatron_bitcpm.conversion.output_folder import new_file, new_folder
+from megatron_bitcpm.conversion.stamp import QuantizerStamp
+from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.files import TOKENIZER_FILES
+
+KEPT = "is no converted model, so it is not replaced"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model with every companion that is copied."""
+    made = make_folder(tmp_path / "in", minicpm=True)
+    for name in {*TOKENIZER_FILES, "bitcpm_tokenizer.json", "chat_template.json"}:
+        # An absent vocabulary stays absent: only the first one would count.
+        if name not in VOCABULARY_FILES and not (made / name).exists():
+            (made / name).write_text("{}")
+    (made / "additional_chat_templates").mkdir()
+    (made / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    return made
+
+
+def replace(output, overwrite=True):
+    with new_folder(output, overwrite) as scratch:
+        (scratch / "new").touch()
+
+
+def assert_replaced(output):
+    replace(output)
+    assert [path.name for path in output.iterdir()] == ["new"]
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+@pytest.mark.parametrize("form", ["plain", "latent", "pseudo"])
+@pytest.mark.parametrize("limit", [10_000_000, 30_000])
+def test_folders_of_this_package_are_replaced(form, weights, limit, folder, tmp_path):
+    stamp = None if form == "plain" else QuantizerStamp(QuantConfig())
+    write_folder(
+        open_source(folder), tmp_path / "out", form, weights=weights, max_shard_bytes=limit,
+        stamp=stamp, force=True,
+    )  # fmt: skip
+    assert_replaced(tmp_path / "out")
+
+
+@pytest.mark.parametrize("write", [write_torch_dist, write_legacy])
+def test_checkpoints_of_this_package_are_replaced(write, folder, tmp_path):
+    output = tmp_path / "out"
+    write(open_source(folder), output, MegatronLayout(2))
+    (output / "release" / "notes.md").write_text("mine")
+    with pytest.raises(CheckpointError, match=rf"{KEPT} \(it holds release/notes.md, which"):
+        replace(output)
+    (output / "release" / "notes.md").unlink()
+    assert_replaced(output)
+
+
+def test_a_folder_whose_config_was_fixed_is_replaced(folder):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 40', '"vocab_size": 41'))
+    inspect(folder, fix_config=True)
+    assert (folder / "config.json.bak").exists()
+    assert_replaced(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["src/main.py", ".git/HEAD", "checkpoint-500/model.safetensors", "trainer_state.json",
+     "iter_0000010/common.pt", "latest_checkpointed_iteration.txt", "thesis.txt", "main.py",
+     "package.json", "README.md/x", "additional_chat_templates/old/x"],
+)  # fmt: skip
+def test_a_model_folder_with_something_else_is_kept(entry, folder):
+    path = folder / entry
+    if path.parent.is_file():
+        path.parent.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    named = entry if "templates" in entry else entry.split("/")[0]
+    named = named.removesuffix("/x")
+    with pytest.raises(CheckpointError, match=rf"{KEPT} \(it holds {named}, which is no part"):
+        replace(folder)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_half_a_model_is_kept(name, folder):
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{KEPT} \(it has no config.json with weights\)"):
+        replace(folder)
+
+
+def test_a_project_with_a_config_is_kept(folder, tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.json").write_text('{"name": "webapp"}')
+    with pytest.raises(CheckpointError, match=KEPT):
+        convert(folder, project, "plain", overwrite=True)
+    assert (project / "config.json").read_text() == '{"name": "webapp"}'
+    with pytest.raises(CheckpointError, match=rf"{KEPT} \(it is a file\)"):
+        convert(folder, project / "config.json", "plain", overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_appears_meanwhile_is_kept(overwrite, tmp_path):
+    output = tmp_path / "out"
+    message = KEPT if overwrite else "exists. Name a new one, or add --overwrite"
+    with pytest.raises(CheckpointError, match=message), new_folder(output, overwrite):
+        output.mkdir()
+        (output / "mine").write_text("x")
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/mine"]
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def torch_file(zipped):
+    stream = io.BytesIO()
+    torch.save({"a": torch.ones(2)}, stream, _use_new_zipfile_serialization=zipped)
+    return stream.getvalue()
+
+
+def zip_file():
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr("word/document.xml", "thesis")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "archive", "old"])
+def test_files_of_tensors_are_replaced(kind, tmp_path):
+    output = tmp_path / "out.bin"
+    if kind == "safetensors":
+        (make_folder(tmp_path / "in", make_state()) / "model.safetensors").rename(output)
+    else:
+        output.write_bytes(torch_file(kind == "archive"))
+    with new_file(output, True) as scratch:
+        scratch.write_text("new")
+    assert output.read_text() == "new"
+
+
+@pytest.mark.parametrize("content", [b"My thesis, chapter one", b"", b"{}" * 20, zip_file()])
+def test_other_files_are_kept(content, tmp_path):
+    output = tmp_path / "thesis.bin"
+    output.write_bytes(content)
+    message = "is no file of tensors, so it is not replaced"
+    with pytest.raises(CheckpointError, match=message), new_file(output, True):
+        raise AssertionError
+    assert output.read_bytes() == content
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
+    output = tmp_path / "out.bin"
+    with pytest.raises(CheckpointError, match="exists"), new_file(output, False) as scratch:
+        scratch.write_text("new")
+        output.write_bytes(torch_file(True))
+    assert output.read_bytes() != b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.bin"]
