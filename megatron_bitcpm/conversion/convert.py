@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args, get_type_hints
 
-from megatron_bitcpm.conversion.hf.writer import write_folder
+from megatron_bitcpm.conversion.hf.writer import MAX_SHARD_BYTES, write_folder
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
 from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
@@ -35,8 +37,8 @@ from megatron_bitcpm.errors import CheckpointError
 Target = Literal["torch_dist", "legacy", "plain", "latent", "pseudo"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 MEGATRON_TARGETS = ("torch_dist", "legacy")
-DEFAULT_SHARD_BYTES = 5_000_000_000
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_LARGEST_FILE = 2**63 - 1
 
 
 def convert(
@@ -75,7 +77,8 @@ def convert(
         quant_type, group_size, eps, numerics: the quantiser that trained an unstamped latent model.
         max_shard_size: largest weight file of a Hugging Face folder, bytes or for example ``5GB``.
         weights: of a Hugging Face folder: safetensors (default) or bin.
-        force: go on although the latent weights look as if they had never been trained quantised.
+        force: go on although the latent weights look as if they had never been trained quantised;
+            of unstamped ones, whose quantiser is named.
         overwrite: replace `output`, if it holds a model.
     Returns:
         What was read and written, seconds, and the report of the verification, as JSON.
@@ -84,6 +87,7 @@ def convert(
         CheckpointError: bad input or wish, a full disk, or an output that differs; nothing is left
             behind, and an old output is as it was.
     """
+    _check_types(locals())
     target = _check_target(to)
     layout_sizes = {
         "tensor_parallel_size": tensor_parallel_size,
@@ -103,7 +107,7 @@ def convert(
     source = open_source(input, tokenizer)
     _check_tokenizer_wanted(source, tokenizer)
     _check_form(source, target, quantizer)
-    stamp = _check_quantizer(source, quantizer, target)
+    stamp = _check_quantizer(source, quantizer, target, force)
     if megatron:
         sizes = [1 if size is None else size for size in layout_sizes.values()]
         written = _write_megatron(
@@ -155,14 +159,33 @@ def parse_size(size: int | str | None) -> int:
         CheckpointError: it is no size, or not positive.
     """
     if size is None:
-        return DEFAULT_SHARD_BYTES
+        return MAX_SHARD_BYTES
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]i?B)?", str(size), re.IGNORECASE)
-    value = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
-    if value < 1:
+    value = int(Decimal(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if not 1 <= value <= _LARGEST_FILE:
         raise CheckpointError.of(
-            "max_shard_size", size, "is no size", "Use for example 5GB or 500MB"
+            "max_shard_size", str(size)[:40], "is no size of a file", "Use for example 5GB or 500MB"
         )
     return value
+
+
+def _check_types(arguments: dict[str, Any]) -> None:
+    """Refuse arguments of `convert` that are not what its annotations say, and paths of nothing."""
+    hints = get_type_hints(convert)
+    for name, value in arguments.items():
+        types = get_args(hints[name]) or (hints[name],)
+        # To Python a truth value is an integer, and an integer is no float.
+        known = type(value) in types or (type(value) is int and float in types)
+        rule = None
+        if not known and (isinstance(value, bool) or not isinstance(value, types)):
+            names = ("None" if kind is type(None) else kind.__name__ for kind in types)
+            rule = f"is of type {type(value).__name__}, takes {' or '.join(names)}"
+        elif Path in types and value == "":
+            rule = "is no path"
+        elif Path in types and "\0" in str(value):
+            rule = "holds a null character, which no path can"
+        if rule is not None:
+            raise CheckpointError.of(name, reprlib.repr(value), rule, "Change it")
 
 
 def _check_target(to: str) -> Target:
@@ -229,14 +252,18 @@ def _check_form(source: ModelSource, target: Target, quantizer: QuantizerSetting
 
 
 def _check_quantizer(
-    source: ModelSource, quantizer: QuantizerSettings, target: Target
+    source: ModelSource, quantizer: QuantizerSettings, target: Target, force: bool
 ) -> QuantizerStamp | None:
-    """Return the quantiser named for an unstamped model; refuse one that has no effect."""
+    """Return the quantiser named for an unstamped model; refuse one, and force, without effect."""
+    given = quantizer.given()
     if source.stamp is not None:
         quantizer.check_agrees(source.stamp)
-        return None
-    given = quantizer.given()
-    if not given:
+    if force and (source.stamp is not None or not given):
+        raise CheckpointError.of(
+            "force", force, "has no effect: only latents whose quantiser is named are looked at",
+            "Leave it out",
+        )  # fmt: skip
+    if source.stamp is not None or not given:
         return None
     if target not in ("latent", "pseudo"):
         _refuse_quantizer(given, target)

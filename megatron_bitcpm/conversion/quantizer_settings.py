@@ -91,8 +91,8 @@ def parse_quantizer_settings(
         )
     if group_size is not None and group_size != "tensor":
         try:
-            number = int(group_size)
-        except ValueError:
+            number = 0 if isinstance(group_size, bool | float) else int(group_size)
+        except (TypeError, ValueError):
             number = 0
         if number < 1 and number != -1:
             raise CheckpointError.of(
@@ -108,5 +108,7 @@ def parse_quantizer_settings(
             f"Use numerics {FP32}",
         )  # fmt: skip
     if eps is not None:
+        if isinstance(eps, bool) or not isinstance(eps, int | float):
+            raise CheckpointError.of("eps", repr(eps), "is no number", "Use 1e-5")
         check_eps(eps)
     return QuantizerSettings(quant_type, group_size, numerics, eps)

@@ -14,6 +14,7 @@ from released_models import TINY, make_tensors, write_hf_folder
 
 from megatron_bitcpm.conversion import convert as convert_module
 from megatron_bitcpm.conversion.convert import convert, parse_size
+from megatron_bitcpm.conversion.quantizer_settings import parse_quantizer_settings
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,11 @@ REFUSED = [
     ("plain", "torch_dist", {"weights": "bin"}, "weights=bin: has no effect on to=torch_dist"),
     ("plain", "torch_dist", {"force": True}, "force=True: has no effect on to=torch_dist"),
     ("minicpm", "torch_dist", {"architecture": "llama"}, "architecture=llama: has no effect"),
-    ("plain", "plain", {"max_shard_size": "5 GO"}, "max_shard_size=5 GO: is no size."),
+    ("plain", "plain", {"max_shard_size": "5 GO"}, "max_shard_size=5 GO: is no size of a file."),
+    ("plain", "plain", {"max_shard_size": "9" * 400 + "GB"}, "9: is no size of a file."),
+    ("plain", "plain", {"force": True}, "force=True: has no effect: only latents whose"),
+    ("latent", "pseudo", {"force": True}, "force=True: has no effect: only latents whose"),
+    ("pseudo", "pseudo", {"force": True}, "force=True: has no effect: only latents whose"),
     ("plain", "plain", {"weights": "pickle"}, "weights=pickle: is unknown. Use safetensors or bin"),
     ("plain", "pseudo", {}, "the input does not say which quantiser trained it"),
     ("plain", "latent", {}, "Name it with --quant-type and --group-size, or use --to plain."),
@@ -98,6 +103,39 @@ def test_refusals(source, to, settings, message, models, tmp_path):
         convert(models[source], tmp_path / "out", to, **settings)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tensor_parallel_size", "2", "='2': is of type str, takes int or None. Change it."),
+        ("tensor_parallel_size", 2.0, "=2.0: is of type float, takes int or None."),
+        ("pipeline_parallel_size", True, "=True: is of type bool, takes int or None."),
+        ("eps", "1e-5", "='1e-5': is of type str, takes float or None."),
+        ("group_size", True, "=True: is of type bool, takes int or str or None."),
+        ("quant_type", [], "=[]: is of type list, takes str or None."),
+        ("max_shard_size", True, "=True: is of type bool, takes int or str or None."),
+        ("overwrite", "no", "='no': is of type str, takes bool."),
+        ("to", None, "=None: is of type NoneType, takes str."),
+        ("input", None, "=None: is of type NoneType, takes str or Path."),
+        ("output", None, "=None: is of type NoneType, takes str or Path."),
+        ("output", "x\0", r"='x\x00': holds a null character, which no path can. Change it."),
+        ("input", "", "='': is no path. Change it."),
+        ("tokenizer", "", "='': is no path. Change it."),
+    ],
+)
+def test_values_of_wrong_types(name, value, message, tmp_path):
+    arguments = {"input": "absent", "output": tmp_path / "out", "to": "torch_dist", name: value}
+    with pytest.raises(CheckpointError, match=f"^{re.escape(name + message)}") as error:
+        convert(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", [{"group_size": True}, {"group_size": 64.5}, {"eps": "1e-5"}])
+def test_quantizer_settings_of_wrong_types(setting):
+    settings = {"quant_type": "ternary", "group_size": -1, "numerics": None, "eps": None}
+    with pytest.raises(CheckpointError, match=f"^{next(iter(setting))}="):
+        parse_quantizer_settings(**settings | setting)
 
 
 def test_settings_equal_to_the_stamp_are_no_mistake(models, tmp_path):
