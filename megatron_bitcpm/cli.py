@@ -117,10 +117,14 @@ def data_prepare(
 
 @app.command("convert")
 def convert_command(
+    # Paths as they were typed: to `Path` the empty one is the working folder.
     input_: Annotated[
-        Path, typer.Option("--input", help="Hugging Face folder, Megatron checkpoint, or run.")
+        str,
+        typer.Option(
+            "--input", metavar="PATH", help="Hugging Face folder, Megatron checkpoint, or run."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    output: Annotated[str, typer.Option(metavar="PATH", help="Folder to write.")],
     to: Annotated[str, typer.Option(help="torch_dist, legacy, plain, latent or pseudo.")],
     tensor_parallel_size: Annotated[
         int | None, typer.Option(help="Megatron: shards of each layer; default 1.")
@@ -140,7 +144,8 @@ def convert_command(
         typer.Option(help="Of a MiniCPM: minicpm (default) or llama, which folds its constants."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Tokenizer folder, where the input has none.")
+        str | None,
+        typer.Option(metavar="PATH", help="Tokenizer folder, where the input has none."),
     ] = None,
     quant_type: Annotated[
         str | None, typer.Option(help="Grid that trained unstamped latents, for example ternary.")
@@ -218,7 +223,7 @@ def verify_command(
         typer.Option(help="OTHER computes in float32 (default), or auto: the type of its files."),
     ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Write the tables to this file instead of the terminal.")
+        Path | None, typer.Option(help="Write the tables to this .md file, not to the terminal.")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run modelling code of others.")
@@ -230,9 +235,10 @@ def verify_command(
     anything differs; with --logits the table of predictions comes first.
     """
     from megatron_bitcpm.conversion.open import open_source
+    from megatron_bitcpm.conversion.output_folder import check_report, write_report
     from megatron_bitcpm.conversion.verify import compare
-    from megatron_bitcpm.files import write_text_atomically
 
+    _check_tokenizer(tokenizer)
     only_with_logits = {
         "logits-key": logits_key,
         "logits-dtype": logits_dtype,
@@ -245,6 +251,13 @@ def verify_command(
         for name, value in {"logits": logits, "markdown": markdown}.items():
             if value is not None:
                 raise BitcpmError.of(name, value, "needs two models", "Name the second one")
+    if logits_key is not None and logits is not None and logits.suffix != ".jsonl":
+        raise BitcpmError.of(
+            "logits-key", logits_key, f"has no effect on {logits}, which is no .jsonl file",
+            "Leave it out",
+        )  # fmt: skip
+    if markdown is not None:
+        check_report(markdown, [p for p in (model, other, tokenizer, logits) if p is not None])
     report = compare(
         open_source(model, tokenizer), open_source(other, tokenizer) if other else None
     )
@@ -263,7 +276,7 @@ def verify_command(
         content = content | {"logits": table}
         tables = f"{tables}\n{render_logit_table(table)}"
     if markdown is not None:
-        write_text_atomically(markdown, tables)
+        write_report(markdown, tables)
     elif logits is not None or report.problems:
         typer.echo(tables, err=True)
     if logits is not None or not report.problems:
@@ -287,6 +300,7 @@ def inspect_command(
     from megatron_bitcpm.conversion.inspect import inspect
     from megatron_bitcpm.conversion.inspect_text import render
 
+    _check_tokenizer(tokenizer)
     report = inspect(path, fix_config=fix_config, tokenizer=tokenizer)
     if as_json:
         _print_json(report)
@@ -425,6 +439,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.stderr.write("".join(f"{prefix}bitcpm: {line}\n" for line in lines))
         sys.stderr.flush()
         sys.exit(2)
+
+
+def _check_tokenizer(tokenizer: Path | None) -> None:
+    """Refuse a folder that is absent, also where the model turns out not to need it."""
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise BitcpmError.of("tokenizer", tokenizer, "no such folder", "Name another, or none")
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +24,13 @@ from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER
 from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.conversion.megatron.folder import RELEASE, SHARD_FILE
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import TOKENIZER_FILES, publish_folder, sync, sync_tree
+from megatron_bitcpm.files import (
+    TOKENIZER_FILES,
+    publish_folder,
+    sync,
+    sync_tree,
+    write_text_atomically,
+)
 
 _OLD = ".old"
 
@@ -239,3 +245,56 @@ def write_json(path: Path, content: Any) -> None:
     """Write a JSON file for people to read too."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
+
+
+def check_report(path: Path, inputs: Sequence[Path]) -> None:
+    """Refuse a place for a Markdown report before the work for it begins.
+
+    Args:
+        path: of the report; an older report, by its suffix, may be there.
+        inputs: files and folders that are read: the report must not get into them.
+
+    Raises:
+        CheckpointError: it cannot be written there, or must not be.
+    """
+    with _explain_report(path):
+        real = Path(os.path.realpath(path))
+        rule, fix = None, "Name another file"
+        for read in inputs:
+            folder = Path(os.path.realpath(read))
+            # A single weights file stands for its folder.
+            if (folder.parent / "config.json").is_file() and folder.is_file():
+                folder = folder.parent
+            if folder == real or folder in real.parents:
+                rule = f"would change the input {read}"
+        if rule is None and path.is_dir():
+            rule, fix = "is a folder", "Name a file in it"
+        elif rule is None and path.exists() and path.suffix.lower() != ".md":
+            rule = "exists and is no .md file, so it is not replaced"
+        elif rule is None and not path.parent.is_dir():
+            rule, fix = f"there is no folder {path.parent}", "Make it, or name another file"
+        elif rule is None and not os.access(path.parent, os.W_OK | os.X_OK):
+            rule = f"the folder {path.parent} cannot be written to"
+    if rule is not None:
+        raise CheckpointError.of("markdown", path, rule, fix)
+
+
+def write_report(path: Path, text: str) -> None:
+    """Write a Markdown report whose place was checked.
+
+    Raises:
+        CheckpointError: the disk is full, for example; an older report is as it was.
+    """
+    with _explain_report(path):
+        write_text_atomically(path, text)
+
+
+@contextmanager
+def _explain_report(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError.of(
+            "markdown", path, f"cannot be written: {reason}", "Name another file"
+        ) from error

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_folders import make_folder, make_state
 
+from megatron_bitcpm.cli import main
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.convert import convert
 from megatron_bitcpm.conversion.hf.writer import write_folder
@@ -175,3 +176,83 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
         output.write_bytes(torch_file(True))
     assert output.read_bytes() != b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["out.bin"]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def run(capsys, *arguments):
+    """Exit code and messages of a command."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Two equal models."""
+    return make_folder(tmp_path / "a"), make_folder(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("place", "rule"),
+    [
+        ("a/config.json", "would change the input {a}. Name another file."),
+        ("b/report.md", "would change the input {b}."),
+        ("prompts.md", "would change the input {prompts}."),
+        ("mine.txt", "exists and is no .md file, so it is not replaced. Name another file."),
+        ("folder.md", "is a folder. Name a file in it."),
+        ("absent/report.md", "there is no folder {absent}. Make it, or name another file."),
+        ("mine.txt/report.md", "there is no folder {mine}. Make it"),
+        ("/proc/closed.md", "cannot be written: "),
+        ("x" * 300, "cannot be written: File name too long. Name another file."),
+    ],
+)
+def test_where_no_report_goes(place, rule, pair, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "prompts.md").write_text("t1 t2")
+    (tmp_path / "folder.md").mkdir()
+    paths = {"a": "a", "b": "b", "prompts": "prompts.md", "absent": "absent", "mine": "mine.txt"}
+    rule = rule.format(**{name: tmp_path / path for name, path in paths.items()})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if not place.startswith("/proc"):
+
+        def too_late(*unused):
+            raise AssertionError
+
+        monkeypatch.setattr("megatron_bitcpm.conversion.open.open_source", too_late)
+    logits = ("--logits", tmp_path / "prompts.md") if place == "prompts.md" else ()
+    code, message = run(capsys, "verify", *pair, "--markdown", tmp_path / place, *logits)
+    assert code == 2
+    assert message.startswith(f"bitcpm: markdown={tmp_path / place}: {rule}"), message
+    assert message.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_an_old_report_is_replaced(pair, tmp_path, capsys):
+    (tmp_path / "report.md").write_text("old")
+    main_code, message = run(capsys, "verify", *pair, "--markdown", tmp_path / "report.md")
+    assert (main_code, message) == (0, "")
+    assert "| " in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("verify", "{a}", "--tokenizer", "nowhere"), "tokenizer=nowhere: no such folder."),
+        (("inspect", "{a}", "--tokenizer", "nowhere"), "tokenizer=nowhere: no such folder."),
+        (("verify", "{a}", "{b}", "--logits-key", "z"), "logits-key=z: has no effect without"),
+        (("verify", "{a}", "{b}", "--logits-key", "z", "--logits", "p.txt"),
+         "logits-key=z: has no effect on p.txt, which is no .jsonl file. Leave it out."),
+        (("convert", "--input", "", "--output", "x", "--to", "plain"), "input='': is no path."),
+        (("convert", "--input", "{a}", "--output", "", "--to", "plain"), "output='': is no path."),
+        (("convert", "--input", "{a}", "--output", "{a}-x", "--to", "plain", "--force"),
+         "force=True: has no effect: only latents"),
+    ],
+)  # fmt: skip
+def test_options_without_effect(arguments, message, pair, capsys):
+    a, b = pair
+    code, found = run(capsys, *(argument.format(a=a, b=b) for argument in arguments))
+    assert code == 2
+    assert found.startswith(f"bitcpm: {message}")
+    assert found.count("\n") == 1
