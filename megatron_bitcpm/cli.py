@@ -239,7 +239,7 @@ def verify_command(
     from megatron_bitcpm.conversion.verify import compare
 
     _check_tokenizer(tokenizer)
-    only_with_logits = {
+    only_with_logits: dict[str, Any] = {
         "logits-key": logits_key,
         "logits-dtype": logits_dtype,
         "trust-remote-code": trust_remote_code or None,
