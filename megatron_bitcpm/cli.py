@@ -259,7 +259,7 @@ def verify_command(
     if markdown is not None:
         check_report(markdown, [p for p in (model, other, tokenizer, logits) if p is not None])
     report = compare(
-        open_source(model, tokenizer), open_source(other, tokenizer) if other else None
+        open_source(model, tokenizer), open_source(other, tokenizer) if other else None, tokenizer
     )
     content, tables = report.content, report.render()
     if logits is not None and other is not None:

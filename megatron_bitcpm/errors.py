@@ -6,7 +6,9 @@ a traceback and exits with code 2. Broken invariants of our own are ``assert``, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
+
+E = TypeVar("E", bound="BitcpmError")
 
 
 def format_problem(field: str, value: Any, rule: str, fix: str) -> str:
@@ -25,7 +27,7 @@ class BitcpmError(ValueError):
     """Base of all errors caused by input; the message is one line with the fix."""
 
     @classmethod
-    def of(cls, field: str, value: Any, rule: str, fix: str) -> BitcpmError:
+    def of(cls: type[E], field: str, value: Any, rule: str, fix: str) -> E:
         """Build the error from the four parts of its message, see `format_problem`."""
         return cls(format_problem(field, value, rule, fix))
 

@@ -65,9 +65,7 @@ class LatentFile:
 
 def file_error(path: Path, rule: str, fix: str) -> CheckpointError:
     """Build the error of a file that cannot be converted."""
-    error = CheckpointError.of(FIELD, path, rule, fix)
-    assert isinstance(error, CheckpointError)
-    return error
+    return CheckpointError.of(FIELD, path, rule, fix)
 
 
 def survey(file: TensorFile, stamp: QuantizerStamp) -> LatentFile:

@@ -92,6 +92,9 @@ def test_config_json_of_a_tokenizer_is_not_that_of_the_model(tmp_path):
     convert(tmp_path / "dist", tmp_path / "out", "plain", tokenizer=foreign)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] == 2 and "of_another_model" not in config
+    # Nor does it get into another checkpoint, where it would pass for the model's.
+    convert(tmp_path / "dist", tmp_path / "legacy", "legacy", tokenizer=foreign)
+    assert not (tmp_path / "legacy" / "release" / "hf" / "config.json").exists()
     # However the checkpoint's own folder is spelled.
     own = tmp_path / "dist" / "release" / ".." / "release" / "hf"
     convert(tmp_path / "dist", tmp_path / "own", "plain", tokenizer=own)

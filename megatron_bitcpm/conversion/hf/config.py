@@ -365,9 +365,7 @@ def _problem(path: Path, key: Any, value: Any, rule: str, fix: str) -> Checkpoin
     shown = str(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     rule = " ".join(f"{rule} ({path})".split())
-    error = CheckpointError.of(str(key), shown, rule, fix)
-    assert isinstance(error, CheckpointError)
-    return error
+    return CheckpointError.of(str(key), shown, rule, fix)
 
 
 def hf_config(

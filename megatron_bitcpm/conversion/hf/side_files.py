@@ -105,7 +105,8 @@ def write_side_files(
     """
     if tokenizer is not None:
         copy_companions(tokenizer, folder)
-    original = _find_original_config(source)
+    path = find_original_config(source)
+    original = None if path is None else read_json(path)
     # Values on the grid must not be rounded in loading; see `_check_types` of `verify`.
     dtype = source.dtype(next(iter(source.quantized_tensors()), HF_EMBEDDING))
     config = hf_config(source.model, dtype, source.vocab_size, ids, original)
@@ -143,7 +144,7 @@ def _describe_origin(source: ModelSource) -> dict[str, Any]:
     return {"checkpoint": source.path.name, **source.facts}
 
 
-def _find_original_config(source: ModelSource) -> dict[str, Any] | None:
+def find_original_config(source: ModelSource) -> Path | None:
     """Return the config.json that the model came with; a tokenizer's folder may have a foreign."""
     folder = source.side_files
     if folder is None:
@@ -151,7 +152,7 @@ def _find_original_config(source: ModelSource) -> dict[str, Any] | None:
     if source.kind != "hf" and folder.resolve() != (source.path / SIDE_FOLDER).resolve():
         return None
     path = folder / CONFIG_FILE
-    return read_json(path) if path.is_file() else None
+    return path if path.is_file() else None
 
 
 def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,9 +39,7 @@ _COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 def _folder_error(folder: Path, rule: str, fix: str = _COPY_AGAIN) -> CheckpointError:
     """Build the error of a folder that is not what it should be."""
-    error = CheckpointError.of("folder", folder, rule, fix)
-    assert isinstance(error, CheckpointError)
-    return error
+    return CheckpointError.of("folder", folder, rule, fix)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,7 @@ _REPLACE = "Copy the file from its source again"
 
 def file_error(path: Path, rule: str, fix: str = _REPLACE) -> CheckpointError:
     """Build the error of a file that is not what it should be, in one line."""
-    error = CheckpointError.of("file", path, " ".join(rule.split()).rstrip("."), fix)
-    assert isinstance(error, CheckpointError)
-    return error
+    return CheckpointError.of("file", path, " ".join(rule.split()).rstrip("."), fix)
 
 
 class TensorFile(ABC):

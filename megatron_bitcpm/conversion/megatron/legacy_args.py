@@ -166,12 +166,10 @@ def _read_vocab_size(values: dict[str, Any]) -> int | None:
 
 
 def _refusal(path: Path, what: str, rule: str) -> CheckpointError:
-    error = CheckpointError.of(
+    return CheckpointError.of(
         "checkpoint", path, rule if what == "args" else f"{what}, {rule}",
         "Only Llama and MiniCPM decoders are converted",
     )  # fmt: skip
-    assert isinstance(error, CheckpointError)
-    return error
 
 
 def _read_model(values: dict[str, Any], path: Path) -> ModelConfig:

@@ -51,9 +51,7 @@ _DAMAGED = "The checkpoint is damaged; use another one"
 
 
 def _refusal(path: Path, rule: str, fix: str = _DAMAGED) -> CheckpointError:
-    error = CheckpointError.of("checkpoint", path, rule, fix)
-    assert isinstance(error, CheckpointError)
-    return error
+    return CheckpointError.of("checkpoint", path, rule, fix)
 
 
 class _Shard:

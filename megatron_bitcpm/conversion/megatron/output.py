@@ -22,7 +22,7 @@ from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, Model
 from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.config import ModelConfig
 from megatron_bitcpm.conversion.hf.config import CONFIG_FILE
-from megatron_bitcpm.conversion.hf.side_files import copy_companions
+from megatron_bitcpm.conversion.hf.side_files import copy_companions, find_original_config
 from megatron_bitcpm.conversion.megatron.folder import RELEASE
 from megatron_bitcpm.conversion.output_folder import new_folder
 from megatron_bitcpm.conversion.source import ModelSource
@@ -85,8 +85,8 @@ def _copy_side_files(source: ModelSource, target: Path) -> None:
         return
     target.mkdir()
     copy_companions(folder, target)
-    if (folder / CONFIG_FILE).is_file():
-        shutil.copyfile(folder / CONFIG_FILE, target / CONFIG_FILE)
+    if original := find_original_config(source):
+        shutil.copyfile(original, target / CONFIG_FILE)
 
 
 def describe_model(

@@ -115,9 +115,7 @@ _OPTIONS = {
 
 
 def _layout_error(name: str, size: int, rule: str, fix: str) -> CheckpointError:
-    error = CheckpointError.of(_OPTIONS[name], size, rule, fix)
-    assert isinstance(error, CheckpointError)
-    return error
+    return CheckpointError.of(_OPTIONS[name], size, rule, fix)
 
 
 @dataclass(frozen=True)

@@ -153,9 +153,7 @@ class TorchDistTensors(MegatronTensors):
         return self._refusal(f"has no tensor {name}", fix)
 
     def _refusal(self, rule: str, fix: str) -> CheckpointError:
-        error = CheckpointError.of("checkpoint", self.folder, rule, fix)
-        assert isinstance(error, CheckpointError)
-        return error
+        return CheckpointError.of("checkpoint", self.folder, rule, fix)
 
     def _read(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """Read the box of `shape` that begins at `start`."""
