@@ -12,7 +12,7 @@ bound changes an order, so the scale of several parts is the largest of theirs, 
 NaN where one of them is.
 
 A row's statistic comes first, so column parallelism, which moves whole rows, changes no bit. Here
-are the order of the rows and the second line; `scale_sync` and `conversion.megatron_to_hf` both
+are the order of the rows and the second line; `scale_sync` and `conversion.stamp` both
 call it, each with full rows from another source. Nothing here needs Megatron.
 
 Shape legend: O outputs of the *full* weight, L of the local shard, I inputs of the full row.
