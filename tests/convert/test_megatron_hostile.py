@@ -29,6 +29,7 @@ from megatron_bitcpm.errors import CheckpointError
 
 FOLDING = [field.name for field in dataclasses.fields(Folding)]
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+DEEP = 20_000
 OLD_START = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
 STORAGE = b"(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x04tQ"
 PICKLES = {
@@ -38,9 +39,9 @@ PICKLES = {
     "bytes": b"\x80\x04}\x8e" + struct.pack("<Q", 2**60) + b".",
     "long": b"\x80\x02}\x8b" + struct.pack("<i", 2**31 - 1) + b".",
     # The hash of a deep tuple overflows the stack; of one that doubles 60 times, never ends.
-    "deep key": b"\x80\x02})" + b"\x85" * 100_000 + b"Ns.",
-    "deep keys": b"\x80\x02}()" + b"\x85" * 100_000 + b"Nu.",
-    "deep dict": b"\x80\x02()" + b"\x85" * 100_000 + b"Nd.",
+    "deep key": b"\x80\x02})" + b"\x85" * DEEP + b"Ns.",
+    "deep keys": b"\x80\x02}()" + b"\x85" * DEEP + b"Nu.",
+    "deep dict": b"\x80\x02()" + b"\x85" * DEEP + b"Nd.",
     "doubled key": b"\x80\x02}K\x01" + b"2\x86" * 60 + b"Ns.",
     "doubled member": b"\x80\x02cbuiltins\nset\n]K\x01" + b"2\x86" * 60 + b"a\x85R.",
     "doubled members": b"\x80\x04\x8f(K\x01" + b"2\x86" * 60 + b"\x90.",

@@ -141,7 +141,7 @@ LAYOUTS = {
     "tp2-pp2": ("minicpm", {TP: 2, PP: 2}, "none"),
     "tp4-replicated-keys": ("llama", {TP: 4, "sequence_parallel": True}, "none"),
 }
-SLOW = ("cp3-full", "tp4-replicated-keys", "tp2", "pp2", "cp2", "tp2-pp2")
+SLOW = ("cp3-full", "tp2-cp2-sp", "tp4-replicated-keys", "tp2", "pp2", "cp2", "tp2-pp2")
 
 
 def world_of(layout: dict) -> int:

@@ -105,7 +105,9 @@ def test_recomputation_changes_nothing(recompute):
         assert torch.equal(again[1][key], gradient), key
 
 
-@pytest.mark.parametrize("seq", [16, 24], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "seq", [pytest.param(16, marks=pytest.mark.slow), 24], ids=["short", "long"]
+)
 def test_llama_with_longrope_is_the_one_of_transformers(seq):
     transformers = pytest.importorskip("transformers")
     data = batch([[seq], [seq]])

@@ -186,7 +186,9 @@ def receive_a_forgotten_send(rank: int, kept: bool) -> str:
     return str(received.tolist())
 
 
-@pytest.mark.parametrize("kept", [True, False], ids=["kept", "stock"])
+@pytest.mark.parametrize(
+    "kept", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kept", "stock"]
+)
 def test_a_send_arrives_though_its_handle_is_gone(kept):
     answers = run_ranks(2, receive_a_forgotten_send, kept)
     assert (answers[1] == str([7.0] * 4)) is kept, "it arrives now: drop the patch"

@@ -100,9 +100,9 @@ INT8 = {"activation": "int8_per_token"}
 @pytest.mark.parametrize(
     ("quant", "overlap"),
     [
-        (TENSOR, True),
+        pytest.param(TENSOR, True, marks=SLOW),
         pytest.param({**TENSOR, **INT8}, False, marks=SLOW),
-        pytest.param({"grid": "five"}, False, marks=SLOW),
+        ({"grid": "five"}, False),
         pytest.param({**TENSOR, "grid": "half_sym4", **INT8}, True, marks=SLOW),
         pytest.param({"grid": "asym4", "group_size": 32}, True, marks=SLOW),
         pytest.param({"grid": "int_sym4"}, True, marks=SLOW),

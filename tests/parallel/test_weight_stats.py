@@ -104,7 +104,6 @@ FAST = {
     ("one", "every_step"),
     ("one", "every_forward"),
     ("pp2-vpp2", "every_forward"),
-    ("tp2-pp2", "every_step"),
 }
 
 
