@@ -141,6 +141,7 @@ def test_two_records_of_one_name(tmp_path):
         TorchFile(map_file(path))
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", ["DATA.PKL", "data/0", "Data/0"])
 def test_a_record_that_torch_would_take_for_another(tmp_path, name):
     """Torch looks records up without regard to capitals."""
