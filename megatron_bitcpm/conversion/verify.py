@@ -153,7 +153,12 @@ def verify_written(written: Path, source: ModelSource, output: Path) -> dict[str
             "output", output, f"is not what was to be written: {error}".rstrip("."),
             "Convert again, to another disk if need be",
         ) from error  # fmt: skip
-    return report.content | {"folder": str(output)}
+    content = report.content | {"folder": str(output)}
+    if checked := content["checked_tokenizer"]:
+        # It lies in the hidden folder that becomes `output`.
+        inside = Path(checked).relative_to(output.parent).parts[1:]
+        content["checked_tokenizer"] = str(output.joinpath(*inside))
+    return content
 
 
 def compare(

@@ -125,3 +125,11 @@ def test_generation_settings_that_cannot_be_loaded(text, to, tmp_path):
         convert(start, tmp_path / "out", to)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
+
+
+@pytest.mark.parametrize(("to", "inside"), [("plain", ""), ("legacy", "release/hf")])
+def test_the_report_names_the_tokenizer_where_it_will_be(to, inside, tmp_path):
+    report = convert(make_folder(tmp_path / "start"), tmp_path / "out", to)
+    checked = report["verify"]["checked_tokenizer"]
+    assert checked == str(tmp_path / "out" / inside)
+    assert (tmp_path / "out" / inside / "tokenizer.json").is_file()
