@@ -28,7 +28,6 @@ from megatron_bitcpm.files import (
     TOKENIZER_FILES,
     publish_folder,
     sync,
-    sync_tree,
     write_text_atomically,
 )
 
@@ -68,8 +67,7 @@ def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
     with _scratch_beside(output) as scratch:
         _check_replaceable(output, overwrite, _why_no_model)
         yield scratch
-        # Writing and flushing take long: the output may have come into being meanwhile.
-        sync_tree(scratch)
+        # Writing takes long: the output may have come into being meanwhile.
         _check_replaceable(output, overwrite, _why_no_model)
         publish_folder(scratch, output)
 
