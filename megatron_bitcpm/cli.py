@@ -81,9 +81,14 @@ def data_tokenizer(
     from megatron_bitcpm.data.tokenizer import train_tokenizer
 
     report = train_tokenizer(
-        input_, output, vocab_size=vocab_size, sample_mb=sample_mb, jsonl_key=jsonl_key,
-        max_bad_lines=max_bad_lines, overwrite=overwrite,
-    )  # fmt: skip
+        input_,
+        output,
+        vocab_size=vocab_size,
+        sample_mb=sample_mb,
+        jsonl_key=jsonl_key,
+        max_bad_lines=max_bad_lines,
+        overwrite=overwrite,
+    )
     _print_json(report)
 
 
@@ -109,9 +114,15 @@ def data_prepare(
     from megatron_bitcpm.data.prepare import prepare
 
     report = prepare(
-        input_, tokenizer, output_prefix, valid_fraction=valid_fraction, jsonl_key=jsonl_key,
-        document_chars=document_chars, max_bad_lines=max_bad_lines, overwrite=overwrite,
-    )  # fmt: skip
+        input_,
+        tokenizer,
+        output_prefix,
+        valid_fraction=valid_fraction,
+        jsonl_key=jsonl_key,
+        document_chars=document_chars,
+        max_bad_lines=max_bad_lines,
+        overwrite=overwrite,
+    )
     _print_json(report)
 
 
@@ -175,14 +186,25 @@ def convert_command(
 
     _print_report(
         convert(
-            input_, output, to, tensor_parallel_size=tensor_parallel_size,
+            input_,
+            output,
+            to,
+            tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
             virtual_pipeline_parallel_size=virtual_pipeline_parallel_size,
-            transformer_impl=transformer_impl, architecture=architecture, tokenizer=tokenizer,
-            quant_type=quant_type, group_size=group_size, eps=eps, numerics=numerics,
-            max_shard_size=max_shard_size, weights=weights, force=force, overwrite=overwrite,
+            transformer_impl=transformer_impl,
+            architecture=architecture,
+            tokenizer=tokenizer,
+            quant_type=quant_type,
+            group_size=group_size,
+            eps=eps,
+            numerics=numerics,
+            max_shard_size=max_shard_size,
+            weights=weights,
+            force=force,
+            overwrite=overwrite,
         )
-    )  # fmt: skip
+    )
 
 
 @export_app.command("hf")
@@ -246,16 +268,16 @@ def verify_command(
     }
     for name, value in only_with_logits.items():
         if value is not None and logits is None:
-            raise BitcpmError.of(name, value, "has no effect without --logits", "Leave it out")
+            raise BitcpmError(f"{name}={value}: has no effect without --logits. Leave it out.")
     if other is None:
         for name, value in {"logits": logits, "markdown": markdown}.items():
             if value is not None:
-                raise BitcpmError.of(name, value, "needs two models", "Name the second one")
+                raise BitcpmError(f"{name}={value}: needs two models. Name the second one.")
     if logits_key is not None and logits is not None and logits.suffix != ".jsonl":
-        raise BitcpmError.of(
-            "logits-key", logits_key, f"has no effect on {logits}, which is no .jsonl file",
-            "Leave it out",
-        )  # fmt: skip
+        raise BitcpmError(
+            f"logits-key={logits_key}: has no effect on {logits}, which is no .jsonl file. Leave "
+            "it out."
+        )
     if markdown is not None:
         check_report(markdown, [p for p in (model, other, tokenizer, logits) if p is not None])
     report = compare(
@@ -270,9 +292,13 @@ def verify_command(
         )
 
         table = logit_table(
-            model, other, read_prompts(logits, logits_key or "prompt"), tokenizer,
-            logits_dtype or "float32", trust_remote_code,
-        )  # fmt: skip
+            model,
+            other,
+            read_prompts(logits, logits_key or "prompt"),
+            tokenizer,
+            logits_dtype or "float32",
+            trust_remote_code,
+        )
         content = content | {"logits": table}
         tables = f"{tables}\n{render_logit_table(table)}"
     if markdown is not None:
@@ -325,10 +351,15 @@ def generate_command(
 
     typer.echo(
         generate(
-            model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-            seed=seed, trust_remote_code=trust_remote_code,
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
         )
-    )  # fmt: skip
+    )
 
 
 @bench_app.command("ops")
@@ -444,7 +475,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _check_tokenizer(tokenizer: Path | None) -> None:
     """Refuse a folder that is absent, also where the model turns out not to need it."""
     if tokenizer is not None and not tokenizer.is_dir():
-        raise BitcpmError.of("tokenizer", tokenizer, "no such folder", "Name another, or none")
+        raise BitcpmError(f"tokenizer={tokenizer}: no such folder. Name another, or none.")
 
 
 def _print_report(report: dict[str, Any]) -> None:

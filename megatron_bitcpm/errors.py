@@ -1,35 +1,16 @@
 """The exception family: what a user sees when an input is wrong.
 
-Every message is one line of the form ``field=value: rule. Fix.`` The command line prints it without
-a traceback and exits with code 2. Broken invariants of our own are ``assert``, not these classes.
+Every message is one line, ``field=value: rule. Fix.``, written out where it is raised. The command
+line prints it without a traceback and exits with code 2. Our own invariants are ``assert``.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
-
-E = TypeVar("E", bound="BitcpmError")
-
-
-def format_problem(field: str, value: Any, rule: str, fix: str) -> str:
-    """Return ``field=value: rule. Fix.``, the form of every message in this package.
-
-    Args:
-        field: configuration key, argument or file that is wrong.
-        value: the offending value, as the user gave it.
-        rule: the rule it breaks, without a final full stop.
-        fix: what to do, without a final full stop.
-    """
-    return f"{field}={value}: {rule}. {fix}."
+import os
 
 
 class BitcpmError(ValueError):
     """Base of all errors caused by input; the message is one line with the fix."""
-
-    @classmethod
-    def of(cls: type[E], field: str, value: Any, rule: str, fix: str) -> E:
-        """Build the error from the four parts of its message, see `format_problem`."""
-        return cls(format_problem(field, value, rule, fix))
 
 
 class ConfigError(BitcpmError):
@@ -58,3 +39,24 @@ class CheckpointError(BitcpmError):
 
 class TrainingError(BitcpmError):
     """A run that had to stop, for example after repeated non-finite gradients."""
+
+
+def one_line(value: object, limit: int = 200) -> str:
+    """Return a value's text on one line, cut to `limit` characters, without a final full stop."""
+    return " ".join(str(value).split())[:limit].rstrip(". ")
+
+
+def describe(problem: BaseException) -> str:
+    """Return the reason of a failure on one line, without a full stop.
+
+    What the operating system said comes first: torch's writer hides it behind errors of its own.
+    """
+    seen: BaseException | None = problem
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            where = f" ({os.path.basename(str(seen.filename))})" if seen.filename else ""
+            return os.strerror(seen.errno) + where
+        seen = seen.__cause__ or seen.__context__
+    # Torch collects the failures of several ranks in one message, the cause last.
+    text = " ".join(str(problem).split())
+    return text[-300:].rstrip(". ") or type(problem).__name__

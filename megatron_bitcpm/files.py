@@ -56,10 +56,10 @@ def read_json(path: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError.of(
-            "file", path, " ".join(reason.split()).rstrip("."),
-            "Restore it, or name another folder",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"file={path}: {' '.join(reason.split()).rstrip('.')}. Restore it, or name another "
+            "folder."
+        ) from error
 
 
 def write_text_atomically(path: Path, text: str) -> None:
@@ -125,10 +125,10 @@ def lock_folder(folder: Path) -> IO[str] | None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         stream.close()
-        raise BitcpmError.of(
-            "checkpoint.directory", folder, "another run is writing there",
-            "Wait for its end, stop it, or name another folder",
-        ) from error  # fmt: skip
+        raise BitcpmError(
+            f"checkpoint.directory={folder}: another run is writing there. Wait for its end, stop "
+            "it, or name another folder."
+        ) from error
     except OSError:
         stream.close()
         return None

@@ -33,8 +33,17 @@ LAYOUTS = {
 # Written anew by every writer of such a folder.
 NOT_COMPARED = ("README.md", "bitcpm_quantizer.json")
 # Spelled differently by the versions of transformers, or of no meaning to the model.
-SPELLINGS = ("torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters",
-             "transformers_version", "_name_or_path", "architectures", "auto_map")  # fmt: skip
+SPELLINGS = (
+    "torch_dtype",
+    "dtype",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "transformers_version",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+)
 
 # What an absent key means.
 DEFAULTS = {"attention_dropout": 0.0, "pretraining_tp": 1}
@@ -96,9 +105,11 @@ def compare_folders(first: Path, second: Path) -> dict[str, Any]:
         if path.suffix not in (".safetensors", ".bin", ".py")
         and not path.name.endswith(".index.json")
         and path.name not in ("config.json", *NOT_COMPARED)
-        and not ((second / path.name).is_file()
-                 and (second / path.name).read_bytes() == path.read_bytes())
-    ]  # fmt: skip
+        and not (
+            (second / path.name).is_file()
+            and (second / path.name).read_bytes() == path.read_bytes()
+        )
+    ]
     if read_meaning(first) != read_meaning(second):
         files.append("config.json")
     return {"tensors": len(a), "values": values, "codes": codes, "files": files}
@@ -119,8 +130,14 @@ def go_one_way(start: Path, stops: list[tuple[str, str]], to: str, work: Path) -
         tp, pp, vpp = LAYOUTS[layout]
         name = f"{here.name}--{kind}-{layout.replace(' ', '').lower()}"
         if not (work / name / "latest_checkpointed_iteration.txt").is_file():
-            convert(here, work / name, kind, tensor_parallel_size=tp, pipeline_parallel_size=pp,
-                    virtual_pipeline_parallel_size=vpp)  # fmt: skip
+            convert(
+                here,
+                work / name,
+                kind,
+                tensor_parallel_size=tp,
+                pipeline_parallel_size=pp,
+                virtual_pipeline_parallel_size=vpp,
+            )
         here = work / name
     back = work / "back"
     convert(here, back, to, overwrite=back.exists())
@@ -137,8 +154,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
     rows = []
-    print("| model | through | tensors | differing values | differing codes | files that differ "
-          "| s |\n|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
+    print(
+        "| model | through | tensors | differing values | differing codes | files that differ "
+        "| s |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     for folder in arguments.folders:
         work = arguments.work / folder.name
         work.mkdir(parents=True, exist_ok=True)
@@ -152,9 +172,11 @@ def main() -> int:
             row = go_one_way(folder, stops, arguments.to, work)
             through = ", then ".join(f"{kind} {layout}" for kind, layout in stops)
             rows.append({"model": folder.name, "through": through, **row})
-            print(f"| {folder.name} | {through} | {row['tensors']} | {row['values']} | "
-                  f"{row['codes']} | {', '.join(row['files']) or 'none'} | {row['seconds']} |",
-                  flush=True)  # fmt: skip
+            print(
+                f"| {folder.name} | {through} | {row['tensors']} | {row['values']} | "
+                f"{row['codes']} | {', '.join(row['files']) or 'none'} | {row['seconds']} |",
+                flush=True,
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return int(any(row["values"] or row["codes"] or row["files"] for row in rows))

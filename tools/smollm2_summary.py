@@ -19,23 +19,45 @@ def list_rows(folder: Path) -> list[tuple[str, int, int]]:
     """Return (what, how many were compared, how many differ)."""
     ways = read(folder / "matrix.json")
     rows = [
-        ("ways through Megatron and back", len(ways),
-         sum(bool(w["values"] or w["codes"] or w["files"]) for w in ways)),
+        (
+            "ways through Megatron and back",
+            len(ways),
+            sum(bool(w["values"] or w["codes"] or w["files"]) for w in ways),
+        ),
         ("tensors on these ways", sum(w["tensors"] for w in ways), sum(w["values"] for w in ways)),
-    ]  # fmt: skip
+    ]
     tokens = read(folder / "hf-tokens.json")
-    rows.append(("greedy tokens beside Megatron's, before the training", tokens["tokens"],
-                 tokens["tokens"] - sum(tokens["equal"].values())))  # fmt: skip
+    rows.append(
+        (
+            "greedy tokens beside Megatron's, before the training",
+            tokens["tokens"],
+            tokens["tokens"] - sum(tokens["equal"].values()),
+        )
+    )
     for model, scale in MODELS.items():
         pairs, tokens = read(folder / f"{model}-pairs.json"), read(folder / f"{model}-tokens.json")
-        rows.append((f"one scale for each {scale}: pairs of formats", len(pairs),
-                     sum(pair["verdict"] != "equal" for pair in pairs)))  # fmt: skip
-        rows.append((f"one scale for each {scale}: tensors, by codes",
-                     sum(pair["compared_tensors"] for pair in pairs),
-                     sum(pair["differing_codes"] for pair in pairs)))  # fmt: skip
+        rows.append(
+            (
+                f"one scale for each {scale}: pairs of formats",
+                len(pairs),
+                sum(pair["verdict"] != "equal" for pair in pairs),
+            )
+        )
+        rows.append(
+            (
+                f"one scale for each {scale}: tensors, by codes",
+                sum(pair["compared_tensors"] for pair in pairs),
+                sum(pair["differing_codes"] for pair in pairs),
+            )
+        )
         decoded = tokens["tokens"] * len(tokens["equal"])
-        rows.append((f"one scale for each {scale}: greedy tokens beside Megatron's", decoded,
-                     decoded - sum(tokens["equal"].values())))  # fmt: skip
+        rows.append(
+            (
+                f"one scale for each {scale}: greedy tokens beside Megatron's",
+                decoded,
+                decoded - sum(tokens["equal"].values()),
+            )
+        )
     return rows
 
 

@@ -13,7 +13,7 @@ from megatron_bitcpm.checkpoint.store import (
     read_state,
 )
 from megatron_bitcpm.config import ModelConfig, RunConfig
-from megatron_bitcpm.errors import CheckpointError, ConfigError, format_problem
+from megatron_bitcpm.errors import CheckpointError, ConfigError
 from megatron_bitcpm.files import TOKENIZER_FILES, hash_files
 
 _MAY_DIFFER = {
@@ -57,10 +57,10 @@ def find_origin(path: str | Path) -> Origin:
         return Origin(folder, read_config(folder).model, sha256)
     converted = read_model_file(folder)
     if not (folder / ".metadata").is_file():
-        raise CheckpointError.of(
-            "checkpoint.init_from", folder, "is not in the torch_dist format",
-            "Convert it with bitcpm convert --to torch_dist",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint.init_from={folder}: is not in the torch_dist format. Convert it with "
+            "bitcpm convert --to torch_dist."
+        )
     side_files = folder / SIDE_FOLDER
     has_tokenizer = any((side_files / name).is_file() for name in TOKENIZER_FILES)
     sha256 = hash_files(side_files, TOKENIZER_FILES) if has_tokenizer else None
@@ -83,11 +83,10 @@ def check_init_from(config: RunConfig, saved: ModelConfig, folder: Path) -> None
     """
     names = [name for name in type(config.model).model_fields if name not in _MAY_DIFFER]
     problems = [
-        format_problem(
-            f"model.{name if name != 'head_dim' else 'kv_channels'}",
-            getattr(config.model, name),
-            f"checkpoint.init_from {folder} has {getattr(saved, name)}",
-            "Use that value, or begin with another checkpoint",
+        (
+            f"model.{name if name != 'head_dim' else 'kv_channels'}={getattr(config.model, name)}: "
+            f"checkpoint.init_from {folder} has {getattr(saved, name)}. Use that value, or begin "
+            "with another checkpoint."
         )
         for name in [*names, "head_dim"]
         if getattr(config.model, name) != getattr(saved, name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.config import ModelConfig
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import CheckpointError, one_line
 
 MODEL_FILE = "bitcpm_model.json"
 SIDE_FOLDER = "hf"
@@ -68,15 +68,14 @@ def read_model_file(folder: Path) -> ModelFile:
             return found
     # pydantic's ValidationError is a ValueError.
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError.of(
-            "checkpoint", path, f"cannot be read: {reason}".rstrip("."),
-            "The checkpoint is damaged; convert it again",
-        ) from error  # fmt: skip
-    raise CheckpointError.of(
-        "format_version", version, f"this package reads {FORMAT_VERSION}, in {path}",
-        "Use the package version that wrote the checkpoint",
-    )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={path}: cannot be read: {one_line(error) or type(error).__name__}. "
+            "The checkpoint is damaged; convert it again."
+        ) from error
+    raise CheckpointError(
+        f"format_version={version}: this package reads {FORMAT_VERSION}, in {path}. Use the "
+        "package version that wrote the checkpoint."
+    )
 
 
 def _check(found: ModelFile) -> None:

@@ -37,8 +37,7 @@ from megatron_bitcpm.checkpoint.pickle_names import (
 )
 from megatron_bitcpm.checkpoint.strict_pickle import StrictUnpickler
 from megatron_bitcpm.checkpoint.torch_file import TorchFile, check_pickle, map_file
-from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel.agree import describe
+from megatron_bitcpm.errors import CheckpointError, describe
 from megatron_bitcpm.platforms.patch import Patch, PatchSet
 
 METADATA_FILE = ".metadata"
@@ -221,10 +220,10 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _unsafe(path: Path, reason: str) -> Exception:
-    return CheckpointError.of(
-        "checkpoint", path, f"cannot be loaded: {reason}",
-        "The checkpoint is damaged or not of this package; use another one",
-    )  # fmt: skip
+    return CheckpointError(
+        f"checkpoint={path}: cannot be loaded: {reason}. The checkpoint is damaged or not of this "
+        "package; use another one."
+    )
 
 
 def _shorten(error: BaseException) -> str:

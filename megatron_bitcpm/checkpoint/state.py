@@ -321,4 +321,4 @@ def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
 
 
 def _refusal(folder: Path, rule: str, fix: str) -> BitcpmError:
-    return CheckpointError.of("checkpoint", folder, rule, fix)
+    return CheckpointError(f"checkpoint={folder}: {rule}. {fix}.")

@@ -99,10 +99,10 @@ def write_error(run_dir: Path, reason: str) -> BitcpmError:
         run_dir: the run's folder.
         reason: what happened, without a full stop.
     """
-    return CheckpointError.of(
-        "checkpoint.directory", run_dir, f"cannot be written: {reason}",
-        "Free space or name another folder; earlier checkpoints are as they were",
-    )  # fmt: skip
+    return CheckpointError(
+        f"checkpoint.directory={run_dir}: cannot be written: {reason}. Free space or name another "
+        "folder; earlier checkpoints are as they were."
+    )
 
 
 def list_checkpoints(run_dir: Path) -> Iterator[tuple[int, Path]]:
@@ -143,33 +143,33 @@ def find_checkpoint(path: str | Path) -> Path:
             return path / iteration_name(pending)
         if not (path / TRACKER).is_file():
             _refuse_converted(path)
-            raise CheckpointError.of(
-                "checkpoint", path, "is neither a checkpoint nor a run with one",
-                _name_newest(path)
-                or f"Name the folder that holds {TRACKER} or an iter_* folder",
-            )  # fmt: skip
+            fix = _name_newest(path) or f"Name the folder that holds {TRACKER} or an iter_* folder"
+            raise CheckpointError(
+                f"checkpoint={path}: is neither a checkpoint nor a run with one. {fix}."
+            )
         target = path / _read_tracker(path / TRACKER)
         if not target.exists() and replaced_folder(target).exists():
             target = replaced_folder(target)
         _refuse_converted(target)
         if damage := _damage(target):
-            raise CheckpointError.of(
-                "checkpoint", target, f"is named by {TRACKER} but incomplete or absent: {damage}",
-                _name_newest(path) or "Restore it; the run has no other complete checkpoint",
-            )  # fmt: skip
+            fix = _name_newest(path) or "Restore it; the run has no other complete checkpoint"
+            raise CheckpointError(
+                f"checkpoint={target}: is named by {TRACKER} but incomplete or absent: {damage}. "
+                f"{fix}."
+            )
         return target
     except OSError as error:
-        raise CheckpointError.of(
-            "checkpoint", path, f"cannot be read: {error.strerror}", "Name a readable folder"
+        raise CheckpointError(
+            f"checkpoint={path}: cannot be read: {error.strerror}. Name a readable folder."
         ) from error
 
 
 def _refuse_converted(folder: Path) -> None:
     if (folder / MODEL_FILE).is_file():
-        raise CheckpointError.of(
-            "checkpoint", folder, "was converted from another format and holds weights alone",
-            "Begin a run with it: checkpoint.init_from",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={folder}: was converted from another format and holds weights alone. "
+            "Begin a run with it: checkpoint.init_from."
+        )
 
 
 def find_tracked_folder(run_dir: Path) -> Path | None:
@@ -224,10 +224,10 @@ def _read_tracker(path: Path) -> str:
         return iteration_name(int(name))
     if re.fullmatch("iter_[0-9]{1,18}|release", name):
         return name
-    raise CheckpointError.of(
-        "checkpoint", path, f"names no checkpoint ({name[:20]!r})",
-        "Write the number of an iter_* folder into it",
-    )  # fmt: skip
+    raise CheckpointError(
+        f"checkpoint={path}: names no checkpoint ({name[:20]!r}). Write the number of an iter_* "
+        "folder into it."
+    )
 
 
 def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
@@ -235,10 +235,10 @@ def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
         return parse((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError.of(
-            "checkpoint", folder / name, lines[0].rstrip("."),
-            "The checkpoint is damaged; use another one",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={folder / name}: {lines[0].rstrip('.')}. The checkpoint is damaged; use "
+            "another one."
+        ) from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -252,10 +252,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise _damaged_state(folder, "holds no JSON object")
     version = state.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError.of(
-            "format_version", version, f"this package reads {FORMAT_VERSION}",
-            "Use the package version that wrote the checkpoint",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"format_version={version}: this package reads {FORMAT_VERSION}. Use the package "
+            "version that wrote the checkpoint."
+        )
     for key, least in (("iteration", 0), ("world_size", 1)):
         value = state.get(key)
         # A bool is an int in Python.
@@ -265,8 +265,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _damaged_state(folder: Path, rule: str) -> BitcpmError:
-    return CheckpointError.of(
-        "checkpoint", folder / STATE_FILE, rule, "The checkpoint is damaged; use another one"
+    return CheckpointError(
+        f"checkpoint={folder / STATE_FILE}: {rule}. The checkpoint is damaged; use another one."
     )
 
 

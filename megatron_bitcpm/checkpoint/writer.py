@@ -130,10 +130,10 @@ def plan_save(folder: Path, state: dict[str, Any]) -> PlannedSave:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise CheckpointError.of(
-            "checkpoint.directory", folder.parent, "is not the same folder on all ranks",
-            "Name a folder on a shared file system",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint.directory={folder.parent}: is not the same folder on all ranks. Name a "
+            "folder on a shared file system."
+        )
 
 
 class _PlanOnly(TorchDistSaveShardedStrategy):

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_bitcpm.config.sections import RunConfig
-from megatron_bitcpm.errors import ConfigError, format_problem
+from megatron_bitcpm.errors import ConfigError, describe
 
 
 def load_config(
@@ -32,12 +32,10 @@ def load_config(
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ConfigError(
-            format_problem("--config", path, reason, "Name a YAML file, see launch/configs")
+            f"--config={path}: {reason}. Name a YAML file, see launch/configs."
         ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            format_problem("--config", path, "is not UTF-8 text", "Name a YAML file")
-        ) from error
+        raise ConfigError(f"--config={path}: is not UTF-8 text. Name a YAML file.") from error
     return parse_config(text, overrides, world_size, source=str(path))
 
 
@@ -53,11 +51,9 @@ def parse_config(
     # ValueError: a date that is none, or an integer of thousands of digits.
     except (yaml.YAMLError, ValueError) as error:
         where = _one_line(error)
-        raise ConfigError(format_problem("--config", source, where, "Correct the YAML")) from error
+        raise ConfigError(f"--config={source}: {where}. Correct the YAML.") from error
     if not isinstance(tree, dict):
-        raise ConfigError(
-            format_problem("--config", source, "is not a YAML mapping", "See launch/configs")
-        )
+        raise ConfigError(f"--config={source}: is not a YAML mapping. See launch/configs.")
     for override in overrides or []:
         _apply_override(tree, override)
     _read_rope_factors(tree)
@@ -75,24 +71,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     override = _one_line(override)
     if not equals or not key:
-        raise ConfigError(
-            format_problem("--set", override, "is not key=value", "Write --set a.b=1")
-        )
+        raise ConfigError(f"--set={override}: is not key=value. Write --set a.b=1.")
     *sections, name = key.strip().split(".")
     node = tree
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise ConfigError(
-                format_problem("--set", override, f"{section} is not a section", "Check the key")
-            )
+            raise ConfigError(f"--set={override}: {section} is not a section. Check the key.")
         node = child
     try:
         node[name] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(
-            format_problem("--set", override, "the value is not YAML", "Quote it")
-        ) from error
+        raise ConfigError(f"--set={override}: the value is not YAML. Quote it.") from error
 
 
 def _read_rope_factors(tree: dict[str, Any]) -> None:
@@ -107,9 +97,7 @@ def _read_rope_factors(tree: dict[str, Any]) -> None:
     wanted = "Name the config.json of a LongRoPE model"
     given = sorted({k for k in rope if rope[k]} - {"hf_config", "rope_type", "attention_factor"})
     if given:
-        raise ConfigError(
-            format_problem(field, path, f"the file gives {', '.join(given)} too", "Remove either")
-        )
+        raise ConfigError(f"{field}={path}: the file gives {', '.join(given)} too. Remove either.")
     try:
         hf = json.loads(Path(str(path)).read_text(encoding="utf-8"))
         # Transformers 5 keeps RoPE in rope_parameters, earlier versions in rope_scaling.
@@ -124,17 +112,13 @@ def _read_rope_factors(tree: dict[str, Any]) -> None:
             "original_max_position_embeddings": original or hf["original_max_position_embeddings"],
         }
     except OSError as error:
-        raise ConfigError(
-            format_problem(field, path, error.strerror or "cannot be read", "Name a config.json")
-        ) from error
+        raise ConfigError(f"{field}={path}: {describe(error)}. Name a config.json.") from error
     except KeyError as error:
         raise ConfigError(
-            format_problem(
-                field, path, f"has no {error.args[0]}", "Name the config of a LongRoPE model"
-            )
+            f"{field}={path}: has no {error.args[0]}. Name the config of a LongRoPE model."
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(format_problem(field, path, _one_line(error), wanted)) from error
+        raise ConfigError(f"{field}={path}: {_one_line(error)}. {wanted}.") from error
     kept = {key: value for key, value in rope.items() if key != "hf_config"}
     if "attention_factor" not in kept and found.get("attention_factor") is not None:
         kept["attention_factor"] = found["attention_factor"]
@@ -150,11 +134,11 @@ def _explain(error: Any) -> str:
         known = _known_keys(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
         fix = f"Did you mean {near[0]}" if near else f"Known keys: {', '.join(known)}"
-        return format_problem(field, value, "unknown key", fix)
+        return f"{field}={value}: unknown key. {fix}."
     if error["type"] == "missing":
-        return format_problem(field, "(absent)", "is required", "Add the key")
+        return f"{field}=(absent): is required. Add the key."
     rule = error["msg"].replace("Input should be", "must be").rstrip(".")
-    return format_problem(field, value, rule, "Correct the value")
+    return f"{field}={value}: {rule}. Correct the value."
 
 
 def _one_line(value: Any) -> str:

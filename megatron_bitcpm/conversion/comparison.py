@@ -115,11 +115,11 @@ def share_stamp(
         form = "pseudo"
         note += f"values, which lie on a grid, were compared with the forward of {stamped.path}"
     elif plain.folding is not None:
-        raise CheckpointError.of(
-            "model", plain.path, "carries no quantiser stamp, and folding has rounded its latents: "
-            f"they cannot be quantised for a comparison with {stamped.path}",
-            "Name the MiniCPM before the folding",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"model={plain.path}: carries no quantiser stamp, and folding has rounded its latents: "
+            f"they cannot be quantised for a comparison with {stamped.path}. Name the MiniCPM "
+            "before the folding."
+        )
     elif stamped.form == "latent":
         note += f"weights were compared with the latents of {stamped.path}"
     else:

@@ -95,9 +95,11 @@ def convert(
         "virtual_pipeline_parallel_size": virtual_pipeline_parallel_size,
     }
     folder_settings = {
-        "architecture": architecture, "max_shard_size": max_shard_size, "weights": weights,
+        "architecture": architecture,
+        "max_shard_size": max_shard_size,
+        "weights": weights,
         "force": force or None,
-    }  # fmt: skip
+    }
     quantizer = parse_quantizer_settings(quant_type, group_size, numerics, eps)
     megatron = target in MEGATRON_TARGETS
     names = {"transformer_impl": None if target == "legacy" else transformer_impl}
@@ -116,10 +118,17 @@ def convert(
     else:
         _check_architecture(source, target, architecture)
         written = write_folder(
-            source, output, cast(Form, target), architecture=architecture,
-            weights=_check_weights(weights), max_shard_bytes=parse_size(max_shard_size),
-            overwrite=overwrite, stamp=stamp, force=force, tokenizer=tokenizer,
-        )  # fmt: skip
+            source,
+            output,
+            cast(Form, target),
+            architecture=architecture,
+            weights=_check_weights(weights),
+            max_shard_bytes=parse_size(max_shard_size),
+            overwrite=overwrite,
+            stamp=stamp,
+            force=force,
+            tokenizer=tokenizer,
+        )
     return {
         "input": str(source.path),
         "input_kind": source.kind,
@@ -163,8 +172,8 @@ def parse_size(size: int | str | None) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]i?B)?", str(size), re.IGNORECASE)
     value = int(Decimal(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if not 1 <= value <= _LARGEST_FILE:
-        raise CheckpointError.of(
-            "max_shard_size", str(size)[:40], "is no size of a file", "Use for example 5GB or 500MB"
+        raise CheckpointError(
+            f"max_shard_size={str(size)[:40]}: is no size of a file. Use for example 5GB or 500MB."
         )
     return value
 
@@ -185,30 +194,29 @@ def _check_types(arguments: dict[str, Any]) -> None:
         elif Path in types and "\0" in str(value):
             rule = "holds a null character, which no path can"
         if rule is not None:
-            raise CheckpointError.of(name, reprlib.repr(value), rule, "Change it")
+            raise CheckpointError(f"{name}={reprlib.repr(value)}: {rule}. Change it.")
 
 
 def _check_target(to: str) -> Target:
     for target in TARGETS:
         if to == target:
             return target
-    raise CheckpointError.of("to", to, "is no format", f"Use {', '.join(TARGETS)}")
+    raise CheckpointError(f"to={to}: is no format. Use {', '.join(TARGETS)}.")
 
 
 def _refuse_without_effect(settings: dict[str, Any], target: Target) -> None:
     """Refuse settings that the target does not have."""
     for name, value in settings.items():
         if value is not None:
-            raise CheckpointError.of(
-                name, value, f"has no effect on to={target}", "Leave it out, or use another format"
+            raise CheckpointError(
+                f"{name}={value}: has no effect on to={target}. Leave it out, or use another "
+                "format."
             )
 
 
 def _check_layout(sizes: dict[str, int | None]) -> None:
     if sizes["virtual_pipeline_parallel_size"] == 1:
-        raise CheckpointError.of(
-            "virtual_pipeline_parallel_size", 1, "is no interleaving", "Leave it out"
-        )
+        raise CheckpointError("virtual_pipeline_parallel_size=1: is no interleaving. Leave it out.")
 
 
 def _check_paths(input: str | Path, output: str | Path) -> tuple[Path, Path]:
@@ -222,16 +230,16 @@ def _check_paths(input: str | Path, output: str | Path) -> tuple[Path, Path]:
     ):
         if inner == outer or outer in inner.parents:
             rule = "is the input" if inner == outer else word
-            raise CheckpointError.of("output", output, rule, "Name another folder")
+            raise CheckpointError(f"output={output}: {rule}. Name another folder.")
     return Path(input), real_output
 
 
 def _check_tokenizer_wanted(source: ModelSource, tokenizer: str | Path | None) -> None:
     if tokenizer is not None and source.kind == "hf":
-        raise CheckpointError.of(
-            "tokenizer", tokenizer, f"has no effect: {source.path} is a Hugging Face folder",
-            "Leave it out; a folder without a tokenizer needs the files in it",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"tokenizer={tokenizer}: has no effect: {source.path} is a Hugging Face folder. Leave "
+            "it out; a folder without a tokenizer needs the files in it."
+        )
 
 
 def _check_form(source: ModelSource, target: Target, quantizer: QuantizerSettings) -> None:
@@ -248,7 +256,7 @@ def _check_form(source: ModelSource, target: Target, quantizer: QuantizerSetting
         rule = "the input does not say which quantiser trained it"
         fix = "Name it with --quant-type and --group-size, or use --to plain"
     if rule is not None and fix is not None:
-        raise CheckpointError.of("to", target, f"{rule} ({source.path})", fix)
+        raise CheckpointError(f"to={target}: {rule} ({source.path}). {fix}.")
 
 
 def _check_quantizer(
@@ -259,10 +267,10 @@ def _check_quantizer(
     if source.stamp is not None:
         quantizer.check_agrees(source.stamp)
     if force and (source.stamp is not None or not given):
-        raise CheckpointError.of(
-            "force", force, "has no effect: only latents whose quantiser is named are looked at",
-            "Leave it out",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"force={force}: has no effect: only latents whose quantiser is named are looked at. "
+            "Leave it out."
+        )
     if source.stamp is not None or not given:
         return None
     if target not in ("latent", "pseudo"):
@@ -272,17 +280,17 @@ def _check_quantizer(
 
 def _refuse_quantizer(given: dict[str, Any], target: Target) -> None:
     name, value = next(iter(given.items()))
-    raise CheckpointError.of(
-        name, value, f"has no effect on to={target}, which stores the weights as they are",
-        "Leave it out, or use --to latent or --to pseudo",
-    )  # fmt: skip
+    raise CheckpointError(
+        f"{name}={value}: has no effect on to={target}, which stores the weights as they are. "
+        "Leave it out, or use --to latent or --to pseudo."
+    )
 
 
 def _check_architecture(source: ModelSource, target: Target, architecture: str | None) -> None:
     if architecture is None:
         return
     if architecture not in ("llama", "minicpm"):
-        raise CheckpointError.of("architecture", architecture, "is unknown", "Use llama or minicpm")
+        raise CheckpointError(f"architecture={architecture}: is unknown. Use llama or minicpm.")
     rule, fix = None, "Leave it out"
     if source.model.architecture != "minicpm":
         rule = "has an effect on a MiniCPM only, and the input is a Llama"
@@ -292,10 +300,10 @@ def _check_architecture(source: ModelSource, target: Target, architecture: str |
         rule = "latent weights are not folded: training would go on with other step sizes"
         fix = "Use --to pseudo, or --architecture minicpm"
     if rule is not None:
-        raise CheckpointError.of("architecture", architecture, rule, fix)
+        raise CheckpointError(f"architecture={architecture}: {rule}. {fix}.")
 
 
 def _check_weights(weights: str | None) -> str:
     if weights not in (None, "safetensors", "bin"):
-        raise CheckpointError.of("weights", weights, "is unknown", "Use safetensors or bin")
+        raise CheckpointError(f"weights={weights}: is unknown. Use safetensors or bin.")
     return weights or "safetensors"

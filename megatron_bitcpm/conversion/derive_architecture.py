@@ -152,9 +152,11 @@ def _choose_head_dim(
         (divide(keys, whole("num_key_value_heads")), "num_key_value_heads of config.json"),
         (divide(hidden, whole("num_attention_heads")), "hidden_size / num_attention_heads"),
         (divide(queries, whole("num_attention_heads")), "num_attention_heads of config.json"),
-        *((size, "the usual size that fits the rows of q_proj and k_proj")
-          for size in _USUAL_HEAD_DIMS),
-    ]  # fmt: skip
+        *(
+            (size, "the usual size that fits the rows of q_proj and k_proj")
+            for size in _USUAL_HEAD_DIMS
+        ),
+    ]
     for size, reason in candidates:
         fits = size and size % 2 == 0 and queries % size == 0 and keys % size == 0
         if fits and (queries // size) % (keys // size) == 0:
@@ -219,8 +221,8 @@ def correct_config(
         name = (differing + unknown)[0]
         rule = f"{describe_misfit(name, shapes, wanted)}: "
         rule += f"{len(differing) + len(unknown)} tensors fit no architecture"
-        raise CheckpointError.of(
-            "config.json", path, rule, "Copy the weights from their source again"
+        raise CheckpointError(
+            f"config.json={path}: {rule}. Copy the weights from their source again."
         )
     return new
 
@@ -257,8 +259,8 @@ def fix_config(folder: Path, new: Mapping[str, Any]) -> Path:
         write_text_atomically(path, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         backup.unlink(missing_ok=True)
-        raise CheckpointError.of(
-            "config.json", path, f"cannot be replaced: {error.strerror}",
-            "Free space, or copy the folder to where you may write",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"config.json={path}: cannot be replaced: {error.strerror}. Free space, or copy the "
+            "folder to where you may write."
+        ) from error
     return backup

@@ -148,9 +148,14 @@ def _open(path: Path, tokenizer: str | Path | None) -> _Model:
     if kind != "hf":
         source = open_source(path, tokenizer)
         return _Model(
-            source.path, kind, source.form, source=source, stamp=source.stamp,
-            folding=source.folding, facts=source.facts,
-        )  # fmt: skip
+            source.path,
+            kind,
+            source.form,
+            source=source,
+            stamp=source.stamp,
+            folding=source.folding,
+            facts=source.facts,
+        )
     model = _Model(path, kind, files=open_weights(path))
     if (path / CONFIG_FILE).is_file():
         model.config = read_json(path / CONFIG_FILE)
@@ -233,8 +238,10 @@ def _describe_architecture(
     model.problems.extend(_compare_names(shapes, derived))
     if model.config is None:
         if fix:
-            raise CheckpointError.of("--fix-config", model.path, "has no config.json to correct",
-                                     "Copy it from the model's source")  # fmt: skip
+            raise CheckpointError(
+                f"--fix-config={model.path}: has no config.json to correct. Copy it from the "
+                "model's source."
+            )
         return result
     path = model.path / CONFIG_FILE
     result["contradictions"] = find_contradictions(model.config, derived, path)
@@ -277,8 +284,10 @@ def _compare_names(
         share_embeddings_and_output_weights=HF_OUTPUT not in shapes,
     )
     wanted = hf_shapes(model, sizes["vocab_size"])
-    for names, word in ((wanted.keys() - shapes.keys(), "missing"),
-                        (shapes.keys() - wanted.keys() - set(strays), "unknown")):  # fmt: skip
+    for names, word in (
+        (wanted.keys() - shapes.keys(), "missing"),
+        (shapes.keys() - wanted.keys() - set(strays), "unknown"),
+    ):
         if names:
             listed = ", ".join(sorted(names)[:5])
             yield f"{len(names)} {word} tensors: {listed}{', ...' if len(names) > 5 else ''}"

@@ -65,7 +65,7 @@ class LatentFile:
 
 def file_error(path: Path, rule: str, fix: str) -> CheckpointError:
     """Build the error of a file that cannot be converted."""
-    return CheckpointError.of(FIELD, path, rule, fix)
+    return CheckpointError(f"{FIELD}={path}: {rule}. {fix}.")
 
 
 def survey(file: TensorFile, stamp: QuantizerStamp) -> LatentFile:
@@ -87,9 +87,10 @@ def survey(file: TensorFile, stamp: QuantizerStamp) -> LatentFile:
         projection = find_projection(name)
         if tensor.dtype not in TYPE_NAMES:
             raise file_error(
-                file.path, f"{name} is {tensor.dtype}, which is not written here",
+                file.path,
+                f"{name} is {tensor.dtype}, which is not written here",
                 "Name a file without it",
-            )  # fmt: skip
+            )
         if projection is not None:
             layers.setdefault(projection.layer, set()).add(projection.name)
             _check_projection(file, name, projection, tensor, stamp)
@@ -126,10 +127,11 @@ def _count_layers(file: TensorFile, held: int, stamp: QuantizerStamp) -> int:
         return count
     said = f"says num_hidden_layers {count!r}" if config.is_file() else "is missing"
     raise file_error(
-        file.path, f"holds {held} layers, of a model whose last "
+        file.path,
+        f"holds {held} layers, of a model whose last "
         f"{stamp.quant.full_precision_last_layers} stay in full precision, but {config} {said}",
         f"Put the model's {CONFIG_FILE} beside the file",
-    )  # fmt: skip
+    )
 
 
 def _check_whole(file: TensorFile, layers: dict[int, set[str]]) -> None:
@@ -141,9 +143,10 @@ def _check_whole(file: TensorFile, layers: dict[int, set[str]]) -> None:
     """
     if not layers:
         raise file_error(
-            file.path, "holds no projection such as model.layers.0.self_attn.q_proj.weight",
+            file.path,
+            "holds no projection such as model.layers.0.self_attn.q_proj.weight",
             "Name the weights of a Llama or MiniCPM",
-        )  # fmt: skip
+        )
     absent = next((n for n in range(max(layers)) if n not in layers), None)
     if absent is not None:
         rule = f"holds layer {max(layers)}, but nothing of layer {absent}"
@@ -172,10 +175,11 @@ def _check_projection(
     is_matrix = tensor.ndim == 2 and tensor.numel() > 0
     if not is_matrix or tensor.dtype not in DTYPES:
         raise file_error(
-            file.path, f"{name} is {tensor.dtype} {list(tensor.shape)}, not a matrix of float32, "
+            file.path,
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, not a matrix of float32, "
             "bfloat16 or float16",
             "Name latent weights",
-        )  # fmt: skip
+        )
     try:
         stamp.weights_per_scale(projection, tuple(tensor.shape))
     except BitcpmError as error:
@@ -184,7 +188,8 @@ def _check_projection(
         )
     if lies_on_grid(tensor, stamp.quant.eps):
         raise file_error(
-            file.path, f"{name} lies on a grid already: it was quantised before, and quantising "
+            file.path,
+            f"{name} lies on a grid already: it was quantised before, and quantising "
             "again changes it",
             "Name the latent weights",
-        )  # fmt: skip
+        )

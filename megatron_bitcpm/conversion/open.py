@@ -67,7 +67,7 @@ def detect_kind(path: Path) -> Kind:
 
 
 def _unknown(path: Path, rule: str) -> CheckpointError:
-    return CheckpointError.of(
-        "model", path, rule,
-        "Name a folder with config.json and weights, a run, or an iter_* or release folder",
-    )  # fmt: skip
+    return CheckpointError(
+        f"model={path}: {rule}. Name a folder with config.json and weights, a run, or an iter_* or "
+        "release folder."
+    )

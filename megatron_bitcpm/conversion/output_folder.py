@@ -23,7 +23,7 @@ from typing import Any
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER
 from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.conversion.megatron.folder import RELEASE, SHARD_FILE
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import CheckpointError, one_line
 from megatron_bitcpm.files import (
     TOKENIZER_FILES,
     publish_folder,
@@ -37,16 +37,29 @@ _Known = Mapping[str, Any]
 """Patterns of names -> None for a file, what is known in it for a folder."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _MODEL_NAMES = (
-    *_WEIGHTS, *TOKENIZER_FILES, "*.index.json", "config.json", "config.json.bak*",
-    "generation_config.json", "bitcpm_*.json", "chat_template.*", "modeling_*.py",
-    "configuration_*.py", "tokenization_*.py", "README.md", "LICENSE*", "NOTICE*",
+    *_WEIGHTS,
+    *TOKENIZER_FILES,
+    "*.index.json",
+    "config.json",
+    "config.json.bak*",
+    "generation_config.json",
+    "bitcpm_*.json",
+    "chat_template.*",
+    "modeling_*.py",
+    "configuration_*.py",
+    "tokenization_*.py",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
     ".gitattributes",
-)  # fmt: skip
+)
 _MODEL: _Known = {**dict.fromkeys(_MODEL_NAMES), "additional_chat_templates": {"*": None}}
 _RELEASE: _Known = {
-    MODEL_FILE: None, SIDE_FOLDER: _MODEL, "mp_rank_*": {SHARD_FILE: None},
+    MODEL_FILE: None,
+    SIDE_FOLDER: _MODEL,
+    "mp_rank_*": {SHARD_FILE: None},
     **dict.fromkeys(("*.distcp", ".metadata", "metadata.json", "common.pt")),
-}  # fmt: skip
+}
 _CHECKPOINT: _Known = {TRACKER: None, RELEASE: _RELEASE}
 _OLD_TORCH_FILE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """How `torch.save` began its files before they were archives."""
@@ -99,10 +112,10 @@ def _scratch_beside(output: Path) -> Iterator[Path]:
         yield scratch
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError.of(
-            "output", output, f"cannot be written: {reason}".rstrip("."),
-            "Free space, or name another place",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"output={output}: cannot be written: {one_line(reason)}. Free space, or name "
+            "another place."
+        ) from error
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -145,11 +158,11 @@ def _check_replaceable(
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        raise CheckpointError.of("output", output, "exists", "Name a new one, or add --overwrite")
+        raise CheckpointError(f"output={output}: exists. Name a new one, or add --overwrite.")
     reason = why_kept(output)
     if reason is not None:
-        raise CheckpointError.of(
-            "output", output, f"exists and {reason}", "Name a new one, or remove it yourself"
+        raise CheckpointError(
+            f"output={output}: exists and {reason}. Name a new one, or remove it yourself."
         )
 
 
@@ -274,7 +287,7 @@ def check_report(path: Path, inputs: Sequence[Path]) -> None:
         elif rule is None and not os.access(path.parent, os.W_OK | os.X_OK):
             rule = f"the folder {path.parent} cannot be written to"
     if rule is not None:
-        raise CheckpointError.of("markdown", path, rule, fix)
+        raise CheckpointError(f"markdown={path}: {rule}. {fix}.")
 
 
 def write_report(path: Path, text: str) -> None:
@@ -293,6 +306,6 @@ def _explain_report(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError.of(
-            "markdown", path, f"cannot be written: {reason}", "Name another file"
+        raise CheckpointError(
+            f"markdown={path}: cannot be written: {reason}. Name another file."
         ) from error

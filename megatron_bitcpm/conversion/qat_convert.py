@@ -118,11 +118,11 @@ def _convert_file(
 ) -> dict[str, Any]:
     write = _WRITERS.get(output.suffix)
     if write is None:
-        raise CheckpointError.of(
-            "output", output, "is no weight file by its name", f"Use {', '.join(_WRITERS)}"
+        raise CheckpointError(
+            f"output={output}: is no weight file by its name. Use {', '.join(_WRITERS)}."
         )
     if Path(os.path.realpath(path)) == output:
-        raise CheckpointError.of("output", output, "is the input", "Name another file")
+        raise CheckpointError(f"output={output}: is the input. Name another file.")
     file = open_tensor_file(path)
     stamped = _find_stamp(path)
     if stamped is not None:
@@ -214,13 +214,15 @@ def _verify(path: Path, weights: LatentFile) -> None:
     found = open_tensor_file(path)
     names = {**{name: name for name in weights.layout}, **weights.aliases}
     assert set(found.names()) == set(names)
-    for name in track_tensors({n: count_bytes(*weights.layout[t]) for n, t in names.items()},
-                              "verify"):  # fmt: skip
+    for name in track_tensors(
+        {n: count_bytes(*weights.layout[t]) for n, t in names.items()}, "verify"
+    ):
         if not equal_bytes(found.raw_tensor(name), weights.converted(name)):
             raise file_error(
-                weights.file.path, f"{name} was not written as it was computed",
+                weights.file.path,
+                f"{name} was not written as it was computed",
                 "Try again; check disk and memory",
-            )  # fmt: skip
+            )
 
 
 class _ChangedCodes:

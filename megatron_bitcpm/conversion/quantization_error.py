@@ -169,10 +169,10 @@ def check_trained(
         return []
     rule = f"holds weights that show no training on the {grid} grid: {figures.describe(grid)}"
     if not force:
-        raise CheckpointError.of(
-            *place, f"{rule}, and no stamp says otherwise",
-            "Add --force if a quantiser did train them; any other model is destroyed",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"{place[0]}={place[1]}: {rule}, and no stamp says otherwise. Add --force if a "
+            "quantiser did train them; any other model is destroyed."
+        )
     return [f"{place[1]} {rule}"]
 
 
@@ -196,11 +196,10 @@ def check_latents(
         w_OI = read(name)
         check_finite(name, w_OI, place)
         if lies_on_grid(w_OI, stamp.quant.eps):
-            raise CheckpointError.of(
-                *place, f"{name} lies on a grid already: it was quantised before, and quantising "
-                "again changes it",
-                "Name the latent weights",
-            )  # fmt: skip
+            raise CheckpointError(
+                f"{place[0]}={place[1]}: {name} lies on a grid already: it was quantised before, "
+                "and quantising again changes it. Name the latent weights."
+            )
 
 
 def check_finite(name: str, tensor: torch.Tensor, place: tuple[str, Path]) -> None:
@@ -216,7 +215,7 @@ def check_finite(name: str, tensor: torch.Tensor, place: tuple[str, Path]) -> No
     """
     if tensor.dtype.is_floating_point and not is_finite(tensor):
         row = int((~tensor.isfinite()).nonzero()[0][0]) if tensor.ndim else 0
-        raise CheckpointError.of(
-            *place, f"{name} holds a NaN or an infinity, first in row {row}",
-            "The training had diverged; use an earlier checkpoint",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"{place[0]}={place[1]}: {name} holds a NaN or an infinity, first in row {row}. The "
+            "training had diverged; use an earlier checkpoint."
+        )

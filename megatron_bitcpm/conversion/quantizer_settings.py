@@ -50,10 +50,10 @@ class QuantizerSettings:
         }
         for name, value in self.given().items():
             if value != stamped[name]:
-                raise CheckpointError.of(
-                    name, value, f"the model was trained with {stamped[name]}, says its stamp",
-                    f"Use {stamped[name]}",
-                )  # fmt: skip
+                raise CheckpointError(
+                    f"{name}={value}: the model was trained with {stamped[name]}, says its stamp. "
+                    f"Use {stamped[name]}."
+                )
 
     def make_stamp(self) -> QuantizerStamp:
         """Return the quantiser of a model without a stamp.
@@ -63,14 +63,16 @@ class QuantizerSettings:
         """
         for name in ("quant_type", "group_size"):
             if getattr(self, name) is None:
-                raise CheckpointError.of(
-                    name, None, "must be named with the other settings of the quantiser",
-                    "Use the one of the training, for example --quant-type ternary --group-size -1",
-                )  # fmt: skip
+                raise CheckpointError(
+                    f"{name}=None: must be named with the other settings of the quantiser. Use the "
+                    "one of the training, for example --quant-type ternary --group-size -1."
+                )
         eps = DEFAULT_EPS if self.eps is None else self.eps
         content: dict[str, Any] = {
-            "grid": self.quant_type, "group_size": self.group_size, "eps": eps
-        }  # fmt: skip
+            "grid": self.quant_type,
+            "group_size": self.group_size,
+            "eps": eps,
+        }
         return QuantizerStamp(QuantConfig(**content), 1, self.numerics or FP32)
 
 
@@ -86,29 +88,27 @@ def parse_quantizer_settings(
         BitcpmError: one is unknown or out of range.
     """
     if quant_type is not None and quant_type not in GRIDS:
-        raise CheckpointError.of(
-            "quant_type", quant_type, "is no quantiser", f"Use {', '.join(GRIDS)}"
-        )
+        raise CheckpointError(f"quant_type={quant_type}: is no quantiser. Use {', '.join(GRIDS)}.")
     if group_size is not None and group_size != "tensor":
         try:
             number = 0 if isinstance(group_size, bool | float) else int(group_size)
         except (TypeError, ValueError):
             number = 0
         if number < 1 and number != -1:
-            raise CheckpointError.of(
-                "group_size", group_size, "must be at least 1, -1 for the whole row, or tensor",
-                "Use the one of the training",
-            )  # fmt: skip
+            raise CheckpointError(
+                f"group_size={group_size}: must be at least 1, -1 for the whole row, or tensor. "
+                "Use the one of the training."
+            )
         group_size = number
     if numerics is not None and numerics not in NUMERICS:
-        raise CheckpointError.of("numerics", numerics, "is unknown", f"Use {' or '.join(NUMERICS)}")
+        raise CheckpointError(f"numerics={numerics}: is unknown. Use {' or '.join(NUMERICS)}.")
     if numerics == BF16_RECIPROCAL and quant_type not in (None, "ternary"):
-        raise CheckpointError.of(
-            "numerics", numerics, f"exists for the ternary grid, not for {quant_type}",
-            f"Use numerics {FP32}",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"numerics={numerics}: exists for the ternary grid, not for {quant_type}. Use numerics "
+            f"{FP32}."
+        )
     if eps is not None:
         if isinstance(eps, bool) or not isinstance(eps, int | float):
-            raise CheckpointError.of("eps", repr(eps), "is no number", "Use 1e-5")
+            raise CheckpointError(f"eps={eps!r}: is no number. Use 1e-5.")
         check_eps(eps)
     return QuantizerSettings(quant_type, group_size, numerics, eps)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.names import FusedLinear, Projection, find_projection
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import CheckpointError, one_line
 from megatron_bitcpm.quant.groups import ShardedGroups, abs_sums_sliced, resolve_sharded_groups
 from megatron_bitcpm.quant.reciprocal import fake_quantize_reciprocal
 from megatron_bitcpm.quant.selection import is_excluded
@@ -96,16 +96,15 @@ def parse_stamp(stamp: Any, source: Path) -> QuantizerStamp:
             raise ValueError(f"tensor_model_parallel_size {tp_size}")
     # Infinity is a number to JSON: OverflowError.
     except (ValidationError, KeyError, TypeError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise CheckpointError.of(
-            "quantizer", source, f"unreadable stamp: {reason}",
-            "Use the package version that wrote the model",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"quantizer={source}: unreadable stamp: {one_line(error)}. Use the package "
+            "version that wrote the model."
+        ) from error
     if numerics not in NUMERICS:
-        raise CheckpointError.of(
-            "numerics", numerics, f"the model's codes need {' or '.join(NUMERICS)}",
-            "Use the package version that wrote the model",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"numerics={numerics}: the model's codes need {' or '.join(NUMERICS)}. Use the package "
+            "version that wrote the model."
+        )
     return QuantizerStamp(quant, tp_size, numerics)
 
 
@@ -167,10 +166,10 @@ def _fake_quantize_reciprocal(
     """The same sums as in the other numerics, see `quant.reciprocal` for the rest."""
     quant, linear = stamp.quant, projection.linear
     if quant.grid != "ternary":
-        raise CheckpointError.of(
-            "numerics", stamp.numerics, f"exists for the ternary grid, not for {quant.grid}",
-            f"Use numerics {FP32}",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"numerics={stamp.numerics}: exists for the ternary grid, not for {quant.grid}. Use "
+            f"numerics {FP32}."
+        )
     groups = stamp.groups_of(linear, w_OI.shape[1])
     if groups is None:
         sum_11 = _sum_tensor(w_OI, stamp.tp_size if linear.row_parallel else 1)

@@ -191,7 +191,7 @@ def cut_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]
         CheckpointError: the limit is below 1.
     """
     if max_shard_bytes < 1:
-        raise CheckpointError.of("max_shard_size", max_shard_bytes, "is no size", "Use 5GB")
+        raise CheckpointError(f"max_shard_size={max_shard_bytes}: is no size. Use 5GB.")
     shards: list[list[str]] = [[]]
     total = 0
     for name, size in sizes.items():

@@ -39,7 +39,7 @@ from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES, read_tokenizer_ids
-from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.errors import BitcpmError, CheckpointError, one_line
 from megatron_bitcpm.files import read_json
 from megatron_bitcpm.quant.grids import find_grid
 
@@ -74,7 +74,7 @@ class Report:
                 fix += "; convert a damaged one again"
             elif wanted is not None:
                 fix += ", or name the one it was made from"
-            raise CheckpointError.of("model", self.path, "; ".join(self.problems), fix)
+            raise CheckpointError(f"model={self.path}: {'; '.join(self.problems)}. {fix}.")
 
     def render(self) -> str:
         """Return the counts by layer as a Markdown table, '' where nothing was compared."""
@@ -149,10 +149,10 @@ def verify_written(written: Path, source: ModelSource, output: Path) -> dict[str
     except CheckpointError as error:
         # What is wrong with the copy may be wrong with the original.
         verify_sources(source, source)
-        raise CheckpointError.of(
-            "output", output, f"is not what was to be written: {error}".rstrip("."),
-            "Convert again, to another disk if need be",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"output={output}: is not what was to be written: {str(error).rstrip('.')}. Convert "
+            "again, to another disk if need be."
+        ) from error
     content = report.content | {"folder": str(output)}
     if checked := content["checked_tokenizer"]:
         # It lies in the hidden folder that becomes `output`.
@@ -308,10 +308,10 @@ def _check_list(source: ModelSource) -> list[str]:
     try:
         made = source.quantized_tensors()
     except BitcpmError as error:
-        raise CheckpointError.of(
-            "quantizer", source.path, f"does not fit the model: {error}".rstrip("."),
-            "Use the files that belong to the weights",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"quantizer={source.path}: does not fit the model: {one_line(error)}. Use the "
+            "files that belong to the weights."
+        ) from error
     if source.kind != "hf" or not path.is_file():
         return []
     listed = read_json(path).get("ternary_tensors")
@@ -369,8 +369,8 @@ def _check_tokenizer(source: ModelSource, named: str | Path | None) -> str | Non
         ids = read_tokenizer_ids(folder)
         if ids.size > source.vocab_size:
             fix = "Put the tokenizer of the model in its place" if folder is own else "Name another"
-            raise CheckpointError.of(
-                "tokenizer", folder, f"has {ids.size} ids, the model of {source.path} "
-                f"{source.vocab_size}", fix,
-            )  # fmt: skip
+            raise CheckpointError(
+                f"tokenizer={folder}: has {ids.size} ids, the model of {source.path} "
+                f"{source.vocab_size}. {fix}."
+            )
     return checked

@@ -212,16 +212,12 @@ class MicroBatchIterator:
         dp_size: int = 1,
     ) -> None:
         if micro_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size) != 0:
-            raise DataError.of(
-                "global_batch_size",
-                global_batch_size,
-                f"not a multiple of micro_batch_size {micro_batch_size} x data parallel {dp_size}",
-                "Change one of them",
+            raise DataError(
+                f"global_batch_size={global_batch_size}: not a multiple of micro_batch_size "
+                f"{micro_batch_size} x data parallel {dp_size}. Change one of them."
             )
         if consumed_samples < 0:
-            raise DataError.of(
-                "consumed_samples", consumed_samples, "is negative", "Give 0 or more"
-            )
+            raise DataError(f"consumed_samples={consumed_samples}: is negative. Give 0 or more.")
         assert 0 <= dp_rank < dp_size
         self.dataset = dataset
         self.consumed_samples = consumed_samples

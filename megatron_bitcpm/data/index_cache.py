@@ -88,10 +88,10 @@ def open_gpt_dataset(
             _build(folder, stock)
     with fail_on_all_ranks():
         if not _is_complete(folder):
-            raise DataError.of(
-                "data.cache", folder, "rank 0 wrote it and this rank does not see it",
-                "Give a folder on a file system that all ranks share",
-            )  # fmt: skip
+            raise DataError(
+                f"data.cache={folder}: rank 0 wrote it and this rank does not see it. Give a "
+                "folder on a file system that all ranks share."
+            )
     return stock(folder)
 
 
@@ -132,11 +132,10 @@ def _build(folder: Path, stock: Any) -> None:
         os.rename(scratch[0], folder)
     except OSError as error:
         if not _is_complete(folder):
-            raise DataError.of(
-                "data.cache", folder.parent,
-                f"the index cache cannot be written ({error.strerror or error})",
-                "Set data.cache to a writable folder with free space",
-            ) from error  # fmt: skip
+            raise DataError(
+                f"data.cache={folder.parent}: the index cache cannot be written "
+                f"({error.strerror or error}). Set data.cache to a writable folder with free space."
+            ) from error
     finally:
         for path in scratch:
             shutil.rmtree(path, ignore_errors=True)

@@ -66,8 +66,8 @@ def check_indexed_files(prefix: str | os.PathLike[str], field: str = "data") -> 
     try:
         return _read_index(os.fspath(prefix), field)
     except OSError as error:
-        raise DataError.of(
-            field, prefix, f"cannot be read ({error.strerror})", "Check the files' permissions"
+        raise DataError(
+            f"{field}={prefix}: cannot be read ({error.strerror}). Check the files' permissions."
         ) from error
 
 
@@ -75,29 +75,27 @@ def _read_index(prefix: str, field: str) -> IndexedFiles:
     bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     for path in (idx_path, bin_path):
         if not path.is_file():
-            raise DataError.of(field, path, "no such file", "Run prepare, or check the prefix")
+            raise DataError(f"{field}={path}: no such file. Run prepare, or check the prefix.")
     idx_size = idx_path.stat().st_size
     if idx_size < _HEADER.size:
-        raise DataError.of(field, idx_path, f"cut off at {idx_size} bytes", _PREPARE_AGAIN)
+        raise DataError(f"{field}={idx_path}: cut off at {idx_size} bytes. {_PREPARE_AGAIN}.")
     # mapped, not read: the ranks of a node share the pages of an index of gigabytes
     raw = np.memmap(idx_path, dtype=np.uint8, mode="r").data
     magic, version, code, sequences, marks = _HEADER.unpack_from(raw)
     if magic != INDEX_MAGIC or version != 1:
-        raise DataError.of(
-            field, idx_path, "not a Megatron index (wrong magic or version)", _PREPARE_AGAIN
+        raise DataError(
+            f"{field}={idx_path}: not a Megatron index (wrong magic or version). {_PREPARE_AGAIN}."
         )
     if code not in _TOKEN_DTYPES:
-        raise DataError.of(
-            field,
-            idx_path,
-            f"dtype code {code} is no token id type (uint16, int32 or int64)",
-            _PREPARE_AGAIN,
+        raise DataError(
+            f"{field}={idx_path}: dtype code {code} is no token id type (uint16, int32 or int64). "
+            f"{_PREPARE_AGAIN}."
         )
     expected = _HEADER.size + sequences * (4 + 8) + marks * 8
     # a multimodal index has one more byte a sequence: not ours either
     if len(raw) != expected:
-        raise DataError.of(
-            field, idx_path, f"{len(raw)} bytes, its header says {expected}", _PREPARE_AGAIN
+        raise DataError(
+            f"{field}={idx_path}: {len(raw)} bytes, its header says {expected}. {_PREPARE_AGAIN}."
         )
     lengths = np.frombuffer(raw, np.int32, sequences, _HEADER.size)
     offsets = np.frombuffer(raw, np.int64, sequences, _HEADER.size + 4 * sequences)
@@ -105,7 +103,7 @@ def _read_index(prefix: str, field: str) -> IndexedFiles:
     dtype = np.dtype(_TOKEN_DTYPES[code])
     num_tokens = int(lengths.sum(dtype=np.int64))
     if num_tokens == 0:
-        raise DataError.of(field, prefix, "holds no token", "Give more text to prepare")
+        raise DataError(f"{field}={prefix}: holds no token. Give more text to prepare.")
     consistent = (
         lengths.min() >= 0
         and marks > 0
@@ -114,17 +112,14 @@ def _read_index(prefix: str, field: str) -> IndexedFiles:
         and np.array_equal(np.diff(offsets), lengths[:-1].astype(np.int64) * dtype.itemsize)
     )
     if not consistent:
-        raise DataError.of(
-            field, idx_path, "lengths and offsets contradict each other", _PREPARE_AGAIN
+        raise DataError(
+            f"{field}={idx_path}: lengths and offsets contradict each other. {_PREPARE_AGAIN}."
         )
     size = bin_path.stat().st_size
     if size != num_tokens * dtype.itemsize:
-        raise DataError.of(
-            field,
-            bin_path,
-            f"{size} bytes, its index says {num_tokens} {dtype.name} tokens, "
-            f"{num_tokens * dtype.itemsize} bytes",
-            _PREPARE_AGAIN,
+        raise DataError(
+            f"{field}={bin_path}: {size} bytes, its index says {num_tokens} {dtype.name} tokens, "
+            f"{num_tokens * dtype.itemsize} bytes. {_PREPARE_AGAIN}."
         )
     return IndexedFiles(prefix, dtype, lengths, num_tokens, _fingerprint(raw, bin_path, size))
 
@@ -161,11 +156,9 @@ def check_token_range(files: IndexedFiles, vocab_size: int, field: str = "data")
         part = tokens[block * _CHECK_BLOCK : (block + 1) * _CHECK_BLOCK]
         low, high = int(part.min()), int(part.max())
         if low < 0 or high >= vocab_size:
-            raise DataError.of(
-                field,
-                f"{files.prefix}.bin",
-                f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}",
-                "Use the tokenizer the data was prepared with",
+            raise DataError(
+                f"{field}={files.prefix}.bin: token id {low if low < 0 else high} is outside the "
+                f"vocabulary of {vocab_size}. Use the tokenizer the data was prepared with."
             )
 
 
@@ -186,12 +179,11 @@ def check_documents_end(files: IndexedFiles, eod: int, field: str) -> None:
     last = np.cumsum(lengths, dtype=np.int64)[::step] - 1
     bad = np.flatnonzero((files.tokens()[last] != eod) & (lengths[::step] > 0))
     if len(bad):
-        raise DataError.of(
-            field,
-            files.prefix,
-            f"document {bad[0] * step} does not end with the end-of-document token {eod}, so "
-            "reset_attention_mask, reset_position_ids and eod_mask_loss cannot see its end",
-            "Prepare it with that token at the end of documents, or leave these options out",
+        raise DataError(
+            f"{field}={files.prefix}: document {bad[0] * step} does not end with the "
+            f"end-of-document token {eod}, so reset_attention_mask, reset_position_ids and "
+            "eod_mask_loss cannot see its end. Prepare it with that token at the end of documents, "
+            "or leave these options out."
         )
 
 
@@ -220,6 +212,6 @@ def read_manifest(
                 raise TypeError(f"splits.{split}.tokens")
         return dict(manifest)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError.of(field, path, f"not a manifest ({error!r})", "Run prepare again") from (
+        raise DataError(f"{field}={path}: not a manifest ({error!r}). Run prepare again.") from (
             error
         )

@@ -70,19 +70,15 @@ def prepare(
         DataError: bad input or tokenizer, existing files, or a split that is too short.
     """
     if not 0 < valid_fraction <= 0.5:
-        raise DataError.of(
-            "valid_fraction", valid_fraction, "must be in (0, 0.5]", "Use 0.03 for 3 %"
-        )
+        raise DataError(f"valid_fraction={valid_fraction}: must be in (0, 0.5]. Use 0.03 for 3 %.")
     prefix = Path(output_prefix)
     targets = [Path(f"{prefix}_{split}.{ext}") for split in SPLITS for ext in ("bin", "idx")]
     targets.append(manifest_path(prefix))
     existing = [path for path in targets if os.path.lexists(path)]
     if existing and not overwrite:
-        raise DataError.of(
-            "output_prefix",
-            prefix,
-            f"{existing[0].name} exists",
-            "Give another prefix, or allow overwriting",
+        raise DataError(
+            f"output_prefix={prefix}: {existing[0].name} exists. Give another prefix, or allow "
+            "overwriting."
         )
     tokenizer = load_tokenizer(tokenizer_folder)
     files = text_source.list_input_files(inputs)
@@ -127,8 +123,8 @@ def prepare(
         (scratch / manifest_path(prefix).name).write_text(text, encoding="utf-8")
         _publish(scratch, targets)
     except OSError as error:
-        raise DataError.of(
-            "output_prefix", prefix, f"cannot be written ({error})", "Free space, or another folder"
+        raise DataError(
+            f"output_prefix={prefix}: cannot be written ({error}). Free space, or another folder."
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -187,15 +183,12 @@ def _check_splits(
     for split, count in writer.counts.items():
         if count["documents"] == 0 or count["tokens"] < min_tokens:
             left_out = f", {report.problems[0]}" if report.problems else ""
-            raise DataError.of(
-                "output_prefix",
-                prefix,
-                f"the {split} split has {count['documents']} documents, {count['tokens']} tokens "
-                f"(at least {min_tokens} needed) from {report.documents} documents, "
-                f"{report.files} files{left_out}",
-                "Give more text, smaller document_chars, or a larger valid_fraction"
-                if split == "valid"
-                else "Give more text",
+            more = ", smaller document_chars, or a larger valid_fraction"
+            raise DataError(
+                f"output_prefix={prefix}: the {split} split has {count['documents']} documents, "
+                f"{count['tokens']} tokens (at least {min_tokens} needed) from {report.documents} "
+                f"documents, {report.files} files{left_out}. Give more text"
+                f"{more if split == 'valid' else ''}."
             )
 
 

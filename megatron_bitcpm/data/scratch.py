@@ -19,12 +19,12 @@ def make_scratch_folder(field: str, output: Path) -> Path:
         DataError: the place cannot be written.
     """
     if not output.name:
-        raise DataError.of(field, output, "is no name", "Name a new file or folder")
+        raise DataError(f"{field}={output}: is no name. Name a new file or folder.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError.of(
-            field, output, f"cannot be written ({reason})", "Name a place in a writable folder"
+        raise DataError(
+            f"{field}={output}: cannot be written ({reason}). Name a place in a writable folder."
         ) from error

@@ -35,8 +35,8 @@ def check_train_sets(data: DataConfig, tokenizer: TextTokenizer) -> dict[str, In
         first = seen.setdefault(files.fingerprint, key)
         if first != key:
             # Both would give the same samples at nearly the same time.
-            raise DataError.of(
-                key, prefix, f"holds the same data as {first}", "Use one entry, add the weights"
+            raise DataError(
+                f"{key}={prefix}: holds the same data as {first}. Use one entry, add the weights."
             )
         checked[key] = files
     return checked
@@ -61,12 +61,11 @@ def check_valid_sets(
         files = _check_split(data, key, prefix, "valid", tokenizer)
         windows = (files.num_tokens - 1) // data.seq_length
         if windows < num_samples:
-            raise DataError.of(
-                key, prefix,
-                f"the valid split has {windows} windows of {data.seq_length} tokens, "
-                f"{num_samples} are needed (training.eval_iters x global_batch_size)",
-                "Lower training.eval_iters, or prepare more text or a larger valid_fraction",
-            )  # fmt: skip
+            raise DataError(
+                f"{key}={prefix}: the valid split has {windows} windows of {data.seq_length} "
+                f"tokens, {num_samples} are needed (training.eval_iters x global_batch_size). "
+                "Lower training.eval_iters, or prepare more text or a larger valid_fraction."
+            )
         checked[name] = files
     return checked
 
@@ -109,26 +108,25 @@ def _check_split(
     """
     manifest = read_manifest(prefix, key)
     if manifest is not None and manifest["tokenizer_sha256"] != tokenizer.sha256:
-        raise DataError.of(
-            key, prefix,
-            f"was prepared with a tokenizer of sha256 {manifest['tokenizer_sha256'][:12]}... "
-            f"({manifest_path(prefix).name}), {tokenizer.folder} has {tokenizer.sha256[:12]}...",
-            "Set data.tokenizer to that one, or run prepare again",
-        )  # fmt: skip
+        raise DataError(
+            f"{key}={prefix}: was prepared with a tokenizer of sha256 "
+            f"{manifest['tokenizer_sha256'][:12]}... ({manifest_path(prefix).name}), "
+            f"{tokenizer.folder} has {tokenizer.sha256[:12]}.... Set data.tokenizer to that one, "
+            "or run prepare again."
+        )
     files = check_indexed_files(f"{prefix}_{split}", key)
     if manifest is not None and files.num_tokens != manifest["splits"][split]["tokens"]:
-        raise DataError.of(
-            key, f"{files.prefix}.idx",
-            f"{files.num_tokens} tokens, the manifest says {manifest['splits'][split]['tokens']}",
-            "Run prepare again, or copy all five files from one run",
-        )  # fmt: skip
+        raise DataError(
+            f"{key}={files.prefix}.idx: {files.num_tokens} tokens, the manifest says "
+            f"{manifest['splits'][split]['tokens']}. Run prepare again, or copy all five files "
+            "from one run."
+        )
     if files.num_tokens < data.seq_length + 1:
-        raise DataError.of(
-            key, files.prefix,
-            f"{files.num_tokens} tokens, one sample of data.seq_length {data.seq_length} needs "
-            f"{data.seq_length + 1}",
-            "Prepare more text, raise valid_fraction, or lower data.seq_length",
-        )  # fmt: skip
+        raise DataError(
+            f"{key}={files.prefix}: {files.num_tokens} tokens, one sample of data.seq_length "
+            f"{data.seq_length} needs {data.seq_length + 1}. Prepare more text, raise "
+            "valid_fraction, or lower data.seq_length."
+        )
     check_token_range(files, tokenizer.vocab_size, key)
     if data.reset_attention_mask or data.reset_position_ids or data.eod_mask_loss:
         check_documents_end(files, tokenizer.eod, key)

@@ -82,8 +82,8 @@ def python_stdlib_files() -> list[Path]:
         folders[:] = sorted(name for name in folders if name not in _STDLIB_SKIP)
         files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
     if not files:
-        raise DataError.of(
-            "input", STDLIB_INPUT, f"no .py files under {root}", "Give text files of your own"
+        raise DataError(
+            f"input={STDLIB_INPUT}: no .py files under {root}. Give text files of your own."
         )
     return sorted(files)
 
@@ -112,13 +112,12 @@ def list_input_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise DataError.of(
-                "input", name, "no such file or folder", "Check the path, or use stdlib:"
+            raise DataError(
+                f"input={name}: no such file or folder. Check the path, or use stdlib:."
             )
     if not files:
-        raise DataError.of(
-            "input", ", ".join(map(str, names)) or "(none)", "no files found", "Give text or JSONL"
-        )
+        given = ", ".join(map(str, names)) or "(none)"
+        raise DataError(f"input={given}: no files found. Give text or JSONL.")
     return files
 
 
@@ -149,7 +148,7 @@ def iter_documents(
             are bad.
     """
     if document_chars < 16:
-        raise DataError.of("document_chars", document_chars, "too small", "Use 16 or more")
+        raise DataError(f"document_chars={document_chars}: too small. Use 16 or more.")
     report = ReadReport() if report is None else report
     for path in list_input_files(inputs):
         is_json = path.suffix.lower() in _JSON_SUFFIXES
@@ -191,10 +190,10 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or f"not UTF-8 any more, {error}"
-        raise DataError.of(
-            "input", path, f"cannot be read to its end ({reason})",
-            "Check the disk, and that nothing changes the file meanwhile",
-        ) from error  # fmt: skip
+        raise DataError(
+            f"input={path}: cannot be read to its end ({reason}). Check the disk, and that nothing "
+            "changes the file meanwhile."
+        ) from error
 
 
 def _next_piece(pieces: Iterator[str], path: Path) -> str | None:
@@ -245,11 +244,10 @@ def _iter_json_lines(path: Path, key: str, max_bad: int, report: ReadReport) -> 
                 report.bad_lines += 1
                 report.add_problem(f"{path}:{number}", str(error))
                 if report.bad_lines > max_bad:
-                    raise DataError.of(
-                        "max_bad_lines",
-                        max_bad,
-                        f"{report.bad_lines} bad JSON lines, the last at {path}:{number} ({error})",
-                        "Repair the input, check jsonl_key, or raise the limit",
+                    raise DataError(
+                        f"max_bad_lines={max_bad}: {report.bad_lines} bad JSON lines, the last at "
+                        f"{path}:{number} ({error}). Repair the input, check jsonl_key, or raise "
+                        "the limit."
                     ) from error
             else:
                 yield text

@@ -131,11 +131,9 @@ class HuggingFaceTokenizer(TextTokenizer):
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise DataError.of(
-                "tokenizer",
-                folder,
-                "a Hugging Face tokenizer needs transformers, which is not installed",
-                "Install megatron-bitcpm[hf], or train a tokenizer with this package",
+            raise DataError(
+                f"tokenizer={folder}: a Hugging Face tokenizer needs transformers, which is not "
+                "installed. Install megatron-bitcpm[hf], or train a tokenizer with this package."
             ) from error
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
@@ -143,18 +141,14 @@ class HuggingFaceTokenizer(TextTokenizer):
             )
         except Exception as error:  # transformers raises many kinds, from OSError to TypeError
             reason = " ".join(str(error).split())[:300]
-            raise DataError.of(
-                "tokenizer",
-                folder,
-                f"transformers cannot load it ({type(error).__name__}: {reason})",
-                "Give a folder with tokenizer.json and tokenizer_config.json",
+            raise DataError(
+                f"tokenizer={folder}: transformers cannot load it ({type(error).__name__}: "
+                f"{reason}). Give a folder with tokenizer.json and tokenizer_config.json."
             ) from error
         if self._tokenizer.eos_token_id is None:
-            raise DataError.of(
-                "tokenizer",
-                folder,
-                "it has no end-of-sequence token, which separates documents",
-                'Set "eos_token" in tokenizer_config.json',
+            raise DataError(
+                f"tokenizer={folder}: it has no end-of-sequence token, which separates documents. "
+                'Set "eos_token" in tokenizer_config.json.'
             )
         super().__init__(
             folder,
@@ -198,8 +192,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> TextTokenizer:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError.of(
-            "tokenizer", folder, "no such folder", "Train one, or give a Hugging Face folder"
+        raise DataError(
+            f"tokenizer={folder}: no such folder. Train one, or give a Hugging Face folder."
         )
     marker = folder / MARKER_FILE
     if marker.is_file():
@@ -211,10 +205,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> TextTokenizer:
             return SentencePieceTokenizer(folder)
         logger.info("%s was edited after training, reading it with transformers", folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise DataError.of(
-            "tokenizer",
-            folder,
-            "the folder holds no tokenizer file",
-            "Give a folder with tokenizer.json or tokenizer.model",
+        raise DataError(
+            f"tokenizer={folder}: the folder holds no tokenizer file. Give a folder with "
+            "tokenizer.json or tokenizer.model."
         )
     return HuggingFaceTokenizer(folder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import CheckpointError, one_line
 from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, read_json
 
 VOCABULARY_FILES = (
@@ -51,8 +51,8 @@ def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> Tok
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError.of(
-            "tokenizer", folder, "no such folder", "Name the tokenizer of the run (--tokenizer)"
+        raise CheckpointError(
+            f"tokenizer={folder}: no such folder. Name the tokenizer of the run (--tokenizer)."
         )
     try:
         ids = _read_ids(folder)
@@ -60,16 +60,15 @@ def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> Tok
         raise
     # Valid JSON of another form, or a model file that sentencepiece cannot parse.
     except (AttributeError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError.of(
-            "tokenizer", folder, f"cannot be understood ({type(error).__name__}: {reason})",
-            "Name the tokenizer of the run (--tokenizer)",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"tokenizer={folder}: cannot be understood ({type(error).__name__}: "
+            f"{one_line(error)}). Name the tokenizer of the run (--tokenizer)."
+        ) from error
     if vocab_size is not None and ids.size != vocab_size:
-        raise CheckpointError.of(
-            "tokenizer", folder, f"its files hold {ids.size} ids, the model has {vocab_size}",
-            "Name the tokenizer of the run (--tokenizer), or save it with a tokenizer.json",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"tokenizer={folder}: its files hold {ids.size} ids, the model has {vocab_size}. Name "
+            "the tokenizer of the run (--tokenizer), or save it with a tokenizer.json."
+        )
     return ids
 
 
@@ -86,20 +85,20 @@ def read_run_tokenizer(folder: str | Path, vocab_size: int, recorded: str | None
     """
     ids = read_tokenizer_ids(folder, vocab_size)
     if recorded not in (None, hash_files(Path(folder), TOKENIZER_FILES)):
-        raise CheckpointError.of(
-            "tokenizer", folder, "is not the one of the training (its files have another sha256)",
-            "Name the tokenizer of the run (--tokenizer)",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"tokenizer={folder}: is not the one of the training (its files have another sha256). "
+            "Name the tokenizer of the run (--tokenizer)."
+        )
     return ids
 
 
 def _read_ids(folder: Path) -> TokenizerIds:
     ids, special = _read_vocabulary(folder)
     if not ids:
-        raise CheckpointError.of(
-            "tokenizer", folder, f"holds no vocabulary ({', '.join(VOCABULARY_FILES)})",
-            "Save it with a tokenizer.json, or name another folder",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"tokenizer={folder}: holds no vocabulary ({', '.join(VOCABULARY_FILES)}). Save it "
+            "with a tokenizer.json, or name another folder."
+        )
     if (folder / "added_tokens.json").is_file():
         ids |= read_json(folder / "added_tokens.json")
     for name in ("special_tokens_map.json", "tokenizer_config.json"):

@@ -59,7 +59,7 @@ def train_tokenizer(
     """
     output = Path(output_dir)
     if vocab_size < _RESERVED_PIECES + 41:
-        raise DataError.of("vocab_size", vocab_size, "259 ids are reserved", "Use 300 or more")
+        raise DataError(f"vocab_size={vocab_size}: 259 ids are reserved. Use 300 or more.")
     _check_output_folder(output, overwrite)
     sample = _TrainingSample(inputs, sample_mb, jsonl_key, max_bad_lines)
     # Before the training: it is long, and a folder that cannot be written would waste it.
@@ -91,8 +91,8 @@ def _write_folder(
         publish_folder(scratch, output)
         return info
     except OSError as error:
-        raise DataError.of(
-            "output_dir", output, f"cannot be written ({error})", "Free space, or another folder"
+        raise DataError(
+            f"output_dir={output}: cannot be written ({error}). Free space, or another folder."
         ) from error
 
 
@@ -103,17 +103,15 @@ def _check_output_folder(output: Path, overwrite: bool) -> None:
             return
         is_ours = (output / export.MARKER_FILE).is_file()
     except OSError as error:
-        raise DataError.of(
-            "output_dir", output, f"cannot be read ({error.strerror})", "Give a new folder"
+        raise DataError(
+            f"output_dir={output}: cannot be read ({error.strerror}). Give a new folder."
         ) from error
     if not is_ours:
-        raise DataError.of(
-            "output_dir", output, "it exists and is no trained tokenizer", "Give a new folder"
+        raise DataError(
+            f"output_dir={output}: it exists and is no trained tokenizer. Give a new folder."
         )
     if not overwrite:
-        raise DataError.of(
-            "output_dir", output, "it exists", "Give a new folder, or allow overwriting"
-        )
+        raise DataError(f"output_dir={output}: it exists. Give a new folder, or allow overwriting.")
 
 
 class _TrainingSample:
@@ -190,15 +188,13 @@ def _train_model(sample: _TrainingSample, vocab_size: int, coverage: float) -> b
     if sample.error is not None:
         raise sample.error
     if sample.documents == 0:
-        raise DataError.of(
-            "input", sample.files[0], f"no text in {len(sample.files)} files", "Give more text"
+        raise DataError(
+            f"input={sample.files[0]}: no text in {len(sample.files)} files. Give more text."
         )
     if failure is not None:
         reason = " ".join(str(failure).split()).rsplit("] ", 1)[-1].rstrip(".")
-        raise DataError.of(
-            "vocab_size",
-            vocab_size,
-            f"SentencePiece cannot train on {sample.chars} characters ({reason})",
-            "Lower vocab_size, or give more text",
+        raise DataError(
+            f"vocab_size={vocab_size}: SentencePiece cannot train on {sample.chars} characters "
+            f"({reason}). Lower vocab_size, or give more text."
         ) from failure
     return model.getvalue()

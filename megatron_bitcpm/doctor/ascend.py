@@ -43,24 +43,31 @@ def probe_cann(
     home = Path(environ[variable])
     if not home.is_dir():
         return Finding(
-            "CANN", "problem", f"{variable}={home}", "there is no such folder",
+            "CANN",
+            "problem",
+            f"{variable}={home}",
+            "there is no such folder",
             f"Install CANN there, or: {SOURCE_CANN}",
-        )  # fmt: skip
+        )
     if not can_read(home):
         return Finding(
-            "CANN", "problem", str(home),
+            "CANN",
+            "problem",
+            str(home),
             f"owned by {_user_name(home.stat().st_uid)}, and {_user_name(uid)} may not read it",
             "Let its owner run: chmod -R o+rX, or install CANN with --install-for-all",
-        )  # fmt: skip
+        )
     version, owner = read_cann_version(home) or "unknown version", home.stat().st_uid
     if owner != uid:
         # CANN and torch_npu only warn about it, once for every process.
         return Finding(
-            "CANN", "warn", version,
+            "CANN",
+            "warn",
+            version,
             f"{home} is owned by {_user_name(owner)}, this is {_user_name(uid)}: it works, with a "
             "warning that the owner does not match the current owner",
             f"Run as {_user_name(owner)}, or install CANN as {_user_name(uid)}",
-        )  # fmt: skip
+        )
     return Finding("CANN", "ok", version, str(home))
 
 
@@ -69,14 +76,20 @@ def _find_unsourced_cann(has_torch_npu: bool, usual_homes: tuple[Path, ...]) -> 
     if installed is not None:
         script = installed.parent / "set_env.sh"
         return Finding(
-            "CANN", "problem" if has_torch_npu else "warn", "not in the environment",
-            f"installed in {installed}, but {HOME_VARIABLES[0]} is not set", f"source {script}",
-        )  # fmt: skip
+            "CANN",
+            "problem" if has_torch_npu else "warn",
+            "not in the environment",
+            f"installed in {installed}, but {HOME_VARIABLES[0]} is not set",
+            f"source {script}",
+        )
     if has_torch_npu:
         return Finding(
-            "CANN", "problem", "not found", "torch_npu is installed and cannot work without it",
+            "CANN",
+            "problem",
+            "not found",
+            "torch_npu is installed and cannot work without it",
             f"Install the CANN toolkit and kernels, then: {SOURCE_CANN}",
-        )  # fmt: skip
+        )
     return Finding("CANN", "absent", "not found", "only NPUs need it")
 
 
@@ -117,15 +130,21 @@ def probe_driver(npu_smi: str | None, device_files: list[Path]) -> Finding:
         return Finding("NPU driver", "ok", f"{count} device file(s)", npu_smi)
     if count:
         return Finding(
-            "NPU driver", "warn", f"{count} device file(s)", "npu-smi is not found",
+            "NPU driver",
+            "warn",
+            f"{count} device file(s)",
+            "npu-smi is not found",
             "Mount /usr/local/Ascend/driver and npu-smi into the container",
-        )  # fmt: skip
+        )
     if npu_smi:
         return Finding(
-            "NPU driver", "problem", npu_smi, "there is no /dev/davinci*",
+            "NPU driver",
+            "problem",
+            npu_smi,
+            "there is no /dev/davinci*",
             "Start the container with --device /dev/davinci0 --device /dev/davinci_manager "
             "--device /dev/hisi_hdc, or load the driver",
-        )  # fmt: skip
+        )
     return Finding("NPU driver", "absent", "no NPU on this machine")
 
 
@@ -148,9 +167,12 @@ def probe_autoload(
     names = ", ".join(autoloaded)
     if failure(facts, "torch") and facts_without and not failure(facts_without, "torch"):
         return Finding(
-            name, "problem", names, "`import torch` loads it and fails; without it torch works",
+            name,
+            "problem",
+            names,
+            "`import torch` loads it and fails; without it torch works",
             f"{SOURCE_CANN}; on a machine without NPU: export {AUTOLOAD}=0",
-        )  # fmt: skip
+        )
     return Finding(name, "ok", names, "loaded by `import torch`")
 
 
@@ -167,18 +189,22 @@ def probe_torch_npu(facts: Facts, installed: str | None) -> Finding:
         return Finding(name, "absent", "not installed", "only NPUs need it")
     if npu is None or why:
         return Finding(
-            name, "problem", installed or "unknown version",
+            name,
+            "problem",
+            installed or "unknown version",
             why or "torch cannot be imported, so it could not be tried",
             f"{SOURCE_CANN}; or install the release that fits this torch",
-        )  # fmt: skip
+        )
     torch_version = re.match(r"[\d.]+", facts["torch"]["version"])
     npu_version = re.match(r"\d+\.\d+\.\d+", npu["version"])
     if torch_version and npu_version and torch_version[0].rstrip(".") != npu_version[0]:
         return Finding(
-            name, "problem", npu["version"], f"made for torch {npu_version[0]}, this is torch "
-            f"{facts['torch']['version']}", f"pip install torch=={npu_version[0]}, or another "
-            "torch_npu",
-        )  # fmt: skip
+            name,
+            "problem",
+            npu["version"],
+            f"made for torch {npu_version[0]}, this is torch {facts['torch']['version']}",
+            f"pip install torch=={npu_version[0]}, or another torch_npu",
+        )
     return Finding(name, "ok", npu["version"])
 
 
@@ -197,9 +223,12 @@ def probe_npu_operators(facts: Facts) -> Finding:
     if live["backend"] == "reference":
         detail = live["reason"] + (f" ({live['load_error']})" if live["load_error"] else "")
         return Finding(
-            name, "warn", "reference", detail,
+            name,
+            "warn",
+            "reference",
+            detail,
             "Build them as docs/ascend.md says; the reference gives the same bits, slower",
-        )  # fmt: skip
+        )
     device = live["device"]
     value = f"native, {device['vector_cores']} vector cores, {device['ub_bytes']} bytes each"
     return Finding(name, "ok", value, f"compiled: {' '.join(live['ops'])}; others: reference")
@@ -220,16 +249,21 @@ def probe_devices(environ: Mapping[str, str], facts: Facts) -> Finding:
         usable = "is_available() says True all the same" if npu["is_available"] else "none usable"
         if VISIBLE in environ:
             return Finding(
-                name, "problem", "0 NPU(s)",
+                name,
+                "problem",
+                "0 NPU(s)",
                 f"{VISIBLE}={environ[VISIBLE] or '(empty)'} hides all: it must name devices of "
                 f"this machine or container, counted from 0; {usable}",
                 f"unset {VISIBLE}, or use numbers that `npu-smi info` shows",
-            )  # fmt: skip
+            )
         return Finding(
-            name, "problem", "0 NPU(s)", f"torch_npu sees no device; {usable}",
+            name,
+            "problem",
+            "0 NPU(s)",
+            f"torch_npu sees no device; {usable}",
             "Check `npu-smi info`, the container's --device options, and that the user is in the "
             "group HwHiAiUser",
-        )  # fmt: skip
+        )
     if isinstance(cuda, dict) and cuda["device_count"]:
         return _check_ranks("GPU", cuda["device_count"], local_world)
     if failure(facts, "torch"):
@@ -241,7 +275,10 @@ def _check_ranks(kind: str, count: int, local_world: str) -> Finding:
     value = f"{count} {kind}(s)"
     if local_world.isdigit() and int(local_world) > count:
         return Finding(
-            "devices", "problem", value, f"{local_world} ranks were started on this machine",
+            "devices",
+            "problem",
+            value,
+            f"{local_world} ranks were started on this machine",
             f"torchrun --nproc_per_node {count}",
-        )  # fmt: skip
+        )
     return Finding("devices", "ok", value)

@@ -78,7 +78,7 @@ def diagnose(environ: Mapping[str, str] | None = None) -> list[Finding]:
         "bisheng": lambda: machine.probe_tool(
             "bisheng", shutil.which, "CANN's compiler, builds the Ascend operators", ""
         ),
-    }  # fmt: skip
+    }
     return [_survive(name, probe) for name, probe in probes.items()]
 
 
@@ -87,9 +87,12 @@ def _survive(name: str, probe: Probe) -> Finding:
         return probe()
     except Exception as error:
         return Finding(
-            name, "warn", "unknown", f"the probe failed: {type(error).__name__}: {error}",
+            name,
+            "warn",
+            "unknown",
+            f"the probe failed: {type(error).__name__}: {error}",
             "Look at it by hand",
-        )  # fmt: skip
+        )
 
 
 def _probe_megatron(version_of: software.VersionOf) -> Finding:

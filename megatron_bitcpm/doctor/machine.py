@@ -27,9 +27,12 @@ def probe_python(version: tuple[int, int, int], executable: str) -> Finding:
     value = ".".join(map(str, version))
     if version < (3, 10):
         return Finding(
-            "Python", "problem", value, f"{executable}; 3.10 or newer is needed",
+            "Python",
+            "problem",
+            value,
+            f"{executable}; 3.10 or newer is needed",
             "Make an environment with Python 3.11: python3.11 -m venv .venv",
-        )  # fmt: skip
+        )
     return Finding("Python", "ok", value, executable)
 
 
@@ -77,9 +80,12 @@ def probe_memory(meminfo: Path, cgroup_limit: Path) -> Finding:
     value = f"{available / GB:.1f} of {total / GB:.1f} GB available"
     if available < MIN_MEMORY_GB * GB:
         return Finding(
-            "memory", "warn", value, f"{detail or 'little'}; training keeps 18 bytes a parameter",
+            "memory",
+            "warn",
+            value,
+            f"{detail or 'little'}; training keeps 18 bytes a parameter",
             "End other processes, or train a smaller model",
-        )  # fmt: skip
+        )
     return Finding("memory", "ok", value, detail)
 
 
@@ -89,9 +95,12 @@ def probe_disk(folder: Path) -> Finding:
     value = f"{usage.free / GB:.1f} GB free in {folder}"
     if usage.free < MIN_DISK_GB * GB:
         return Finding(
-            "disk", "warn", value, "a checkpoint takes 14 bytes a parameter",
+            "disk",
+            "warn",
+            value,
+            "a checkpoint takes 14 bytes a parameter",
             "Free space, or set checkpoint.directory and checkpoint.keep_last_n",
-        )  # fmt: skip
+        )
     return Finding("disk", "ok", value)
 
 
@@ -99,16 +108,22 @@ def probe_shared_memory(folder: Path) -> Finding:
     """Check /dev/shm, through which the ranks of a machine exchange data."""
     if not folder.is_dir():
         return Finding(
-            "shared memory", "warn", "absent", f"there is no {folder}",
+            "shared memory",
+            "warn",
+            "absent",
+            f"there is no {folder}",
             "Mount it: mount -t tmpfs tmpfs /dev/shm",
-        )  # fmt: skip
+        )
     total = shutil.disk_usage(folder).total
     value = f"{total / GB:.2f} GB in {folder}"
     if total < MIN_SHM_GB * GB:
         return Finding(
-            "shared memory", "warn", value, "several ranks may run out of it",
+            "shared memory",
+            "warn",
+            value,
+            "several ranks may run out of it",
             "Start the container with --shm-size=16g or --ipc=host",
-        )  # fmt: skip
+        )
     return Finding("shared memory", "ok", value)
 
 
@@ -145,9 +160,12 @@ def probe_threads(environ: Mapping[str, str], cores: int) -> Finding:
     if not text:
         if ranks > 1 and cores > 1:
             return Finding(
-                name, "warn", "OMP_NUM_THREADS is not set",
-                f"each of {ranks} ranks takes all {cores} cores", f"export OMP_NUM_THREADS={share}",
-            )  # fmt: skip
+                name,
+                "warn",
+                "OMP_NUM_THREADS is not set",
+                f"each of {ranks} ranks takes all {cores} cores",
+                f"export OMP_NUM_THREADS={share}",
+            )
         return Finding(name, "ok", "OMP_NUM_THREADS is not set", f"all {cores} core(s) are used")
     value = f"OMP_NUM_THREADS={text}"
     # OpenMP allows a list, one number for each level of nesting.
@@ -159,15 +177,21 @@ def probe_threads(environ: Mapping[str, str], cores: int) -> Finding:
     threads = int(first)
     if threads * ranks > cores:
         return Finding(
-            name, "warn", value, f"{threads} thread(s) x {ranks} rank(s) share {cores} core(s)",
+            name,
+            "warn",
+            value,
+            f"{threads} thread(s) x {ranks} rank(s) share {cores} core(s)",
             f"export OMP_NUM_THREADS={share}",
-        )  # fmt: skip
+        )
     if threads < share:
         return Finding(
-            name, "warn", value,
+            name,
+            "warn",
+            value,
             f"{ranks} rank(s) leave {cores - threads * ranks} of {cores} cores idle (torchrun sets "
-            "1 if nothing is set)", f"export OMP_NUM_THREADS={share}",
-        )  # fmt: skip
+            "1 if nothing is set)",
+            f"export OMP_NUM_THREADS={share}",
+        )
     return Finding(name, "ok", value, f"{ranks} rank(s) on {cores} core(s)")
 
 

@@ -48,9 +48,12 @@ def probe_torch(facts: Facts, installed: str | None) -> Finding:
     why = failure(facts, "torch")
     if why:
         return Finding(
-            "torch", "problem", installed or "unknown version", f"cannot be imported: {why}",
+            "torch",
+            "problem",
+            installed or "unknown version",
+            f"cannot be imported: {why}",
             "See `backend autoload`; otherwise: pip install --force-reinstall torch",
-        )  # fmt: skip
+        )
     found = facts["torch"]
     return Finding("torch", "ok", found["version"], f"{found['file']}; {found['threads']} threads")
 
@@ -99,9 +102,12 @@ def probe_requirements(requirements: list[str], version_of: VersionOf) -> Findin
     if broken:
         names = " ".join(f'"{entry.split(" (")[0]}"' for entry in broken)
         return Finding(
-            "requirements", "problem", f"{len(broken)} not met", ", ".join(broken),
+            "requirements",
+            "problem",
+            f"{len(broken)} not met",
+            ", ".join(broken),
             f"pip install {names}",
-        )  # fmt: skip
+        )
     return Finding("requirements", "ok", "all met")
 
 
@@ -119,10 +125,13 @@ def probe_apex(version_of: VersionOf, location: Path | None) -> Finding:
     if (location / "optimizers").is_dir() or (location / "amp").is_dir():
         return Finding("apex", "ok", version or "unknown version", str(location))
     return Finding(
-        "apex", "problem", version or "unknown version",
+        "apex",
+        "problem",
+        version or "unknown version",
         f"{location} is an unrelated web toolkit; libraries that look for apex take it for "
-        "NVIDIA's", "pip uninstall apex; build NVIDIA's or Ascend's from source if you need it",
-    )  # fmt: skip
+        "NVIDIA's",
+        "pip uninstall apex; build NVIDIA's or Ascend's from source if you need it",
+    )
 
 
 def probe_mindspeed(version_of: VersionOf, location: Path | None) -> Finding:
@@ -138,9 +147,12 @@ def probe_mindspeed(version_of: VersionOf, location: Path | None) -> Finding:
     core = installed_version(version_of, "megatron-core")
     if core is not None and not core.startswith("0.12."):
         return Finding(
-            "MindSpeed", "warn", value, f"its tested release stands on megatron-core 0.12.1, this "
-            f"is {core}", "pip install megatron-core==0.12.1",
-        )  # fmt: skip
+            "MindSpeed",
+            "warn",
+            value,
+            f"its tested release stands on megatron-core 0.12.1, this is {core}",
+            "pip install megatron-core==0.12.1",
+        )
     return Finding("MindSpeed", "ok", value, str(location))
 
 
@@ -240,7 +252,10 @@ def probe_collectives(facts: Facts) -> Finding:
     why = failure(facts, "gloo")
     if why:
         return Finding(
-            name, "problem", value, f"gloo does not start: {why}",
+            name,
+            "problem",
+            value,
+            f"gloo does not start: {why}",
             "Put the host name into /etc/hosts, or export GLOO_SOCKET_IFNAME=lo",
-        )  # fmt: skip
+        )
     return Finding(name, "ok", value, "gloo was started")

@@ -38,26 +38,39 @@ SHAPES = {
     # BitCPM-CANN report, table of models: 1.62 billion parameters, 3.2 GB.
     "1B": (
         ModelConfig(
-            num_layers=28, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=16,
-            num_query_groups=2, kv_channels=128, max_position_embeddings=4096,
+            num_layers=28,
+            hidden_size=2048,
+            ffn_hidden_size=6144,
+            num_attention_heads=16,
+            num_query_groups=2,
+            kv_channels=128,
+            max_position_embeddings=4096,
         ),
         73448,
     ),
     "small": (
         ModelConfig(
-            num_layers=4, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16,
-            num_query_groups=2, max_position_embeddings=4096,
+            num_layers=4,
+            hidden_size=1024,
+            ffn_hidden_size=4096,
+            num_attention_heads=16,
+            num_query_groups=2,
+            max_position_embeddings=4096,
         ),
         32768,
     ),
     "tiny": (
         ModelConfig(
-            num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4,
-            num_query_groups=2, max_position_embeddings=128,
+            num_layers=2,
+            hidden_size=64,
+            ffn_hidden_size=128,
+            num_attention_heads=4,
+            num_query_groups=2,
+            max_position_embeddings=128,
         ),
         512,
     ),
-}  # fmt: skip
+}
 """Name -> architecture and vocabulary size."""
 ROOM = 10**9
 """Bytes of memory that are granted besides the tensors of a conversion."""
@@ -126,9 +139,9 @@ def bench_convert(
         BitcpmError: an argument out of range, or a conversion that failed.
     """
     if shape not in SHAPES:
-        raise BitcpmError.of("shape", shape, "is unknown", f"Use {', '.join(SHAPES)}")
+        raise BitcpmError(f"shape={shape}: is unknown. Use {', '.join(SHAPES)}.")
     if rounds < 1:
-        raise BitcpmError.of("rounds", rounds, "measures nothing", "Use 1 or more")
+        raise BitcpmError(f"rounds={rounds}: measures nothing. Use 1 or more.")
     with tempfile.TemporaryDirectory(prefix="bitcpm-bench-", dir=folder) as root:
         return _Bench(Path(root), *SHAPES[shape], cold).run(shape, rounds)
 
@@ -206,12 +219,13 @@ class _Bench:
         begin = time.perf_counter()
         done = subprocess.run(
             ["dd", f"if={source}", f"of={target}", "bs=16M", "conv=fsync"],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+        )
         seconds = time.perf_counter() - begin
         if done.returncode:
             reason = " ".join(done.stderr.split())[-200:]
-            raise BitcpmError.of("dd", target, f"failed: {reason}", "Free space, or name a folder")
+            raise BitcpmError(f"dd={target}: failed: {reason}. Free space, or name a folder.")
         target.unlink()
         self.dd.append(round(self.bytes / 1e6 / seconds, 1))
         return self.dd[-1]
@@ -291,8 +305,10 @@ def run_sampled(source: str, output: str, settings: dict[str, Any]) -> tuple[dic
     """
     process = subprocess.Popen(
         [sys.executable, "-c", _CHILD, source, output, json.dumps(settings)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     peak = 0
     while process.poll() is None:
         peak = max(peak, _read_anonymous_bytes(process.pid))
@@ -300,7 +316,7 @@ def run_sampled(source: str, output: str, settings: dict[str, Any]) -> tuple[dic
     printed, errors = process.communicate()
     if process.returncode:
         reason = (errors.strip().splitlines() or ["the process died"])[-1]
-        raise BitcpmError.of("convert", settings["to"], reason.rstrip("."), "See the message")
+        raise BitcpmError(f"convert={settings['to']}: {reason.rstrip('.')}. See the message.")
     report: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return report, peak
 

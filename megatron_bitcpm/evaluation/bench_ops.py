@@ -92,9 +92,9 @@ def bench_ops(
         BitcpmError: dtype or rounds out of range, or arguments the operators refuse.
     """
     if dtype not in ("bfloat16", "float16", "float32"):
-        raise BitcpmError.of("dtype", dtype, "is not supported", "Use bfloat16, float16 or float32")
+        raise BitcpmError(f"dtype={dtype}: is not supported. Use bfloat16, float16 or float32.")
     if rounds < 1:
-        raise BitcpmError.of("rounds", rounds, "must be at least 1", "Use 31")
+        raise BitcpmError(f"rounds={rounds}: must be at least 1. Use 31.")
     w = _make_weight(out_features, in_features, dtype, seed)
     ops.fake_quantize(w, group_size, eps)  # refuses bad arguments before anything is measured
     compiled, unavailable = compile_formula(w, group_size, eps)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.config import ParallelConfig, RunConfig
-from megatron_bitcpm.errors import ConfigError, format_problem
+from megatron_bitcpm.errors import ConfigError
 from megatron_bitcpm.evaluation.bench_train import VOCAB_SIZE, bench_config, train_step
 from megatron_bitcpm.training.runtime import start_runtime
 
@@ -33,7 +33,7 @@ def bench_save(rounds: int = 5) -> dict[str, Any]:
         ``step_s`` of the steps meanwhile. ``stall_ratio`` is async / sync, the median of pairs.
     """
     if rounds < 2:
-        raise ConfigError(format_problem("--rounds", rounds, "gives no median", "Use 2 or more"))
+        raise ConfigError(f"--rounds={rounds}: gives no median. Use 2 or more.")
     with start_runtime(ParallelConfig(), seed=1) as runtime, tempfile.TemporaryDirectory() as root:
         from megatron_bitcpm.training.setup import build_train_state
 

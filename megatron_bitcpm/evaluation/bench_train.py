@@ -15,16 +15,24 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.config import ParallelConfig, RunConfig
-from megatron_bitcpm.errors import ConfigError, format_problem
+from megatron_bitcpm.errors import ConfigError
 from megatron_bitcpm.training.runtime import start_runtime
 
 MICRO_BATCHES, SEQ_LENGTH, VOCAB_SIZE = 8, 512, 1024
 _MODES = ("full_precision", "every_step", "every_forward")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 _STUDENT_T = {
-    9: 2.262, 10: 2.228, 11: 2.201, 12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 19: 2.093,
-    24: 2.064, 29: 2.045,
-}  # fmt: skip
+    9: 2.262,
+    10: 2.228,
+    11: 2.201,
+    12: 2.179,
+    13: 2.160,
+    14: 2.145,
+    15: 2.131,
+    19: 2.093,
+    24: 2.064,
+    29: 2.045,
+}
 
 
 def bench_config(mode: str) -> RunConfig:
@@ -67,9 +75,7 @@ def bench_train(pairs: int = 12) -> dict[str, Any]:
         time ratios ternary / full precision with their 95 % intervals.
     """
     if pairs < 10:
-        raise ConfigError(
-            format_problem("--pairs", pairs, "is too few for an interval", "Use 10 or more")
-        )
+        raise ConfigError(f"--pairs={pairs}: is too few for an interval. Use 10 or more.")
     with start_runtime(ParallelConfig(), seed=1) as runtime:
         from megatron_bitcpm.training.setup import build_train_state
 

@@ -108,5 +108,5 @@ def bigram_loss(
         losses.append(float((nats * mask[used]).sum(dtype=np.float64)))
         weights.append(float(mask[used].sum(dtype=np.float64)))
     if not weights or sum(weights) == 0:
-        raise DataError.of("samples", len(weights), "no label to predict", "Give whole windows")
+        raise DataError(f"samples={len(weights)}: no label to predict. Give whole windows.")
     return math.fsum(losses) / math.fsum(weights)

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_bitcpm.checkpoint.store import CONFIG_FILE, find_checkpoint, read_config, read_state
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.data.tokenizer import load_tokenizer
-from megatron_bitcpm.errors import ConfigError, format_problem
+from megatron_bitcpm.errors import ConfigError
 from megatron_bitcpm.platforms import current_platform
 from megatron_bitcpm.training.metrics import plot_losses
 
@@ -28,9 +28,7 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
     """
     folders = dict(_split(run) for run in runs)
     if len(folders) < len(runs):
-        raise ConfigError(
-            format_problem("run", " ".join(runs), "a label stands twice", "Name them differently")
-        )
+        raise ConfigError(f"run={' '.join(runs)}: a label stands twice. Name them differently.")
     checkpoints = {label: find_checkpoint(folder) for label, folder in folders.items()}
     configs = {label: read_config(folder) for label, folder in checkpoints.items()}
     first = next(iter(configs))
@@ -39,20 +37,16 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
     for label in configs:
         if windows[label] != windows[first]:
             raise ConfigError(
-                format_problem(
-                    label, checkpoints[label] / CONFIG_FILE,
-                    f"validates on other windows than {first}",
-                    "Compare runs with the same data, seq_length, eval_iters and global_batch_size",
-                )
-            )  # fmt: skip
+                f"{label}={checkpoints[label] / CONFIG_FILE}: validates on other windows than "
+                f"{first}. Compare runs with the same data, seq_length, eval_iters and "
+                "global_batch_size."
+            )
     for label, state in states.items():
         if state["valid_loss"] is None:
             raise ConfigError(
-                format_problem(
-                    label, checkpoints[label], "was saved without a validation",
-                    "Train to the end, or set save_interval to a multiple of eval_interval",
-                )
-            )  # fmt: skip
+                f"{label}={checkpoints[label]}: was saved without a validation. Train to the "
+                "end, or set save_interval to a multiple of eval_interval."
+            )
     bigram = _bigram(configs[first])
     if plot is not None:
         plot_losses(folders, plot, {"bigram model": bigram} if bigram is not None else {})
@@ -67,9 +61,7 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
 def _split(run: str) -> tuple[str, Path]:
     label, equals, folder = run.partition("=")
     if not equals:
-        raise ConfigError(
-            format_problem("run", run, "is not label=folder", "Write ternary=path/to/run")
-        )
+        raise ConfigError(f"run={run}: is not label=folder. Write ternary=path/to/run.")
     return label, Path(folder)
 
 

@@ -44,9 +44,9 @@ def generate(
         BitcpmError: an argument out of range, no transformers, or a folder that does not load.
     """
     if temperature < 0:
-        raise BitcpmError.of("temperature", temperature, "is negative", "Use 0 for greedy decoding")
+        raise BitcpmError(f"temperature={temperature}: is negative. Use 0 for greedy decoding.")
     if max_new_tokens < 1:
-        raise BitcpmError.of("max_new_tokens", max_new_tokens, "is no length", "Use 64")
+        raise BitcpmError(f"max_new_tokens={max_new_tokens}: is no length. Use 64.")
     model = load_hf_model(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_hf_tokenizer(folder)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -55,11 +55,10 @@ def generate(
         ids = [tokenizer.eos_token_id]
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
-        raise BitcpmError.of(
-            "prompt", f"({len(ids)} tokens)",
-            f"leaves no room in the model's {model.config.max_position_embeddings} positions",
-            "Shorten it",
-        )  # fmt: skip
+        raise BitcpmError(
+            f"prompt=({len(ids)} tokens): leaves no room in the model's "
+            f"{model.config.max_position_embeddings} positions. Shorten it."
+        )
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k}
@@ -100,16 +99,16 @@ def load_hf_model(
         # uninitialised and computes nonsense without a word.
         honoured = torch.empty(0).device.type == "meta"
     if not honoured:
-        raise CheckpointError.of(
-            "model", folder, "torch.device contexts have no effect in this process any more",
-            "Load the model in a process of its own",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"model={folder}: torch.device contexts have no effect in this process any more. Load "
+            "the model in a process of its own."
+        )
     runs_code = _needs_code(folder)
     if runs_code and not trust_remote_code and not trusted_modeling_files(folder):
-        raise CheckpointError.of(
-            "model", folder, "its modelling code is not the one that this package writes, and "
-            "loading would run it", "Read it, then add --trust-remote-code",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"model={folder}: its modelling code is not the one that this package writes, and "
+            "loading would run it. Read it, then add --trust-remote-code."
+        )
     config = read_json(Path(folder) / CONFIG_FILE) if runs_code else {}
     if QUANTIZER_KEY not in config or dtype == "auto":
         return _load(from_pretrained, folder, dtype=dtype, trust_remote_code=runs_code).eval()
@@ -158,16 +157,16 @@ def _needs_code(folder: str | Path) -> bool:
 
 def _import_auto_class(name: str, folder: str | Path) -> Any:
     if not Path(folder).is_dir():
-        raise CheckpointError.of(
-            "model", folder, "no such folder", "Name a folder written by bitcpm export hf"
+        raise CheckpointError(
+            f"model={folder}: no such folder. Name a folder written by bitcpm export hf."
         )
     try:
         import transformers
     except ImportError as error:
-        raise CheckpointError.of(
-            "model", folder, "needs transformers, which is not installed",
-            "Install megatron-bitcpm[hf]",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"model={folder}: needs transformers, which is not installed. Install "
+            "megatron-bitcpm[hf]."
+        ) from error
     # Its bar for loading weights would stand between prompt and text.
     transformers.utils.logging.disable_progress_bar()
     return getattr(transformers, name).from_pretrained
@@ -178,7 +177,7 @@ def _load(from_pretrained: Any, folder: str | Path, **options: Any) -> Any:
         return from_pretrained(str(folder), local_files_only=True, **options)
     except Exception as error:  # transformers raises many kinds, from OSError to TypeError
         reason = " ".join(str(error).split())[:300].rstrip(".")
-        raise CheckpointError.of(
-            "model", folder, f"transformers cannot load it ({type(error).__name__}: {reason})",
-            "Check it with bitcpm verify",
-        ) from error  # fmt: skip
+        raise CheckpointError(
+            f"model={folder}: transformers cannot load it ({type(error).__name__}: {reason}). "
+            "Check it with bitcpm verify."
+        ) from error

@@ -52,7 +52,7 @@ def read_prompts(path: str | Path, key: str = "prompt") -> list[str]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "is no UTF-8 text"
-        raise BitcpmError.of("logits", path, reason, "Name a text file of prompts") from error
+        raise BitcpmError(f"logits={path}: {reason}. Name a text file of prompts.") from error
     prompts = []
     for number, line in enumerate(lines, start=1):
         line = line.removesuffix("\r")
@@ -62,7 +62,7 @@ def read_prompts(path: str | Path, key: str = "prompt") -> list[str]:
             line = _read_object(line, key, f"{path} line {number}")
         prompts.append(line)
     if not prompts:
-        raise BitcpmError.of("logits", path, "holds no prompts", "Write one a line")
+        raise BitcpmError(f"logits={path}: holds no prompts. Write one a line.")
     return prompts
 
 
@@ -73,7 +73,7 @@ def _read_object(line: str, key: str, where: str) -> str:
             return value
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise BitcpmError.of("logits", where, f"holds no text under {key}", "Name another key")
+    raise BitcpmError(f"logits={where}: holds no text under {key}. Name another key.")
 
 
 def logit_table(
@@ -101,16 +101,15 @@ def logit_table(
             empty or longer than a model's longest sequence.
     """
     if dtype not in _DTYPES:
-        raise BitcpmError.of("dtype", dtype, "is no choice", f"Use {' or '.join(_DTYPES)}")
+        raise BitcpmError(f"dtype={dtype}: is no choice. Use {' or '.join(_DTYPES)}.")
     sources = [open_source(path, tokenizer) for path in (a, b)]
     if dtype != "float32" and isinstance(sources[1], MegatronSource):
-        raise BitcpmError.of("dtype", dtype, "a Megatron model is computed in float32",
-                             "Leave it out")  # fmt: skip
+        raise BitcpmError(f"dtype={dtype}: a Megatron model is computed in float32. Leave it out.")
     if sources[0].vocab_size != sources[1].vocab_size:
-        raise CheckpointError.of(
-            "vocab_size", sources[1].vocab_size, f"of {b}, that of {a} is {sources[0].vocab_size}",
-            "Compare models of one vocabulary",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"vocab_size={sources[1].vocab_size}: of {b}, that of {a} is {sources[0].vocab_size}. "
+            "Compare models of one vocabulary."
+        )
     tokens, words = _tokenize(prompts, sources, tokenizer)
     found: list[Probabilities | None] = [None, None]
     # Preparing Megatron changes torch for the whole process: transformers has to come first.
@@ -217,12 +216,16 @@ def render_logit_table(table: dict[str, Any]) -> str:
 
     rows = [
         (
-            row["prompt"], repr(row["reference_token"]), f"{row['reference_prob']:.4f}",
-            repr(row["model_token"]), f"{row['model_prob']:.4f}",
-            f"{row['top1_relative_error']:.2%}", f"{row['top10_overlap']}/{count}",
+            row["prompt"],
+            repr(row["reference_token"]),
+            f"{row['reference_prob']:.4f}",
+            repr(row["model_token"]),
+            f"{row['model_prob']:.4f}",
+            f"{row['top1_relative_error']:.2%}",
+            f"{row['top10_overlap']}/{count}",
         )
         for row in table["prompts"]
-    ]  # fmt: skip
+    ]
     worst = max(table["prompts"], key=lambda row: float(row["top1_relative_error"]))
     overlap = summary["top10_overlap_rate"]
     facts = [
@@ -230,8 +233,10 @@ def render_logit_table(table: dict[str, Any]) -> str:
         ("Top-5 token containment", share(summary["top5_containment_rate"])),
         (f"Top-{count} token overlap", f"{overlap:.0%} (mean {overlap * count:.1f}/{count})"),
         ("Top-1 probability, mean relative error", f"{summary['top1_relative_error_mean']:.2%}"),
-        ("Top-1 probability, max relative error",
-         f"{summary['top1_relative_error_max']:.2%} (prompt {worst['prompt']!r})"),
+        (
+            "Top-1 probability, max relative error",
+            f"{summary['top1_relative_error_max']:.2%} (prompt {worst['prompt']!r})",
+        ),
         ("Top-1 probability, mean absolute error", f"{summary['top1_absolute_error_mean']:.3g}"),
         ("Top-1 probability, max absolute error", f"{summary['top1_absolute_error_max']:.3g}"),
         (f"Top-{count} probabilities, mean absolute error (MAE)", f"{summary['top10_mae']:.3g}"),
@@ -239,10 +244,17 @@ def render_logit_table(table: dict[str, Any]) -> str:
         (f"Top-{count} probabilities, RMSE", f"{summary['top10_rmse']:.3g}"),
         ("KL divergence, mean (nats)", f"{summary['kl_mean']:.3g}"),
         ("KL divergence, max (nats)", f"{summary['kl_max']:.3g}"),
-    ]  # fmt: skip
+    ]
     sides = f"A: {table['reference']} (float32)\nB: {table['model']} ({table['dtype']})\n"
-    header = ("Prompt", "A top-1 token", "A prob", "B top-1 token", "B prob",
-              "Top-1 probability error", f"Top-{count} overlap")  # fmt: skip
+    header = (
+        "Prompt",
+        "A top-1 token",
+        "A prob",
+        "B top-1 token",
+        "B prob",
+        "Top-1 probability error",
+        f"Top-{count} overlap",
+    )
     return f"{sides}\n{markdown_table(header, rows)}\n{markdown_table(('Measure', 'Value'), facts)}"
 
 
@@ -253,28 +265,28 @@ def _tokenize(
     from megatron_bitcpm.evaluation.generate import load_hf_tokenizer
 
     if not prompts:
-        raise BitcpmError.of("logits", "[]", "no prompts", "Give at least one")
+        raise BitcpmError("logits=[]: no prompts. Give at least one.")
     folder = tokenizer or next((s.side_files for s in sources if _has_tokenizer(s)), None)
     if folder is None:
-        raise BitcpmError.of(
-            "tokenizer", None, f"neither {sources[0].path} nor {sources[1].path} has one",
-            "Name one (--tokenizer)",
-        )  # fmt: skip
+        raise BitcpmError(
+            f"tokenizer=None: neither {sources[0].path} nor {sources[1].path} has one. Name one "
+            "(--tokenizer)."
+        )
     loaded = load_hf_tokenizer(folder)
     longest = min(source.model.max_position_embeddings for source in sources)
     tokens = []
     for prompt in prompts:
         ids = list(loaded(prompt)["input_ids"])
         if not 1 <= len(ids) <= longest:
-            raise BitcpmError.of(
-                "prompt", repr(prompt[:40]), f"has {len(ids)} tokens, the models take 1 to "
-                f"{longest}", "Change it",
-            )  # fmt: skip
+            raise BitcpmError(
+                f"prompt={prompt[:40]!r}: has {len(ids)} tokens, the models take 1 to "
+                f"{longest}. Change it."
+            )
         if max(ids) >= sources[0].vocab_size:
-            raise BitcpmError.of(
-                "tokenizer", folder, f"has id {max(ids)}, the models {sources[0].vocab_size} ids",
-                "Name the tokenizer of the models (--tokenizer)",
-            )  # fmt: skip
+            raise BitcpmError(
+                f"tokenizer={folder}: has id {max(ids)}, the models {sources[0].vocab_size} ids. "
+                "Name the tokenizer of the models (--tokenizer)."
+            )
         tokens.append(ids)
 
     def word(index: int) -> str:
@@ -317,7 +329,8 @@ def _next_token_probabilities(
 def _softmax(rows: list[torch.Tensor], vocab_size: int) -> Probabilities:
     logits_NV = torch.stack([row[:vocab_size].double().cpu() for row in rows])
     if not bool(logits_NV.isfinite().all()):
-        raise CheckpointError.of("logits", "NaN or infinite", "nothing can be compared",
-                                 "Check the models with bitcpm verify")  # fmt: skip
+        raise CheckpointError(
+            "logits=NaN or infinite: nothing can be compared. Check the models with bitcpm verify."
+        )
     result: Probabilities = logits_NV.softmax(1).numpy()
     return result

@@ -84,10 +84,10 @@ def open_megatron(checkpoint: str | Path, tokenizer: str | Path | None = None) -
     """Open a Megatron checkpoint; arguments and errors as `megatron_model`."""
     source = open_source(checkpoint, tokenizer)
     if not isinstance(source, MegatronSource):
-        raise CheckpointError.of(
-            "checkpoint", checkpoint, "is no Megatron checkpoint",
-            "Name one, or compare Hugging Face folders with bitcpm verify --logits",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={checkpoint}: is no Megatron checkpoint. Name one, or compare Hugging "
+            "Face folders with bitcpm verify --logits."
+        )
     return source
 
 

@@ -95,11 +95,11 @@ def _check_document_start(mask: torch.Tensor | None, key: torch.Tensor) -> None:
     wanted = (key.shape[1], key.shape[0])
     if mask is None or (mask.dtype == torch.int64 and tuple(mask.shape) == wanted):
         return
-    raise ModelError.of(
-        "attention_mask", f"{str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}",
-        f"must be int64 {list(wanted)}, the first token of each token's document, or None",
-        "Use `document_start` of the batch, without context-parallel slicing",
-    )  # fmt: skip
+    raise ModelError(
+        f"attention_mask={str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}: must be "
+        f"int64 {list(wanted)}, the first token of each token's document, or None. Use "
+        "`document_start` of the batch, without context-parallel slicing."
+    )
 
 
 def causal_attention(

@@ -50,13 +50,12 @@ def build_transformer_config(
     """
     tp = parallel.tensor_model_parallel_size
     if model.num_query_groups % tp and megatron_version() < (0, 16):
-        raise ModelError.of(
-            "model.num_query_groups", model.num_query_groups,
-            f"is not a multiple of parallel.tensor_model_parallel_size {tp}, which megatron-core "
-            "before 0.16 needs",
-            f"Use a tensor-parallel size that divides {model.num_query_groups}, or megatron-core "
-            "0.16.1",
-        )  # fmt: skip
+        raise ModelError(
+            f"model.num_query_groups={model.num_query_groups}: is not a multiple of "
+            f"parallel.tensor_model_parallel_size {tp}, which megatron-core before 0.16 needs. Use "
+            f"a tensor-parallel size that divides {model.num_query_groups}, or megatron-core "
+            "0.16.1."
+        )
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=model.num_layers,

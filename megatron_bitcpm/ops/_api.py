@@ -201,20 +201,18 @@ def int8_per_token(x: torch.Tensor) -> torch.Tensor:
 
 def _refuse_recording(ws: Sequence[torch.Tensor]) -> None:
     if torch.is_grad_enabled() and any(w.requires_grad for w in ws):
-        raise BitcpmError.of(
-            "w.requires_grad", True, "autograd cannot record this", "Call it under torch.no_grad()"
+        raise BitcpmError(
+            "w.requires_grad=True: autograd cannot record this. Call it under torch.no_grad()."
         )
     if not torch.is_inference_mode_enabled() and any(w.is_inference() for w in ws):
-        raise BitcpmError.of(
-            "w.is_inference", True, "it changes only in inference mode", "Pass a clone"
-        )
+        raise BitcpmError("w.is_inference=True: it changes only in inference mode. Pass a clone.")
 
 
 def _require_tensor(x: Any, name: str) -> None:
     # torch's own answer to another type is several lines long.
     if not isinstance(x, torch.Tensor):
         shown = None if x is None else type(x).__name__
-        raise BitcpmError.of(name, shown, "must be a tensor", "Pass a torch.Tensor")
+        raise BitcpmError(f"{name}={shown}: must be a tensor. Pass a torch.Tensor.")
 
 
 def _require_settings(group_size: Any = -1, eps: Any = DEFAULT_EPS, grid: Any = TERNARY) -> None:
@@ -222,18 +220,18 @@ def _require_settings(group_size: Any = -1, eps: Any = DEFAULT_EPS, grid: Any = 
     if type(group_size) is not int or group_size >= LARGEST_INTEGER:
         _require_integer(group_size, "group_size", "Use 64, or -1 for the whole row")
     if type(eps) is not float and (isinstance(eps, bool) or not isinstance(eps, int | float)):
-        raise BitcpmError.of("eps", repr(eps), "must be a number", "Use 1e-5")
+        raise BitcpmError(f"eps={eps!r}: must be a number. Use 1e-5.")
     if not isinstance(grid, str):
-        raise BitcpmError.of("grid", repr(grid), "must be a name", "Use ternary")
+        raise BitcpmError(f"grid={grid!r}: must be a name. Use ternary.")
 
 
 def _require_integer(value: Any, name: str, fix: str) -> None:
     if isinstance(value, torch.SymInt):
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise BitcpmError.of(name, repr(value), "must be an integer", fix)
+        raise BitcpmError(f"{name}={value!r}: must be an integer. {fix}.")
     if abs(value) >= LARGEST_INTEGER:
-        raise BitcpmError.of(name, value, "is larger than any tensor", "Use a smaller one")
+        raise BitcpmError(f"{name}={value}: is larger than any tensor. Use a smaller one.")
 
 
 def _to_list(tensors: Any, name: str, member: str) -> list[torch.Tensor]:
@@ -241,10 +239,10 @@ def _to_list(tensors: Any, name: str, member: str) -> list[torch.Tensor]:
     what = "weights" if name == "ws" else "scales"
     if isinstance(tensors, torch.Tensor):
         shape = list(tensors.shape)
-        raise BitcpmError.of(name, shape, f"must be a list of {what}", f"Pass [{member}]")
+        raise BitcpmError(f"{name}={shape}: must be a list of {what}. Pass [{member}].")
     if not isinstance(tensors, Iterable):
         shown = None if tensors is None else type(tensors).__name__
-        raise BitcpmError.of(name, shown, f"must be a list of {what}", f"Pass [{member}]")
+        raise BitcpmError(f"{name}={shown}: must be a list of {what}. Pass [{member}].")
     members = list(tensors)
     for index, x in enumerate(members):
         _require_tensor(x, f"{name}[{index}]")

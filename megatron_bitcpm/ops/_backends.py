@@ -32,9 +32,7 @@ def use_backend(
     """
     global _requested
     if name not in ("auto", "reference", "native"):
-        raise BackendError.of(
-            "quant.backend", name, "is no backend", "Use auto, reference or native"
-        )
+        raise BackendError(f"quant.backend={name}: is no backend. Use auto, reference or native.")
     if name == "native":
         _require_native(device_type, grid, activation)
     _requested = name
@@ -54,7 +52,7 @@ def _require_native(device_type: str, grid: str, activation: str) -> None:
         if missing:
             problem, fix = f"no compiled operators for {missing[0]} on {device_type}", "Use auto"
     if problem:
-        raise BackendError.of("quant.backend", "native", problem, fix)
+        raise BackendError(f"quant.backend=native: {problem}. {fix}.")
 
 
 def _find_uncompiled(compiled: dict[str, list[str]], grid: str, activation: str) -> list[str]:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from megatron_bitcpm.errors import BitcpmError, format_problem
+from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.quant.packing import count_packed_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _describe_layout(name: str, x: torch.Tensor) -> str:
-    return format_problem(f"{name}.layout", x.layout, "must be strided", "Call to_dense() first")
+    return f"{name}.layout={x.layout}: must be strided. Call to_dense() first."
 
 
 def find_weight_problem(w: torch.Tensor, name: str = "w") -> str | None:
@@ -27,18 +27,14 @@ def find_weight_problem(w: torch.Tensor, name: str = "w") -> str | None:
     if w.layout != torch.strided:
         return _describe_layout(name, w)
     if w.dtype not in DTYPES:
-        return format_problem(
-            f"{name}.dtype",
-            w.dtype,
-            "must be float32, bfloat16 or float16",
-            "Convert the weight first",
+        return (
+            f"{name}.dtype={w.dtype}: must be float32, bfloat16 or float16. Convert the weight "
+            "first."
         )
     if w.dim() != 2:
-        return format_problem(
-            f"{name}.shape",
-            list(w.shape),
-            "must be [out, in]",
-            "Reshape the weight to two dimensions",
+        return (
+            f"{name}.shape={list(w.shape)}: must be [out, in]. Reshape the weight to two "
+            "dimensions."
         )
     return None
 
@@ -50,22 +46,16 @@ def find_scales_problem(
     if scales.layout != torch.strided:
         return _describe_layout(name, scales)
     if scales.dtype != torch.float32:
-        return format_problem(
-            f"{name}.dtype", scales.dtype, "must be float32", "Take them from scales_from_sums"
-        )
+        return f"{name}.dtype={scales.dtype}: must be float32. Take them from scales_from_sums."
     if scales.device != w.device:
-        return format_problem(
-            f"{name}.device",
-            scales.device,
-            f"{of} is on {w.device}",
-            "Move the scales to the weight",
+        return (
+            f"{name}.device={scales.device}: {of} is on {w.device}. Move the scales to the weight."
         )
     if scales.dim() != 2 or scales.shape[0] != w.shape[0] or not _divides(scales, w):
-        return format_problem(
-            f"{name}.shape",
-            list(scales.shape),
-            f"must be [{w.shape[0]}, G] with G a divisor of {w.shape[1]}, the inputs of {of}",
-            "Pass one scale per group, e.g. expand a scale per row to [out, 1]",
+        return (
+            f"{name}.shape={list(scales.shape)}: must be [{w.shape[0]}, G] with G a divisor of "
+            f"{w.shape[1]}, the inputs of {of}. Pass one scale per group, e.g. expand a scale per "
+            "row to [out, 1]."
         )
     return None
 
@@ -80,17 +70,12 @@ def find_list_problem(
 ) -> str | None:
     """Return what is wrong with a list of latent weights (and their scales), one line, or None."""
     if scales is not None and len(scales) != len(ws):
-        return format_problem(
-            "scales", f"{len(scales)} tensors", f"ws has {len(ws)}", "Pass one per weight"
-        )
+        return f"scales={len(scales)} tensors: ws has {len(ws)}. Pass one per weight."
     for index, w in enumerate(ws):
         problem = find_weight_problem(w, f"ws[{index}]")
         if problem is None and w.device != ws[0].device:
-            problem = format_problem(
-                f"ws[{index}].device",
-                w.device,
-                f"ws[0] is on {ws[0].device}",
-                "Call once per device",
+            problem = (
+                f"ws[{index}].device={w.device}: ws[0] is on {ws[0].device}. Call once per device."
             )
         if problem is None and scales is not None:
             problem = find_scales_problem(w, scales[index], f"scales[{index}]", f"ws[{index}]")
@@ -104,13 +89,9 @@ def find_codes_problem(codes: torch.Tensor) -> str | None:
     if codes.layout != torch.strided:
         return _describe_layout("codes", codes)
     if codes.dtype != torch.int8:
-        return format_problem(
-            "codes.dtype", codes.dtype, "must be int8", "Take the codes from quantize"
-        )
+        return f"codes.dtype={codes.dtype}: must be int8. Take the codes from quantize."
     if codes.dim() != 2:
-        return format_problem(
-            "codes.shape", list(codes.shape), "must be [out, in]", "Reshape to two dimensions"
-        )
+        return f"codes.shape={list(codes.shape)}: must be [out, in]. Reshape to two dimensions."
     return None
 
 
@@ -119,18 +100,14 @@ def find_packed_problem(packed: torch.Tensor, in_features: int) -> str | None:
     if packed.layout != torch.strided:
         return _describe_layout("packed", packed)
     if packed.dtype != torch.uint8:
-        return format_problem(
-            "packed.dtype", packed.dtype, "must be uint8", "Take the bytes from pack2"
-        )
+        return f"packed.dtype={packed.dtype}: must be uint8. Take the bytes from pack2."
     if in_features < 0:
-        return format_problem("in_features", in_features, "is a number of inputs", "Pass 0 or more")
+        return f"in_features={in_features}: is a number of inputs. Pass 0 or more."
     wanted = count_packed_bytes(in_features)
     if packed.dim() != 2 or packed.shape[1] != wanted:
-        return format_problem(
-            "packed.shape",
-            list(packed.shape),
-            f"must be [out, {wanted}] for in_features {in_features}",
-            "Pass the bytes of pack2 and the inputs they came from",
+        return (
+            f"packed.shape={list(packed.shape)}: must be [out, {wanted}] for in_features "
+            f"{in_features}. Pass the bytes of pack2 and the inputs they came from."
         )
     return None
 
@@ -140,11 +117,9 @@ def find_activation_problem(x: torch.Tensor) -> str | None:
     if x.layout != torch.strided:
         return _describe_layout("x", x)
     if x.dtype not in DTYPES:
-        return format_problem(
-            "x.dtype", x.dtype, "must be float32, bfloat16 or float16", "Convert it first"
-        )
+        return f"x.dtype={x.dtype}: must be float32, bfloat16 or float16. Convert it first."
     if x.dim() == 0:
-        return format_problem("x.shape", [], "must be [..., in]", "Pass at least one dimension")
+        return f"x.shape={[]}: must be [..., in]. Pass at least one dimension."
     return None
 
 
@@ -164,7 +139,7 @@ def check_memory(x: torch.Tensor, name: str) -> None:
         count = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     needed = (x.storage_offset() + count) * x.element_size()
     if count and needed > x.untyped_storage().nbytes():
-        raise BitcpmError.of(name, list(x.shape), "its memory was freed", "Gather the weight first")
+        raise BitcpmError(f"{name}={list(x.shape)}: its memory was freed. Gather the weight first.")
 
 
 def check_weight(w: torch.Tensor) -> None:
@@ -223,8 +198,8 @@ def check_written(ws: Sequence[torch.Tensor], read: Iterable[torch.Tensor] = ())
     for index, w in enumerate(ws):
         name = "w" if single else f"ws[{index}]"
         if _overlaps_itself(w):
-            raise BitcpmError.of(
-                f"{name}.strides", list(w.stride()), "elements share memory", "Pass a clone"
+            raise BitcpmError(
+                f"{name}.strides={list(w.stride())}: elements share memory. Pass a clone."
             )
         ranges.append((*_find_range(w), name, True))
     for index, scales in enumerate(read):
@@ -236,8 +211,8 @@ def check_written(ws: Sequence[torch.Tensor], read: Iterable[torch.Tensor] = ())
     for start, stop, name, written in ranges:
         other = owner if start < end else reader if written and start < read_end else ""
         if other:
-            raise BitcpmError.of(
-                f"{name}.data_ptr", hex(start), f"shares memory with {other}", "Pass it once"
+            raise BitcpmError(
+                f"{name}.data_ptr={hex(start)}: shares memory with {other}. Pass it once."
             )
         if written and stop > end:
             end, owner = stop, name

@@ -64,9 +64,16 @@ def quantize(
     scales = _allocate_per_group(w, group_len)
     if w.numel():
         native.quantize(
-            w.data_ptr(), codes.data_ptr(), scales.data_ptr(), _DTYPE_CODES[w.dtype],
-            _GRID_CODES[grid], scales.numel(), group_len, eps, torch.get_num_threads(),
-        )  # fmt: skip
+            w.data_ptr(),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            _DTYPE_CODES[w.dtype],
+            _GRID_CODES[grid],
+            scales.numel(),
+            group_len,
+            eps,
+            torch.get_num_threads(),
+        )
     return codes, scales
 
 
@@ -78,9 +85,13 @@ def abs_sums(w: torch.Tensor, group_size: int = -1) -> torch.Tensor:
     sums = _allocate_per_group(w, group_len)
     if w.numel():
         native.abs_sums(
-            w.data_ptr(), sums.data_ptr(), _DTYPE_CODES[w.dtype], sums.numel(), group_len,
+            w.data_ptr(),
+            sums.data_ptr(),
+            _DTYPE_CODES[w.dtype],
+            sums.numel(),
+            group_len,
             torch.get_num_threads(),
-        )  # fmt: skip
+        )
     return sums
 
 
@@ -201,9 +212,13 @@ def int8_per_token(x: torch.Tensor) -> torch.Tensor:
     if x.numel():
         cols = x.shape[-1]
         native.int8_per_token(
-            x.data_ptr(), x_q.data_ptr(), _DTYPE_CODES[x.dtype], x.numel() // cols, cols,
+            x.data_ptr(),
+            x_q.data_ptr(),
+            _DTYPE_CODES[x.dtype],
+            x.numel() // cols,
+            cols,
             torch.get_num_threads(),
-        )  # fmt: skip
+        )
     return x_q
 
 
@@ -240,11 +255,15 @@ def _write_levels_with_scales(
     with_flat_scales = [(w, wq, scales.contiguous()) for w, wq, scales in tensors if w.numel()]
     jobs = [
         (
-            w.data_ptr(), scales.data_ptr(), wq.data_ptr(), _DTYPE_CODES[w.dtype],
-            scales.numel(), w.numel() // scales.numel(),
+            w.data_ptr(),
+            scales.data_ptr(),
+            wq.data_ptr(),
+            _DTYPE_CODES[w.dtype],
+            scales.numel(),
+            w.numel() // scales.numel(),
         )
         for w, wq, scales in with_flat_scales
-    ]  # fmt: skip
+    ]
     if jobs:
         native.fake_quantize_with_scales(jobs, _GRID_CODES[grid], torch.get_num_threads())
 
@@ -279,14 +298,12 @@ def select_isa(name: str) -> str:
     """
     global isa
     if native is None:
-        raise BackendError.of("BITCPM_CPU_ISA", name, f"no CPU kernels: {load_error}", "Build them")
+        raise BackendError(f"BITCPM_CPU_ISA={name}: no CPU kernels: {load_error}. Build them.")
     choices = native.supported_isas()
     if name not in ("", "auto", *choices):
-        raise BackendError.of(
-            "BITCPM_CPU_ISA",
-            name,
-            "this processor and build have no such kernels",
-            f"Use auto or {' or '.join(choices)}",
+        raise BackendError(
+            f"BITCPM_CPU_ISA={name}: this processor and build have no such kernels. Use auto or "
+            f"{' or '.join(choices)}."
         )
     isa = str(native.select_isa(name or "auto"))
     return isa

@@ -6,13 +6,12 @@ on files is therefore done between two collectives, and its outcome exchanged in
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
-from megatron_bitcpm.errors import BitcpmError, ConfigError
+from megatron_bitcpm.errors import BitcpmError, ConfigError, describe
 
 T = TypeVar("T")
 
@@ -75,18 +74,3 @@ def first_reason(reason: str | None) -> str | None:
     reasons: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(reasons, reason)
     return next((r for r in reasons if r), None)
-
-
-def describe(problem: BaseException) -> str:
-    """Return the reason of a failure on one line, without a full stop.
-
-    What the operating system said comes first: torch's writer hides it behind errors of its own.
-    """
-    seen: BaseException | None = problem
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            where = f" ({os.path.basename(str(seen.filename))})" if seen.filename else ""
-            return os.strerror(seen.errno) + where
-        seen = seen.__cause__ or seen.__context__
-    # Torch collects the failures of several ranks in one message, the cause last.
-    return " ".join(str(problem).split())[-300:].rstrip(". ") or type(problem).__name__

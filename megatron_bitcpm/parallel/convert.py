@@ -128,9 +128,7 @@ def ternarize_(
     """
     quant = config.quant if isinstance(config, RunConfig) else config
     if not quant.enabled:
-        raise ModelError.of(
-            "quant.enabled", False, "there is nothing to swap", "Do not call ternarize_"
-        )
+        raise ModelError("quant.enabled=False: there is nothing to swap. Do not call ternarize_.")
     check_megatron_version()
     chunks = model if isinstance(model, list) else [model]
     requantizer = Requantizer(quant.requantize)
@@ -174,15 +172,15 @@ def _plan(
         else:
             sites.append(_make_site(name, module, quant, requantizer))
     if not sites and expected != 0:
-        raise ModelError.of(
-            "model", _class_name(chunks), "has no linear to make ternary",
-            "Check quant.exclude and the full-precision layers",
-        )  # fmt: skip
+        raise ModelError(
+            f"model={_class_name(chunks)}: has no linear to make ternary. Check quant.exclude and "
+            "the full-precision layers."
+        )
     if expected is not None and len(sites) != expected:
-        raise ModelError.of(
-            "model", _class_name(chunks),
-            f"{len(sites)} ternary linears, expected {expected}", "Check the layer spec",
-        )  # fmt: skip
+        raise ModelError(
+            f"model={_class_name(chunks)}: {len(sites)} ternary linears, expected {expected}. "
+            "Check the layer spec."
+        )
     return sites, excluded
 
 
@@ -205,12 +203,12 @@ def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, in
                 continue
             name = f"decoder.layers.{number}.{local_name}"
             if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                raise ModelError.of(
-                    "model", name, f"{type(module).__name__} cannot be made ternary",
-                    "Build the model from the local layer spec (get_gpt_layer_local_spec)",
-                )  # fmt: skip
+                raise ModelError(
+                    f"model={name}: {type(module).__name__} cannot be made ternary. Build the "
+                    "model from the local layer spec (get_gpt_layer_local_spec)."
+                )
             if isinstance(getattr(module, "ternary", None), TernarySite):
-                raise ModelError.of("model", name, "is ternary already", "Call ternarize_ once")
+                raise ModelError(f"model={name}: is ternary already. Call ternarize_ once.")
             yield name, module, number, layer.config.num_layers
 
 
@@ -229,10 +227,10 @@ def _check_patterns(
     }
     for pattern in quant.exclude:
         if not fnmatch.filter(names, pattern):
-            raise ModelError.of(
-                "quant.exclude", pattern, "matches no linear of the model",
-                f"Names look like {min(names, default='(none)')}",
-            )  # fmt: skip
+            raise ModelError(
+                f"quant.exclude={pattern}: matches no linear of the model. Names look like "
+                f"{min(names, default='(none)')}."
+            )
 
 
 def _make_site(
@@ -282,9 +280,8 @@ def find_projection_rows(name: str, module: torch.nn.Module) -> ProjectionRows:
     query_groups = config.num_query_groups or heads
     if kind == "linear_qkv" and module.output_size == (heads + 2 * query_groups) * channels:
         return ProjectionRows(("q", "k", "v"), query_groups, heads, channels)
-    raise ModelError.of(
-        "quant.group_size", "tensor",
-        f"which projections the rows of {name} hold, {type(module).__name__} "
-        f"[{module.output_size}, {module.input_size}], is not known",
-        "Exclude it (quant.exclude), or use group_size -1",
-    )  # fmt: skip
+    raise ModelError(
+        f"quant.group_size=tensor: which projections the rows of {name} hold, "
+        f"{type(module).__name__} [{module.output_size}, {module.input_size}], is not known. "
+        "Exclude it (quant.exclude), or use group_size -1."
+    )

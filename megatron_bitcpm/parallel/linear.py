@@ -70,10 +70,10 @@ class TernarySite:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TernarySite:
         # A copy would share the optimizer and the process groups, and mark the original's weight.
-        raise ModelError.of(
-            "model", self.name, "a ternary linear cannot be copied",
-            "Build the model again and load the state_dict taken within latents()",
-        )  # fmt: skip
+        raise ModelError(
+            f"model={self.name}: a ternary linear cannot be copied. Build the model again and load "
+            "the state_dict taken within latents()."
+        )
 
     @property
     def weight(self) -> torch.nn.Parameter:
@@ -165,11 +165,11 @@ class TernaryLinear(torch.nn.Module):
         kwargs["weight"] = site.requantizer.weight_for_forward(site, kwargs["weight"])
         if site.quant.activation == "int8_per_token":
             if "input" not in kwargs:
-                raise ModelError.of(
-                    "quant.activation", "int8_per_token",
-                    f"{type(self).__name__} ({site.name}) names the input of its matrix "
-                    f"multiplication otherwise: {', '.join(sorted(kwargs))}", "Use none",
-                )  # fmt: skip
+                raise ModelError(
+                    f"quant.activation=int8_per_token: {type(self).__name__} ({site.name}) names "
+                    "the input of its matrix multiplication otherwise: "
+                    f"{', '.join(sorted(kwargs))}. Use none."
+                )
             kwargs["input"] = ops.int8_per_token(kwargs["input"])
         return stock(**kwargs)
 

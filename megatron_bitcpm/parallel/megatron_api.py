@@ -81,10 +81,10 @@ def _check_buckets(chunks: list[Any]) -> None:
             if start < bucket.offset or end > bucket.offset + bucket.grad_data.numel():
                 reason = "this megatron-core lays out overlapping buckets for this model"
     if reason := first_reason(reason):
-        raise ModelError.of(
-            "parallel.ddp_bucket_size", chunks[0].ddp_config.bucket_size, reason,
-            "Leave it out, untie the embeddings, or use megatron-core 0.16.1",
-        )  # fmt: skip
+        raise ModelError(
+            f"parallel.ddp_bucket_size={chunks[0].ddp_config.bucket_size}: {reason}. Leave it out, "
+            "untie the embeddings, or use megatron-core 0.16.1."
+        )
 
 
 def finalize_gradients(
@@ -121,12 +121,11 @@ def check_pipeline_config(config: Any) -> None:
     size = config.virtual_pipeline_model_parallel_size
     if size is None or (config.overlap_p2p_comm and not config.batch_p2p_comm):
         return
-    raise ModelError.of(
-        "virtual_pipeline_model_parallel_size", size,
-        f"overlap_p2p_comm={config.overlap_p2p_comm}, batch_p2p_comm={config.batch_p2p_comm} mixes "
-        "up the gradients of virtual stages",
-        "Set overlap_p2p_comm=True and batch_p2p_comm=False in the TransformerConfig",
-    )  # fmt: skip
+    raise ModelError(
+        f"virtual_pipeline_model_parallel_size={size}: overlap_p2p_comm={config.overlap_p2p_comm}, "
+        f"batch_p2p_comm={config.batch_p2p_comm} mixes up the gradients of virtual stages. Set "
+        "overlap_p2p_comm=True and batch_p2p_comm=False in the TransformerConfig."
+    )
 
 
 @contextmanager

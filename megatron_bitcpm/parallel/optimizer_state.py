@@ -66,8 +66,8 @@ def guard_padded_buckets(optimizer: Any) -> None:
         for buffer in getattr(leaf, "buffers", []):
             padded = [b.grad_data.numel() != b.numel_unpadded for b in buffer.buckets[:-1]]
             if any(padded):
-                raise CheckpointError.of(
-                    "parallel.ddp_bucket_size", leaf.ddp_config.bucket_size,
-                    f"{sum(padded)} buckets end in padding, behind which this megatron-core saves "
-                    "the optimizer shifted", "Call Platform.prepare first, or use one bucket",
-                )  # fmt: skip
+                raise CheckpointError(
+                    f"parallel.ddp_bucket_size={leaf.ddp_config.bucket_size}: {sum(padded)} "
+                    "buckets end in padding, behind which this megatron-core saves the optimizer "
+                    "shifted. Call Platform.prepare first, or use one bucket."
+                )

@@ -86,10 +86,10 @@ class Requantizer:
             weight: what Megatron passes: the module's parameter, float [O, I].
         """
         if self._optimizer is None and self.requested == "every_step" and torch.is_grad_enabled():
-            raise ModelError.of(
-                "quant.requantize", "every_step", "the optimizer is not attached",
-                "Call attach_optimizer on what ternarize_ returned before training",
-            )  # fmt: skip
+            raise ModelError(
+                "quant.requantize=every_step: the optimizer is not attached. Call attach_optimizer "
+                "on what ternarize_ returned before training."
+            )
         self._refuse_within_latents("forward")
         site.ran = True
         if self.mode == "every_step":
@@ -106,10 +106,10 @@ class Requantizer:
 
     def _refuse_within_latents(self, call: str) -> None:
         if self._latents_depth and self.mode == "every_step":
-            raise ModelError.of(
-                "latents", f"({call})", "the model holds latent weights inside this block",
-                "Leave the block first",
-            )  # fmt: skip
+            raise ModelError(
+                f"latents=({call}): the model holds latent weights inside this block. Leave the "
+                "block first."
+            )
 
     def _unit_of(self, site: TernarySite) -> _Unit:
         return self._units.get(id(site), self._all)
@@ -154,8 +154,8 @@ class Requantizer:
         if self.requested != "every_forward":
             reason = first_reason(reason_against_every_step(optimizer, self.sites))
             if reason and self.requested == "every_step":
-                raise ModelError.of(
-                    "quant.requantize", "every_step", reason, "Use every_forward or auto"
+                raise ModelError(
+                    f"quant.requantize=every_step: {reason}. Use every_forward or auto."
                 )
             if reason:
                 logger.info("quant.requantize=auto: every_forward, because %s", reason)
@@ -174,11 +174,11 @@ class Requantizer:
     def _refuse_accumulation_fusion(self) -> None:
         for site in self.sites:
             if getattr(site.module, "gradient_accumulation_fusion", False):
-                raise ModelError.of(
-                    "gradient_accumulation_fusion", True,
-                    "the fused kernel needs a leaf weight, which every_forward has not",
-                    "Switch it off, or use quant.requantize=every_step",
-                )  # fmt: skip
+                raise ModelError(
+                    "gradient_accumulation_fusion=True: the fused kernel needs a leaf weight, "
+                    "which every_forward has not. Switch it off, or use "
+                    "quant.requantize=every_step."
+                )
 
     def _find_units(self, optimizer: Any) -> None:
         """Group the sites by bucket group where parameter gathers overlap with the forward."""
@@ -198,12 +198,11 @@ class Requantizer:
             self._refuse_within_latents("step")
             idle = [site.name for site in self.sites if not site.ran]
             if idle:
-                raise ModelError.of(
-                    "model", idle[0],
-                    f"{len(idle)} of {len(self.sites)} ternary linears did not run since the last "
-                    "step, so they would train unquantised",
-                    "Exclude them (quant.exclude) or use a model that calls them",
-                )  # fmt: skip
+                raise ModelError(
+                    f"model={idle[0]}: {len(idle)} of {len(self.sites)} ternary linears did not "
+                    "run since the last step, so they would train unquantised. Exclude them "
+                    "(quant.exclude) or use a model that calls them."
+                )
             result = step(*args, **kwargs)
             if result[0]:
                 self._mark_rewritten()
@@ -221,11 +220,10 @@ class Requantizer:
     def _guard_reload(self, reload: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if self.mode == "every_step" and any(site.fresh for site in self.sites):
-                raise ModelError.of(
-                    "reload_model_params", "(called)",
-                    "the model parameters hold quantised values, which would replace the latents",
-                    "Load the latent weights into the model first",
-                )  # fmt: skip
+                raise ModelError(
+                    "reload_model_params=(called): the model parameters hold quantised values, "
+                    "which would replace the latents. Load the latent weights into the model first."
+                )
             return reload(*args, **kwargs)
 
         return guarded

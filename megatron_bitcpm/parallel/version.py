@@ -21,7 +21,7 @@ def check_megatron_version() -> None:
         ModelError: another version is installed.
     """
     if not is_tested_version():
-        raise ModelError.of(
-            "megatron-core", version("megatron-core"),
-            "is not one of the tested versions 0.12.1 and 0.16.x", "Install megatron-core==0.16.1",
-        )  # fmt: skip
+        raise ModelError(
+            f"megatron-core={version('megatron-core')}: is not one of the tested versions 0.12.1 "
+            "and 0.16.x. Install megatron-core==0.16.1."
+        )

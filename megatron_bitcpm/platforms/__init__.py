@@ -47,11 +47,9 @@ class Platform:
         if self.name == "cpu":
             return torch.device("cpu")
         if local_rank >= self.device_count:
-            raise BackendError.of(
-                "LOCAL_RANK",
-                local_rank,
-                f"this machine shows {self.device_count} {self.name} device(s)",
-                "Start at most one process per device (torchrun --nproc_per_node)",
+            raise BackendError(
+                f"LOCAL_RANK={local_rank}: this machine shows {self.device_count} {self.name} "
+                "device(s). Start at most one process per device (torchrun --nproc_per_node)."
             )
         device = torch.device(self.name, local_rank)
         torch.get_device_module(device).set_device(device)
@@ -88,7 +86,7 @@ def current_platform() -> Platform:
     """
     wanted = env_platform()
     if wanted not in ("", "cpu", "cuda", "npu"):
-        raise BackendError.of("BITCPM_PLATFORM", wanted, "unknown platform", "Use cpu, cuda or npu")
+        raise BackendError(f"BITCPM_PLATFORM={wanted}: unknown platform. Use cpu, cuda or npu.")
     if wanted in ("", "npu") and importlib.util.find_spec("torch_npu"):
         importlib.import_module("torch_npu")
         if torch.npu.is_available():
@@ -97,6 +95,6 @@ def current_platform() -> Platform:
         return Platform("cuda", "nccl", torch.cuda.device_count())
     if wanted in ("", "cpu"):
         return Platform("cpu", "gloo", 1)
-    raise BackendError.of(
-        "BITCPM_PLATFORM", wanted, "no such device here", "Unset it to use what is present"
+    raise BackendError(
+        f"BITCPM_PLATFORM={wanted}: no such device here. Unset it to use what is present."
     )

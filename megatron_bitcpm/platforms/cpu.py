@@ -203,10 +203,11 @@ def _cpu_patches() -> list[Patch]:
         Patch(f"{rng}:_set_cuda_rng_state", _replace(_set_rng_state), "one random stream"),
         Patch("torch._dynamo:config.disable", _replace(True), "jit_fuser is torch.compile"),
         Patch(
-            "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops", _keep_sends,
+            "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops",
+            _keep_sends,
             "gloo cancels a send whose handle is gone",
         ),
-    ]  # fmt: skip
+    ]
     return patches
 
 

@@ -126,27 +126,35 @@ CATALOGUE = [
         "numpy:product", _numpy_prod, "gone in numpy 2", instead_of_absent=True, versions=_CORE_0_12
     ),
     Patch(
-        f"{_OPTIMIZER}:quantize_param_shard", _nothing_to_quantise,
-        "raises without Transformer Engine also when no parameter is fp8", versions=_CORE_0_12,
-    ),
-    Patch(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async:_write_item",
-        _with_torch_format, "torch 2.7 and later want the serialization format",
+        f"{_OPTIMIZER}:quantize_param_shard",
+        _nothing_to_quantise,
+        "raises without Transformer Engine also when no parameter is fp8",
         versions=_CORE_0_12,
     ),
     Patch(
-        "megatron.core.optimizer:_get_param_groups", _align_param_groups,
-        "parameter groups differ between pipeline stages", versions=_CORE_0_12,
+        "megatron.core.dist_checkpointing.strategies.filesystem_async:_write_item",
+        _with_torch_format,
+        "torch 2.7 and later want the serialization format",
+        versions=_CORE_0_12,
     ),
     Patch(
-        f"{_OPTIMIZER}:DistributedOptimizer._set_main_param_and_optimizer_states", _keep_own_step,
+        "megatron.core.optimizer:_get_param_groups",
+        _align_param_groups,
+        "parameter groups differ between pipeline stages",
+        versions=_CORE_0_12,
+    ),
+    Patch(
+        f"{_OPTIMIZER}:DistributedOptimizer._set_main_param_and_optimizer_states",
+        _keep_own_step,
         "torch's Adam keeps a step per parameter",
     ),
     Patch(
         f"{_OPTIMIZER}:DistributedOptimizer.sharded_param_state_fully_reshardable",
-        _cut_at_unpadded_offsets, "saves padded buckets shifted", versions=_CORE_0_16,
+        _cut_at_unpadded_offsets,
+        "saves padded buckets shifted",
+        versions=_CORE_0_16,
     ),
-]  # fmt: skip
+]
 """Every replacement in Megatron that does not depend on the device."""
 
 

@@ -73,8 +73,8 @@ def megatron_version() -> tuple[int, int]:
     try:
         installed = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
-        raise BackendError.of(
-            "megatron-core", "(absent)", "is not installed", "Install megatron-core==0.16.1"
+        raise BackendError(
+            "megatron-core=(absent): is not installed. Install megatron-core==0.16.1."
         ) from None
     major, minor = installed.split(".")[:2]
     return int(major), int(minor)
@@ -121,11 +121,9 @@ class PatchSet:
 
     def _missing(self, patch: Patch) -> BitcpmError:
         installed = importlib.metadata.version("megatron-core")
-        return BitcpmError.of(
-            "platform",
-            self.name,
-            f"{patch.target} does not exist beside megatron-core {installed} ({patch.why})",
-            "Report the version",
+        return BitcpmError(
+            f"platform={self.name}: {patch.target} does not exist beside megatron-core {installed} "
+            f"({patch.why}). Report the version."
         )
 
     def revert(self) -> None:
@@ -144,11 +142,9 @@ class PatchSet:
             else:
                 setattr(holder, name, own)
         if foreign:
-            raise BitcpmError.of(
-                "platform",
-                self.name,
-                f"{', '.join(foreign)} was replaced by others since",
-                "Revert theirs first",
+            raise BitcpmError(
+                f"platform={self.name}: {', '.join(foreign)} was replaced by others since. Revert "
+                "theirs first."
             )
 
     @contextmanager

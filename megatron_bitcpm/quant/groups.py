@@ -54,16 +54,14 @@ def resolve_group_size(in_features: int, group_size: int, field: str = "group_si
     if group_size == WHOLE_ROW:
         return in_features
     if group_size < 1:
-        raise BitcpmError.of(
-            field, group_size, "must be at least 1, or -1 for the whole row", "Use 64 or -1"
+        raise BitcpmError(
+            f"{field}={group_size}: must be at least 1, or -1 for the whole row. Use 64 or -1."
         )
     if in_features % group_size:
         choices = find_nearest_divisors(in_features, group_size)
-        raise BitcpmError.of(
-            field,
-            group_size,
-            f"in_features {in_features} is not a multiple",
-            f"Use {_list_choices(choices)}, or -1 for the whole row",
+        raise BitcpmError(
+            f"{field}={group_size}: in_features {in_features} is not a multiple. Use "
+            f"{_list_choices(choices)}, or -1 for the whole row."
         )
     return group_size
 
@@ -116,11 +114,9 @@ def resolve_sharded_groups(
         return ShardedGroups(group_size, group_len, needs_sum_exchange=False)
     if in_features_full % tp_size:
         choices = find_nearest_divisors(in_features_full, tp_size)
-        raise BitcpmError.of(
-            "tp",
-            tp_size,
-            f"in_features {in_features_full} of a row-parallel linear is not a multiple",
-            f"Use tp {_list_choices(choices)}",
+        raise BitcpmError(
+            f"tp={tp_size}: in_features {in_features_full} of a row-parallel linear is not a "
+            f"multiple. Use tp {_list_choices(choices)}."
         )
     local = in_features_full // tp_size
     if group_size == WHOLE_ROW:
@@ -135,11 +131,9 @@ def resolve_sharded_groups(
         fewer = next(
             tp for tp in range(tp_size - 1, 0, -1) if _fits(in_features_full, tp, group_size)
         )
-        raise BitcpmError.of(
-            field,
-            group_size,
-            f"local in_features {local} ({in_features_full} / tp {tp_size}) is not a multiple",
-            f"Use {_list_choices(choices)}, or tp {fewer}",
+        raise BitcpmError(
+            f"{field}={group_size}: local in_features {local} ({in_features_full} / tp {tp_size}) "
+            f"is not a multiple. Use {_list_choices(choices)}, or tp {fewer}."
         )
     return ShardedGroups(group_size, group_size, needs_sum_exchange=False)
 
@@ -159,9 +153,7 @@ def add_in_rank_order(sums_per_rank: Sequence[torch.Tensor]) -> torch.Tensor:
         A new float32 tensor of that shape.
     """
     if not sums_per_rank:
-        raise BitcpmError.of(
-            "sums_per_rank", "[]", "needs one tensor per rank", "Pass at least one"
-        )
+        raise BitcpmError("sums_per_rank=[]: needs one tensor per rank. Pass at least one.")
     total = sums_per_rank[0].clone()
     for sums in sums_per_rank[1:]:
         total += sums
@@ -185,11 +177,9 @@ def abs_sums_sliced(w_full_OI: torch.Tensor, tp_size: int) -> torch.Tensor:
     in_features = w_full_OI.shape[1]
     if tp_size < 1 or in_features % tp_size:
         choices = find_nearest_divisors(in_features, tp_size)
-        raise BitcpmError.of(
-            "tp",
-            tp_size,
-            f"in_features {in_features} is not a multiple",
-            f"Use tp {_list_choices(choices)}",
+        raise BitcpmError(
+            f"tp={tp_size}: in_features {in_features} is not a multiple. Use tp "
+            f"{_list_choices(choices)}."
         )
     local = in_features // tp_size
     starts = range(0, in_features, local)

@@ -74,11 +74,9 @@ def describe_bad_code(codes_OI: torch.Tensor, row: int) -> BitcpmError:
     """Return the error for the first code of `row` that is not ternary."""
     codes_I = codes_OI[row]
     column = int(((codes_I < -1) | (codes_I > 1)).nonzero()[0])
-    return BitcpmError.of(
-        f"codes[{row}, {column}]",
-        int(codes_I[column]),
-        "two bits hold -1, 0 and 1",
-        "Pack the codes of the ternary grid",
+    return BitcpmError(
+        f"codes[{row}, {column}]={int(codes_I[column])}: two bits hold -1, 0 and 1. Pack the codes "
+        "of the ternary grid."
     )
 
 
@@ -86,9 +84,7 @@ def describe_bad_field(packed_OP: torch.Tensor, row: int) -> BitcpmError:
     """Return the error for the first byte of `row` that holds a field of 3."""
     packed_P = packed_OP[row]
     column = int(((packed_P & (packed_P >> 1) & 0x55) != 0).nonzero()[0])
-    return BitcpmError.of(
-        f"packed[{row}, {column}]",
-        int(packed_P[column]),
-        "a field of 3 is no code",
-        "Pass what pack2 returned",
+    return BitcpmError(
+        f"packed[{row}, {column}]={int(packed_P[column])}: a field of 3 is no code. Pass what "
+        "pack2 returned."
     )

@@ -44,10 +44,10 @@ def fake_quantize_reciprocal(
         BitcpmError: another dtype; float16 has no room for the reciprocal of a small mean.
     """
     if w_OI.dtype not in (torch.bfloat16, torch.float32):
-        raise BitcpmError.of(
-            "numerics", "bf16_reciprocal", f"needs bfloat16 or float32 weights, not {w_OI.dtype}",
-            "Use numerics fp32",
-        )  # fmt: skip
+        raise BitcpmError(
+            f"numerics=bf16_reciprocal: needs bfloat16 or float32 weights, not {w_OI.dtype}. Use "
+            "numerics fp32."
+        )
     check_eps(eps)
     # Tensors, not Python numbers, which some devices keep in double precision.
     reciprocal_n = torch.full((), 1.0 / n, dtype=torch.float32, device=w_OI.device)

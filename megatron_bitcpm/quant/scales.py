@@ -29,8 +29,8 @@ SMALLEST_EPS = 2.0**-126
 def check_eps(eps: float) -> None:
     """Raise BitcpmError unless eps is finite and at least 2^-126, the smallest normal float32."""
     if not SMALLEST_EPS <= eps <= 3.4e38:
-        raise BitcpmError.of(
-            "eps", eps, "the smallest scale must be a positive normal float32", "Use 1e-5"
+        raise BitcpmError(
+            f"eps={eps}: the smallest scale must be a positive normal float32. Use 1e-5."
         )
 
 
@@ -62,11 +62,11 @@ def scales_from_sums(sums: torch.Tensor, n: int, eps: float = DEFAULT_EPS) -> to
     """
     check_eps(eps)
     if sums.dtype != torch.float32:
-        raise BitcpmError.of("sums.dtype", sums.dtype, "must be float32", "Take them from abs_sums")
+        raise BitcpmError(f"sums.dtype={sums.dtype}: must be float32. Take them from abs_sums.")
     if not isinstance(n, int) or isinstance(n, bool):
-        raise BitcpmError.of("n", n, "must be a whole number", "Pass the group's length")
+        raise BitcpmError(f"n={n}: must be a whole number. Pass the group's length.")
     if n < 1:
-        raise BitcpmError.of("n", n, "a mean needs at least one input", "Pass the group's length")
+        raise BitcpmError(f"n={n}: a mean needs at least one input. Pass the group's length.")
     return _bound_below(sums * _to_float32(1.0 / n, sums), eps, sums)
 
 
@@ -87,9 +87,7 @@ def scales_from_max(
     check_eps(eps)
     found = find_grid(grid)
     if found.statistic != "abs_max":
-        raise BitcpmError.of(
-            "grid", grid, "its scale is a mean, not a maximum", "Use scales_from_sums"
-        )
+        raise BitcpmError(f"grid={grid}: its scale is a mean, not a maximum. Use scales_from_sums.")
     # A tensor as divisor: by a Python number, torch multiplies with the reciprocal on some devices.
     return _bound_below(maxima / torch.full_like(maxima, found.divisor), eps, maxima)
 

@@ -20,7 +20,7 @@ from megatron_bitcpm.checkpoint.store import (
     write_error,
 )
 from megatron_bitcpm.config import RunConfig
-from megatron_bitcpm.errors import BitcpmError, CheckpointError, ConfigError, format_problem
+from megatron_bitcpm.errors import BitcpmError, CheckpointError, ConfigError
 from megatron_bitcpm.files import lock_folder
 from megatron_bitcpm.parallel.agree import from_main_rank, on_all_ranks
 from megatron_bitcpm.training.progress import Progress
@@ -48,12 +48,8 @@ def check_run_folder(config: RunConfig, resume: bool) -> None:
             find_checkpoint(directory)
         elif has_checkpoints(directory):
             raise ConfigError(
-                format_problem(
-                    "checkpoint.directory",
-                    directory,
-                    "holds checkpoints of an earlier run",
-                    "Use --resume to continue it, or another folder",
-                )
+                f"checkpoint.directory={directory}: holds checkpoints of an earlier run. Use "
+                "--resume to continue it, or another folder."
             )
         elif config.checkpoint.init_from:
             origin = find_origin(config.checkpoint.init_from)
@@ -63,8 +59,8 @@ def check_run_folder(config: RunConfig, resume: bool) -> None:
 
 
 def _unreadable(folder: str | Path, reason: str) -> BitcpmError:
-    return CheckpointError.of(
-        "checkpoint", folder, f"cannot be read: {reason}", "Name a readable folder"
+    return CheckpointError(
+        f"checkpoint={folder}: cannot be read: {reason}. Name a readable folder."
     )
 
 
@@ -176,12 +172,9 @@ class Checkpointer:
         check_init_from(self._config, origin.model, origin.folder)
         if origin.tokenizer_sha256 not in (None, self._data_facts["tokenizer_sha256"]):
             raise ConfigError(
-                format_problem(
-                    "data.tokenizer",
-                    self._config.data.tokenizer,
-                    f"checkpoint.init_from {origin.folder} was trained with another tokenizer",
-                    "Use that tokenizer: the embeddings belong to its ids",
-                )
+                f"data.tokenizer={self._config.data.tokenizer}: checkpoint.init_from "
+                f"{origin.folder} was trained with another tokenizer. Use that tokenizer: the "
+                "embeddings belong to its ids."
             )
         return origin.folder
 

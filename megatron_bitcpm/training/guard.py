@@ -131,17 +131,16 @@ class LossGuard:
         """
         config = self._config
         if config.action == "stop":
-            raise TrainingError.of(
-                verdict.field, verdict.limit, verdict.reason,
-                "Lower optimizer.lr, resume from an earlier checkpoint, or use "
-                "guard.action=rollback",
-            )  # fmt: skip
+            raise TrainingError(
+                f"{verdict.field}={verdict.limit}: {verdict.reason}. Lower optimizer.lr, resume "
+                "from an earlier checkpoint, or use guard.action=rollback."
+            )
         if self.rollbacks >= config.max_rollbacks:
-            raise TrainingError.of(
-                "guard.max_rollbacks", config.max_rollbacks,
-                f"after {self.rollbacks} rollback(s) the run went wrong again: {verdict.reason}",
-                "Lower optimizer.lr, or resume from an earlier checkpoint",
-            )  # fmt: skip
+            raise TrainingError(
+                f"guard.max_rollbacks={config.max_rollbacks}: after {self.rollbacks} rollback(s) "
+                f"the run went wrong again: {verdict.reason}. Lower optimizer.lr, or resume from "
+                "an earlier checkpoint."
+            )
         self.rollbacks += 1
 
     def rewind(self, state: dict[str, Any]) -> None:

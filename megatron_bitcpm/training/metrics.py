@@ -202,8 +202,8 @@ def plot_losses(
     try:
         figure.savefig(output)
     except OSError as error:
-        raise BitcpmError.of(
-            "plot", output, f"cannot be written: {error.strerror}", "Name another file"
+        raise BitcpmError(
+            f"plot={output}: cannot be written: {error.strerror}. Name another file."
         ) from error
     finally:
         pyplot.close(figure)

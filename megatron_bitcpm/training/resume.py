@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.config import RunConfig
-from megatron_bitcpm.errors import ConfigError, format_problem
+from megatron_bitcpm.errors import ConfigError
 
 _MAY_CHANGE = (
     "model.rope_scaling.source",  # a note; the factors themselves are compared
@@ -47,11 +47,9 @@ def check_resumable(config: RunConfig, saved: RunConfig, folder: Path) -> None:
     """
     now, then = _flatten(config.model_dump()), _flatten(saved.model_dump())
     problems = [
-        format_problem(
-            key,
-            now.get(key, "(absent)"),
-            f"the checkpoint {folder.name} was trained with {then.get(key, '(absent)')}",
-            "Use that value, or start a new run in another folder",
+        (
+            f"{key}={now.get(key, '(absent)')}: the checkpoint {folder.name} was trained with "
+            f"{then.get(key, '(absent)')}. Use that value, or start a new run in another folder."
         )
         for key in {**then, **now}
         if now.get(key) != then.get(key) and (key in _MUST_STAY or not key.startswith(_MAY_CHANGE))
@@ -73,12 +71,10 @@ def _local_scale_problems(config: RunConfig, saved: RunConfig, folder: Path) -> 
     if tp == saved_tp or not quant.enabled or not local:
         return []
     return [
-        format_problem(
-            "parallel.tensor_model_parallel_size",
-            tp,
-            f"the checkpoint {folder.name} was trained with {saved_tp} and {' and '.join(local)}, "
-            "whose scales depend on it",
-            f"Use {saved_tp}, or start a new run with init_from",
+        (
+            f"parallel.tensor_model_parallel_size={tp}: the checkpoint {folder.name} was trained "
+            f"with {saved_tp} and {' and '.join(local)}, whose scales depend on it. Use "
+            f"{saved_tp}, or start a new run with init_from."
         )
     ]
 
@@ -99,17 +95,14 @@ def check_same_data(
     """
     data = config.data
     fields = {
-        "tokenizer_sha256": ("data.tokenizer", data.tokenizer),
-        "train_data": ("data.blend", [f"{entry.weight:g} {entry.prefix}" for entry in data.blend])
+        "tokenizer_sha256": f"data.tokenizer={data.tokenizer}",
+        "train_data": f"data.blend={[f'{entry.weight:g} {entry.prefix}' for entry in data.blend]}"
         if data.blend
-        else ("data.prefix", f"{data.prefix}_train"),
+        else f"data.prefix={data.prefix}_train",
     }
     problems = [
-        format_problem(
-            *fields[key],
-            f"is not what the checkpoint {folder.name} was trained with",
-            "Use the same files and weights, or start a new run in another folder",
-        )
+        f"{fields[key]}: is not what the checkpoint {folder.name} was trained with. Use the same "
+        "files and weights, or start a new run in another folder."
         for key in fields
         if saved.get(key) != facts[key]
     ]

@@ -102,7 +102,7 @@ def _start_process_group(platform: Platform) -> None:
             )
     except (RuntimeError, ValueError) as error:
         first_line = str(error).splitlines()[0].rstrip(".")
-        raise BitcpmError.of(
-            "WORLD_SIZE", world_size, f"cannot start {platform.collectives}: {first_line}",
-            "Start the ranks with torchrun",
-        ) from error  # fmt: skip
+        raise BitcpmError(
+            f"WORLD_SIZE={world_size}: cannot start {platform.collectives}: {first_line}. Start "
+            "the ranks with torchrun."
+        ) from error

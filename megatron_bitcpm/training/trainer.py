@@ -194,11 +194,10 @@ class Trainer:
         report.published(self.checkpointer.finish())
         self.guard.begin_rollback(verdict)
         if not self.checkpointer.has_checkpoint():
-            raise TrainingError.of(
-                "guard.action", "rollback",
-                f"{verdict.reason}; the run had no checkpoint to return to",
-                "Lower optimizer.lr, or save more often (checkpoint.save_interval)",
-            )  # fmt: skip
+            raise TrainingError(
+                f"guard.action=rollback: {verdict.reason}; the run had no checkpoint to return to. "
+                "Lower optimizer.lr, or save more often (checkpoint.save_interval)."
+            )
         self.progress = self.checkpointer.load()
         self.guard.rewind(self.progress.guard)
         self._save_is_due = False

@@ -152,8 +152,12 @@ def list_widths(group_size: int, limit: int = 16384) -> list[int]:
     """Row lengths for a group size: one group, three groups, some, and the longest row."""
     if group_size == -1:
         return [1, 5, 31, 64, 100, 1000, 2048, 6144, 10241, 13001, limit]
-    return [group_size, 3 * group_size, 1000 // group_size * group_size or group_size,
-            limit // group_size * group_size]  # fmt: skip
+    return [
+        group_size,
+        3 * group_size,
+        1000 // group_size * group_size or group_size,
+        limit // group_size * group_size,
+    ]
 
 
 # ---- fake_quantize and quantize ------------------------------------------------------------------
@@ -308,9 +312,19 @@ def test_abs_sums_and_given_scales_of_long_rows(runner, dtype):
 
 
 PACK_SHAPES = [
-    (1, 128), (3, 64), (7, 1000), (200, 130), (5, 1), (3, 31), (3, 33), (2, 16384),
-    (1, 100000), (1, 200001), (101, 96), (40, 4096),
-]  # fmt: skip
+    (1, 128),
+    (3, 64),
+    (7, 1000),
+    (200, 130),
+    (5, 1),
+    (3, 31),
+    (3, 33),
+    (2, 16384),
+    (1, 100000),
+    (1, 200001),
+    (101, 96),
+    (40, 4096),
+]
 
 
 def check_pack2(runner, rows, cols, devices):

@@ -380,9 +380,19 @@ def test_copy_pads_blocks_to_32_bytes(bench: Bench, left: int, right: int) -> No
     """Three blocks of 10 words, 2 words apart in global memory, one free block apart inside."""
     a = np.arange(100, 136, dtype=np.int16)
     got = bench(
-        "DataCopyPad", np.int16, 16 * 5, a=a, blocks=3, length=20, gap=4, ub_gap=1,
-        left=left, right=right, value=-7, clear=1,
-    )  # fmt: skip
+        "DataCopyPad",
+        np.int16,
+        16 * 5,
+        a=a,
+        blocks=3,
+        length=20,
+        gap=4,
+        ub_gap=1,
+        left=left,
+        right=right,
+        value=-7,
+        clear=1,
+    )
     expected = np.zeros((5, 16), np.int16)
     for block in range(3):
         line = np.full(16, -7, np.int16)

@@ -62,10 +62,14 @@ def run_setup(folder: Path, environ: dict[str, str], **changes: str) -> tuple[in
     """Run setup.py; return the exit code, the output, and the calls of cmake."""
     folders = (f"--build-lib={folder}/lib", f"--build-temp={folder}/temp")
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", *folders], cwd=ROOT,
-        env={**environ, **changes}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "setup.py", "-q", "build_ext", *folders],
+        cwd=ROOT,
+        env={**environ, **changes},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     calls = folder / "cmake-calls"
     return done.returncode, done.stdout, calls.read_text().splitlines() if calls.exists() else []
 
@@ -263,12 +267,22 @@ def test_device_is_what_the_platform_reports(
     sources = ROOT / "csrc/ascend"
     subprocess.run(
         [
-            HOST_COMPILER, "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-DSOC={soc}",
-            f"-DCORES={cores}", f"-I{sources}", f"-I{tmp_path}", sources / "platform.cpp",
-            tmp_path / "main.cpp", "-o", tmp_path / "main",
+            HOST_COMPILER,
+            "-std=c++17",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            f"-DSOC={soc}",
+            f"-DCORES={cores}",
+            f"-I{sources}",
+            f"-I{tmp_path}",
+            sources / "platform.cpp",
+            tmp_path / "main.cpp",
+            "-o",
+            tmp_path / "main",
         ],
         check=True,
-    )  # fmt: skip
+    )
     assert subprocess.check_output([tmp_path / "main"], text=True) == expected
 
 
@@ -278,9 +292,13 @@ def test_device_is_what_the_platform_reports(
 def compile_launchers(sources: Path) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "PYTHON": sys.executable}
     return subprocess.run(
-        [ROOT / ".ci/compile-launcher", sources], env=environ, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, check=False,
-    )  # fmt: skip
+        [ROOT / ".ci/compile-launcher", sources],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
 
 
 @pytest.mark.slow

@@ -47,12 +47,16 @@ def build_module() -> Path:
     plain = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
     host_check = [f"-I{ascend}/host_check/include"]
     with_torch = [
-        f"-I{ascend}", "-fvisibility=hidden",
+        f"-I{ascend}",
+        "-fvisibility=hidden",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        "-isystem", f"{torch_folder}/include",
-        "-isystem", f"{torch_folder}/include/torch/csrc/api/include",
-        "-isystem", sysconfig.get_path("include"),
-    ]  # fmt: skip
+        "-isystem",
+        f"{torch_folder}/include",
+        "-isystem",
+        f"{torch_folder}/include/torch/csrc/api/include",
+        "-isystem",
+        sysconfig.get_path("include"),
+    ]
     kernels = max(path.stat().st_mtime for path in ascend.glob("*/op_kernel/*"))
     jobs = [(DOUBLES / "kernels.cpp", host_check, max(newest, kernels))]
     launchers = [*ascend.glob("*/op_host/*.cpp"), ascend / "module.cpp", DOUBLES / "queue.cpp"]

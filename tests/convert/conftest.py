@@ -27,8 +27,14 @@ def data(tmp_path_factory):
     lines = [" ".join(rng.choices(words, k=12)) for _ in range(3000)]
     (folder / "a.txt").write_text("\n".join(lines), encoding="utf-8")
     train_tokenizer([folder / "a.txt"], folder / "tok", vocab_size=300)
-    prepare([folder / "a.txt"], folder / "tok", folder / "d", valid_fraction=0.2,
-            document_chars=2000, show_progress=False)  # fmt: skip
+    prepare(
+        [folder / "a.txt"],
+        folder / "tok",
+        folder / "d",
+        valid_fraction=0.2,
+        document_chars=2000,
+        show_progress=False,
+    )
     return folder
 
 

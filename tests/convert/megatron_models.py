@@ -10,10 +10,17 @@ from megatron_bitcpm.config import ModelConfig
 from megatron_bitcpm.conversion.source import ModelSource
 
 BASE = {
-    "num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 12,
-    "num_query_groups": 4, "kv_channels": 6, "max_position_embeddings": 64, "rotary_base": 5000,
-    "layernorm_epsilon": 1e-5, "make_vocab_size_divisible_by": 8,
-}  # fmt: skip
+    "num_layers": 4,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 12,
+    "num_query_groups": 4,
+    "kv_channels": 6,
+    "max_position_embeddings": 64,
+    "rotary_base": 5000,
+    "layernorm_epsilon": 1e-5,
+    "make_vocab_size_divisible_by": 8,
+}
 LONG_ROPE = {
     "short_factor": (1.0, 1.5, 2.5),
     "long_factor": (1.0, 3.0, 7.0),
@@ -23,10 +30,14 @@ MODELS = {
     "untied": {},
     "tied": {"share_embeddings_and_output_weights": True},
     "minicpm": {
-        "architecture": "minicpm", "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 8,
-        "rope_scaling": LONG_ROPE, "share_embeddings_and_output_weights": True,
+        "architecture": "minicpm",
+        "scale_emb": 12.0,
+        "scale_depth": 1.4,
+        "dim_model_base": 8,
+        "rope_scaling": LONG_ROPE,
+        "share_embeddings_and_output_weights": True,
     },
-}  # fmt: skip
+}
 VOCAB = 61
 
 
@@ -48,9 +59,13 @@ def make_source(tmp_path, case="untied", norm_dtype=torch.float32, **changes):
     model = ModelConfig(**{**BASE, **MODELS[case], **changes})
     generator = torch.Generator().manual_seed(1)
     source = MemorySource(
-        path=tmp_path, kind="hf", form="plain", model=model, vocab_size=VOCAB,
+        path=tmp_path,
+        kind="hf",
+        form="plain",
+        model=model,
+        vocab_size=VOCAB,
         facts={"iteration": 7, "seq_length": 32},
-    )  # fmt: skip
+    )
     for name, shape in source.shapes().items():
         dtype = norm_dtype if "norm" in name else torch.bfloat16
         source.tensors[name] = torch.randn(shape, generator=generator).to(dtype)
@@ -60,22 +75,33 @@ def make_source(tmp_path, case="untied", norm_dtype=torch.float32, **changes):
 def cut_layer(source, layer, tp_size, tp_rank):
     """Return one rank's tensors of a layer, cut by hand; local names of Megatron 0.12.1."""
     model, prefix = source.model, f"model.layers.{layer}."
-    get = {key: source.tensors[f"{prefix}{key}.weight"] for key in (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm",
-        "post_attention_layernorm",
-    )}  # fmt: skip
+    get = {
+        key: source.tensors[f"{prefix}{key}.weight"]
+        for key in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+            "input_layernorm",
+            "post_attention_layernorm",
+        )
+    }
     d, groups = model.head_dim, model.num_query_groups
     per_group = model.num_attention_heads // groups
-    fused = torch.cat([
-        get[f"self_attn.{kind}_proj"][start * d : stop * d]
-        for group in range(groups)
-        for kind, start, stop in (
-            ("q", group * per_group, (group + 1) * per_group),
-            ("k", group, group + 1),
-            ("v", group, group + 1),
-        )
-    ])  # fmt: skip
+    fused = torch.cat(
+        [
+            get[f"self_attn.{kind}_proj"][start * d : stop * d]
+            for group in range(groups)
+            for kind, start, stop in (
+                ("q", group * per_group, (group + 1) * per_group),
+                ("k", group, group + 1),
+                ("v", group, group + 1),
+            )
+        ]
+    )
     return {
         "input_layernorm.weight": get["input_layernorm"],
         "self_attention.linear_qkv.weight": fused.tensor_split(tp_size, 0)[tp_rank],
@@ -83,12 +109,14 @@ def cut_layer(source, layer, tp_size, tp_rank):
             tp_rank
         ],
         "pre_mlp_layernorm.weight": get["post_attention_layernorm"],
-        "mlp.linear_fc1.weight": torch.cat([
-            get["mlp.gate_proj"].tensor_split(tp_size, 0)[tp_rank],
-            get["mlp.up_proj"].tensor_split(tp_size, 0)[tp_rank],
-        ]),
+        "mlp.linear_fc1.weight": torch.cat(
+            [
+                get["mlp.gate_proj"].tensor_split(tp_size, 0)[tp_rank],
+                get["mlp.up_proj"].tensor_split(tp_size, 0)[tp_rank],
+            ]
+        ),
         "mlp.linear_fc2.weight": get["mlp.down_proj"].tensor_split(tp_size, 1)[tp_rank],
-    }  # fmt: skip
+    }
 
 
 def assert_same(found, wanted):

@@ -15,15 +15,23 @@ from megatron_bitcpm.conversion.stamp import QuantizerStamp
 
 LAYERS, HIDDEN, FFN, VOCAB = 3, 64, 96, 50
 LLAMA = ModelConfig(
-    num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=4,
-    num_query_groups=2, kv_channels=24, max_position_embeddings=64,
-)  # fmt: skip
+    num_layers=LAYERS,
+    hidden_size=HIDDEN,
+    ffn_hidden_size=FFN,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=24,
+    max_position_embeddings=64,
+)
 MINICPM = LLAMA.model_copy(
     update={
-        "architecture": "minicpm", "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 24,
+        "architecture": "minicpm",
+        "scale_emb": 12.0,
+        "scale_depth": 1.4,
+        "dim_model_base": 24,
         "share_embeddings_and_output_weights": True,
     }
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +85,15 @@ def make_latent(
     """A model with random weights; without a stamp it is a plain one."""
     form = "plain" if stamp is None else "latent"
     source = MemorySource(
-        path=Path(form), kind="torch_dist", form=form, model=model,
-        vocab_size=vocab_size, stamp=stamp, tensors={}, side_files=side_files,
-    )  # fmt: skip
+        path=Path(form),
+        kind="torch_dist",
+        form=form,
+        model=model,
+        vocab_size=vocab_size,
+        stamp=stamp,
+        tensors={},
+        side_files=side_files,
+    )
     generator = torch.Generator().manual_seed(0)
     for name, shape in source.shapes().items():
         # Norms near 1 and weights that keep a token's length, so that every layer matters.
@@ -135,6 +149,11 @@ def make_megatron(latent: MemorySource, rows: int) -> MegatronSource:
             tensors[name] = torch.cat([found, found.new_full((rows - len(found), HIDDEN), 7.0)])
     tensors["decoder.final_layernorm.weight"] = latent.tensors["model.norm.weight"].clone()
     return MegatronSource(
-        path=Path("megatron"), kind="legacy", form=latent.form, model=model, vocab_size=VOCAB,
-        stamp=latent.stamp, tensors=FusedTensors(tensors),
-    )  # fmt: skip
+        path=Path("megatron"),
+        kind="legacy",
+        form=latent.form,
+        model=model,
+        vocab_size=VOCAB,
+        stamp=latent.stamp,
+        tensors=FusedTensors(tensors),
+    )

@@ -167,8 +167,16 @@ def write_hf_folder(
     folder.mkdir(parents=True)
     dump = lambda name, content: (folder / name).write_text(json.dumps(content, indent=2))  # noqa: E731
     dump("config.json", config_json(shape))
-    dump("generation_config.json", {"do_sample": True, "top_p": 0.8, "temperature": 0.8,
-         "bos_token_id": 1, "eos_token_id": [2, shape.vocab - 8]})  # fmt: skip
+    dump(
+        "generation_config.json",
+        {
+            "do_sample": True,
+            "top_p": 0.8,
+            "temperature": 0.8,
+            "bos_token_id": 1,
+            "eos_token_id": [2, shape.vocab - 8],
+        },
+    )
     write_tokenizer(folder, shape.vocab)
     stem, suffix, save = {
         "safetensors": ("model", "safetensors", lambda t, p: save_file(t, p, {"format": "pt"})),
@@ -185,8 +193,9 @@ def write_hf_folder(
         save(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
     total = sum(t.numel() * t.element_size() for t in tensors.values())
-    dump(f"{stem}.{suffix}.index.json",
-         {"metadata": {"total_size": total}, "weight_map": weight_map})  # fmt: skip
+    dump(
+        f"{stem}.{suffix}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
     return folder
 
 
@@ -196,10 +205,17 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     names = {index: token for token, index in special.items()}
     words = {names.get(index, f"w{index}"): index for index in range(vocab)}
     added = [
-        {"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False, "special": True}
+        {
+            "id": index,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for token, index in special.items()
-    ]  # fmt: skip
+    ]
     tokenizer = {
         "version": "1.0",
         "truncation": None,

@@ -56,10 +56,13 @@ def test_a_failed_conversion_is_one_line(models, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"shape": "9B"}, "^shape=9B: is unknown. Use 1B, small, tiny"),
-    ({"rounds": 0}, "^rounds=0: measures nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape": "9B"}, "^shape=9B: is unknown. Use 1B, small, tiny"),
+        ({"rounds": 0}, "^rounds=0: measures nothing"),
+    ],
+)
 def test_arguments(options, message):
     with pytest.raises(BitcpmError, match=message):
         bench_convert.bench_convert(**options)

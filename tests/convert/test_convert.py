@@ -48,16 +48,32 @@ def models(tmp_path_factory):
 
 REFUSED = [
     ("plain", "gguf", {}, "to=gguf: is no format. Use torch_dist, legacy, plain, latent, pseudo."),
-    ("plain", "plain", {"tensor_parallel_size": 2},
-     "tensor_parallel_size=2: has no effect on to=plain. Leave it out, or use"),
-    ("plain", "plain", {"virtual_pipeline_parallel_size": 2},
-     "virtual_pipeline_parallel_size=2: has no effect on to=plain."),
+    (
+        "plain",
+        "plain",
+        {"tensor_parallel_size": 2},
+        "tensor_parallel_size=2: has no effect on to=plain. Leave it out, or use",
+    ),
+    (
+        "plain",
+        "plain",
+        {"virtual_pipeline_parallel_size": 2},
+        "virtual_pipeline_parallel_size=2: has no effect on to=plain.",
+    ),
     ("plain", "plain", {"transformer_impl": "local"}, "transformer_impl=local: has no effect on"),
     ("plain", "torch_dist", {"transformer_impl": "local"}, "transformer_impl=local: has no effect"),
-    ("plain", "legacy", {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 1},
-     "virtual_pipeline_parallel_size=1: is no interleaving. Leave it out."),
-    ("plain", "legacy", {"max_shard_size": "1GB"},
-     "max_shard_size=1GB: has no effect on to=legacy. Leave it out"),
+    (
+        "plain",
+        "legacy",
+        {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 1},
+        "virtual_pipeline_parallel_size=1: is no interleaving. Leave it out.",
+    ),
+    (
+        "plain",
+        "legacy",
+        {"max_shard_size": "1GB"},
+        "max_shard_size=1GB: has no effect on to=legacy. Leave it out",
+    ),
     ("plain", "torch_dist", {"weights": "bin"}, "weights=bin: has no effect on to=torch_dist"),
     ("plain", "torch_dist", {"force": True}, "force=True: has no effect on to=torch_dist"),
     ("minicpm", "torch_dist", {"architecture": "llama"}, "architecture=llama: has no effect"),
@@ -78,23 +94,43 @@ REFUSED = [
     ("plain", "pseudo", {**QUANTIZER, "group_size": "row"}, "group_size=row: "),
     ("plain", "pseudo", {**QUANTIZER, "eps": -1.0}, "eps=-1.0: "),
     ("plain", "pseudo", {**QUANTIZER, "numerics": "fp8"}, "numerics=fp8: is unknown. Use fp32 or"),
-    ("plain", "pseudo", {**QUANTIZER, "quant_type": "five", "numerics": "bf16_reciprocal"},
-     "numerics=bf16_reciprocal: exists for the ternary grid, not for five."),
+    (
+        "plain",
+        "pseudo",
+        {**QUANTIZER, "quant_type": "five", "numerics": "bf16_reciprocal"},
+        "numerics=bf16_reciprocal: exists for the ternary grid, not for five.",
+    ),
     ("plain", "plain", QUANTIZER, "quant_type=ternary: has no effect on to=plain"),
     ("plain", "legacy", QUANTIZER, "quant_type=ternary: has no effect on to=legacy"),
     ("latent", "pseudo", {"group_size": 64}, "group_size=64: the model was trained with -1, says"),
-    ("latent", "legacy", {"numerics": "bf16_reciprocal"},
-     "numerics=bf16_reciprocal: the model was trained with fp32, says its stamp."),
-    ("plain", "plain", {"architecture": "llama"},
-     "architecture=llama: has an effect on a MiniCPM only, and the input is a Llama."),
+    (
+        "latent",
+        "legacy",
+        {"numerics": "bf16_reciprocal"},
+        "numerics=bf16_reciprocal: the model was trained with fp32, says its stamp.",
+    ),
+    (
+        "plain",
+        "plain",
+        {"architecture": "llama"},
+        "architecture=llama: has an effect on a MiniCPM only, and the input is a Llama.",
+    ),
     ("minicpm", "plain", {"architecture": "qwen"}, "architecture=qwen: is unknown."),
-    ("minicpm", "latent", {"architecture": "llama", **QUANTIZER},
-     "architecture=llama: latent weights are not folded"),
-    ("folded", "pseudo", {"architecture": "minicpm"},
-     "architecture=minicpm: the input is a folded MiniCPM, and folding cannot be undone."),
+    (
+        "minicpm",
+        "latent",
+        {"architecture": "llama", **QUANTIZER},
+        "architecture=llama: latent weights are not folded",
+    ),
+    (
+        "folded",
+        "pseudo",
+        {"architecture": "minicpm"},
+        "architecture=minicpm: the input is a folded MiniCPM, and folding cannot be undone.",
+    ),
     ("plain", "legacy", {"tokenizer": "elsewhere"}, "tokenizer=elsewhere: has no effect: "),
     ("plain", "torch_dist", {"tensor_parallel_size": 3}, "=3: does not divide num_attention"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("source", "to", "settings", "message"), REFUSED)
@@ -218,9 +254,15 @@ def test_report(models, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(None, 5 * 10**9), ("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), (7, 7),
-     ("1.5KB", 1500)],
-)  # fmt: skip
+    [
+        (None, 5 * 10**9),
+        ("5GB", 5 * 10**9),
+        ("500 mb", 5 * 10**8),
+        ("2GiB", 2**31),
+        (7, 7),
+        ("1.5KB", 1500),
+    ],
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 

@@ -199,8 +199,11 @@ def test_other_grids_and_numerics(quant, changed, tmp_path):
         assert torch.equal(stored, fake_quantize(latent, group_size, 1e-5, quant["grid"]))
 
 
-LONGROPE = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16,
-            "original_max_position_embeddings": 40}  # fmt: skip
+LONGROPE = {
+    "short_factor": [1.0] * 16,
+    "long_factor": [2.0] * 16,
+    "original_max_position_embeddings": 40,
+}
 MINICPM = {"architecture": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
 
 

@@ -61,9 +61,13 @@ def test_codes_survive(grid, group_size, tmp_path):
     folder = make_folder(tmp_path / "in", state, minicpm=True)
     stamp = QuantizerStamp(QuantConfig(grid=grid, group_size=group_size))
     report = write_folder(
-        open_source(folder), tmp_path / "out", "pseudo", architecture="llama", stamp=stamp,
+        open_source(folder),
+        tmp_path / "out",
+        "pseudo",
+        architecture="llama",
+        stamp=stamp,
         force=True,
-    )  # fmt: skip
+    )
     assert report["verify"]["ternary_tensors"] == 7 * LAYERS
     found = load_all(tmp_path / "out")
     for name, latent in state.items():
@@ -106,6 +110,10 @@ def test_latents_are_not_folded(tmp_path):
     source = open_source(make_folder(tmp_path / "in", minicpm=True))
     with pytest.raises(CheckpointError, match="latent weights are never folded"):
         write_folder(
-            source, tmp_path / "out", "latent", architecture="llama",
-            stamp=QuantizerStamp(QuantConfig()), force=True,
-        )  # fmt: skip
+            source,
+            tmp_path / "out",
+            "latent",
+            architecture="llama",
+            stamp=QuantizerStamp(QuantConfig()),
+            force=True,
+        )

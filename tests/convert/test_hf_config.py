@@ -70,9 +70,15 @@ def longrope_model(**changes) -> ModelConfig:
         **changes,
     }
     return ModelConfig(
-        num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4,
-        num_query_groups=2, max_position_embeddings=512, rotary_base=10000, rope_scaling=rope,
-    )  # fmt: skip
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        max_position_embeddings=512,
+        rotary_base=10000,
+        rope_scaling=rope,
+    )
 
 
 @pytest.mark.both_transformers
@@ -121,14 +127,30 @@ def test_plain_rope_of_both_transformers(rope):
     [
         {"rope_scaling": {**ROPE, "original_max_position_embeddings": 512}},
         {"rope_scaling": ROPE, "original_max_position_embeddings": 512},
-        {"rope_scaling": {**ROPE, "type": "longrope", "rope_type": None, "attention_factor": None,
-                          "factor": None}, "original_max_position_embeddings": 512},
-        {"rope_parameters": {**ROPE, "original_max_position_embeddings": 512, "factor": 4.0,
-                             "rope_theta": 10000.0}},
-        {"rope_scaling": {**ROPE, "original_max_position_embeddings": 512},
-         "original_max_position_embeddings": 512},
+        {
+            "rope_scaling": {
+                **ROPE,
+                "type": "longrope",
+                "rope_type": None,
+                "attention_factor": None,
+                "factor": None,
+            },
+            "original_max_position_embeddings": 512,
+        },
+        {
+            "rope_parameters": {
+                **ROPE,
+                "original_max_position_embeddings": 512,
+                "factor": 4.0,
+                "rope_theta": 10000.0,
+            }
+        },
+        {
+            "rope_scaling": {**ROPE, "original_max_position_embeddings": 512},
+            "original_max_position_embeddings": 512,
+        },
     ],
-)  # fmt: skip
+)
 def test_longrope_in_all_its_forms(rope):
     model = parse(max_position_embeddings=2048, **rope)
     assert model.rope_scaling.original_max_position_embeddings == 512
@@ -177,8 +199,13 @@ def test_longrope_without_an_original_length_takes_all_positions():
         ({"rope_scaling": {**ROPE, "long_factor": [1.0] * 7}}, r"\(7 numbers\).*16 head channels"),
         ({"rope_scaling": {**ROPE, "long_factor": [0.0] * 8}}, "long_factor="),
         ({"rope_scaling": ROPE, "original_max_position_embeddings": 4096}, "=4096: must be"),
-        ({"rope_scaling": {**ROPE, "original_max_position_embeddings": 8},
-          "original_max_position_embeddings": 9}, "=9: rope_scaling says 8"),
+        (
+            {
+                "rope_scaling": {**ROPE, "original_max_position_embeddings": 8},
+                "original_max_position_embeddings": 9,
+            },
+            "=9: rope_scaling says 8",
+        ),
         ({"rope_scaling": {**ROPE, "factor": 4.0}}, r"factor=4.0: .*is 1, and readers disagree"),
         ({"rope_scaling": {**ROPE, "short_mscale": 1.2}}, "short_mscale=1.2"),
         ({"rope_scaling": ROPE, "rope_parameters": {**ROPE, "factor": 1}}, "differs from"),
@@ -195,7 +222,7 @@ def test_longrope_without_an_original_length_takes_all_positions():
         ({"rms_norm_eps": 0}, "rms_norm_eps=0"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
     ],
-)  # fmt: skip
+)
 def test_what_the_decoder_does_not_have_is_refused_by_name(changes, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         parse(**changes)
@@ -219,25 +246,44 @@ def test_minicpm_needs_its_constants(changes, message):
 
 MODELS = {
     "llama": ModelConfig(
-        num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4,
-        num_query_groups=2, max_position_embeddings=64, layernorm_epsilon=1e-5,
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        max_position_embeddings=64,
+        layernorm_epsilon=1e-5,
     ),
     # the 3B's: head_dim is not hidden / heads
     "wide": ModelConfig(
-        num_layers=2, hidden_size=80, ffn_hidden_size=96, num_attention_heads=4,
-        num_query_groups=1, kv_channels=32, max_position_embeddings=64, rotary_base=500000,
+        num_layers=2,
+        hidden_size=80,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=1,
+        kv_channels=32,
+        max_position_embeddings=64,
+        rotary_base=500000,
         share_embeddings_and_output_weights=True,
     ),
     "longrope": longrope_model(),
     "factor": longrope_model(attention_factor=1.25),
     "released": longrope_model(original_max_position_embeddings=512),
     "minicpm": ModelConfig(
-        architecture="minicpm", num_layers=2, hidden_size=64, ffn_hidden_size=96,
-        num_attention_heads=4, num_query_groups=2, max_position_embeddings=64, scale_emb=12,
-        scale_depth=1.4, dim_model_base=256, share_embeddings_and_output_weights=True,
+        architecture="minicpm",
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        max_position_embeddings=64,
+        scale_emb=12,
+        scale_depth=1.4,
+        dim_model_base=256,
+        share_embeddings_and_output_weights=True,
         rope_scaling=longrope_model(original_max_position_embeddings=64).rope_scaling,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -289,9 +335,14 @@ def test_vllms_names_go_with_an_attention_factor():
 def test_what_is_no_architecture_keeps_its_values():
     model, vocab_size = parse_architecture({**MINICPM, "my_note": "x"}, PATH)
     original = {
-        **MINICPM, "my_note": "x", "initializer_range": 0.1, "use_cache": False,
-        "transformers_version": "4.36.0", "dtype": "bfloat16", "bitcpm_quantizer": {},
-    }  # fmt: skip
+        **MINICPM,
+        "my_note": "x",
+        "initializer_range": 0.1,
+        "use_cache": False,
+        "transformers_version": "4.36.0",
+        "dtype": "bfloat16",
+        "bitcpm_quantizer": {},
+    }
     ids = TokenizerIds(73448, 1, 2, None)
     written = hf_config(model, torch.bfloat16, vocab_size, ids, original)
     assert written["eos_token_id"] == [2, 73440]
@@ -319,8 +370,13 @@ def test_a_llama_made_of_a_minicpm_has_no_constants():
 
 QUANTIZER = QuantizerStamp(QuantConfig(group_size=16, grid="five"), 2)
 STAMP = QUANTIZER.content()
-FACTORS = {"scale_emb": 12.0, "residual": 0.5, "output": 0.25, "scale_depth": 1.4,
-           "dim_model_base": 256}  # fmt: skip
+FACTORS = {
+    "scale_emb": 12.0,
+    "residual": 0.5,
+    "output": 0.25,
+    "scale_depth": 1.4,
+    "dim_model_base": 256,
+}
 
 
 def write(folder, config, stamp=None):
@@ -396,9 +452,13 @@ def test_a_damaged_config_is_one_line(content, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "dtype"),
-    [("dtype", "float16", torch.float16), ("torch_dtype", "bfloat16", torch.bfloat16),
-     ("torch_dtype", None, None), ("dtype", "auto", None)],
-)  # fmt: skip
+    [
+        ("dtype", "float16", torch.float16),
+        ("torch_dtype", "bfloat16", torch.bfloat16),
+        ("torch_dtype", None, None),
+        ("dtype", "auto", None),
+    ],
+)
 def test_the_declared_type(key, value, dtype, tmp_path):
     write(tmp_path, {**LLAMA, key: value})
     assert read_hf_config(tmp_path).dtype == dtype

@@ -179,8 +179,10 @@ def test_wrong_indexes(kind, tmp_path):
         edit_index(folder, change)
         return refused(folder, message)
 
-    damage(lambda m: m.update({EMBEDDING: second}),
-           f"{EMBEDDING}: index says {second}, it is in {first}")  # fmt: skip
+    damage(
+        lambda m: m.update({EMBEDDING: second}),
+        f"{EMBEDDING}: index says {second}, it is in {first}",
+    )
     damage(lambda m: m.update(more=second), f"more: index says {second}, it is in none")
     damage(lambda m: m.pop(OUTPUT), f"{OUTPUT}: index says nothing, it is in")
     damage(lambda m: m.update(more="model-9.bin"), "model-9.bin is missing")

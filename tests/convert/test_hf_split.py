@@ -21,9 +21,14 @@ from megatron_bitcpm.quant.selection import is_excluded
 
 def model_config(**changes):
     values = {
-        "num_layers": 4, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 6,
-        "num_query_groups": 3, "kv_channels": 4, "max_position_embeddings": 8,
-    }  # fmt: skip
+        "num_layers": 4,
+        "hidden_size": 8,
+        "ffn_hidden_size": 8,
+        "num_attention_heads": 6,
+        "num_query_groups": 3,
+        "kv_channels": 4,
+        "max_position_embeddings": 8,
+    }
     return ModelConfig(**{**values, **changes})
 
 

@@ -55,8 +55,13 @@ def test_plain_is_the_identity(weights, limit, folder):
         1 if limit > 1_000_000 else len(list(output.glob(f"*.{suffix}")))
     )
     assert report["bytes"] == sum(t.numel() * 2 for t in state.values())
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                 "special_tokens_map.json", "generation_config.json"):  # fmt: skip
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "special_tokens_map.json",
+        "generation_config.json",
+    ):
         assert (output / name).read_bytes() == (folder / name).read_bytes()
     config = json.loads((output / "config.json").read_text())
     original = json.loads((folder / "config.json").read_text())
@@ -407,9 +412,15 @@ def larger(tmp_path_factory):
             state[renamed] = (torch.randn(shape) * 0.02).bfloat16()
     folder = make_folder(tmp_path_factory.mktemp("larger") / "in", state)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
-               "vocab_size": vocab, "num_attention_heads": 16, "num_key_value_heads": 4,
-               "head_dim": 64}  # fmt: skip
+    config |= {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -422,7 +433,10 @@ def test_memory_is_a_few_tensors(form, weights, larger, tmp_path):
     arguments = [str(larger), str(tmp_path / "out"), form, weights]
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *arguments],
-        capture_output=True, text=True, timeout=250, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=True,
+    )
     largest = 32768 * 1024 * 2
     assert int(done.stdout) < 2 * largest + 100_000_000

@@ -59,15 +59,23 @@ RIGHT = {
     "torch_dtype": "bfloat16",
 }
 # What the folder carried instead: the 3B's dimensions.
-WRONG = {**RIGHT, "hidden_size": 160, "intermediate_size": 640, "num_hidden_layers": 32,
-         "num_attention_heads": 32}  # fmt: skip
+WRONG = {
+    **RIGHT,
+    "hidden_size": 160,
+    "intermediate_size": 640,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 
 
 def make_tensors(group_size=None, grid="ternary", seed=0):
     """Return the tensors of RIGHT; group_size None leaves latents, else an int or by projection."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = {"model.embed_tokens.weight": (100, 128), "model.norm.weight": (128,),
-              "lm_head.weight": (100, 128)}  # fmt: skip
+    shapes = {
+        "model.embed_tokens.weight": (100, 128),
+        "model.norm.weight": (128,),
+        "lm_head.weight": (100, 128),
+    }
     for layer in range(2):
         shapes |= {f"model.layers.{layer}.{n}.weight": shape for n, shape in TENSORS.items()}
     tensors = {}
@@ -103,9 +111,11 @@ def test_a_config_with_the_sizes_of_another_model(tmp_path):
     report = inspect(folder)
     found = {c["field"]: (c["config"], c["weights"]) for c in report["contradictions"]}
     assert found == {
-        "hidden_size": (160, 128), "intermediate_size": (640, 384),
-        "num_hidden_layers": (32, 2), "num_attention_heads": (32, 16),
-    }  # fmt: skip
+        "hidden_size": (160, 128),
+        "intermediate_size": (640, 384),
+        "num_hidden_layers": (32, 2),
+        "num_attention_heads": (32, 16),
+    }
     assert (folder / "config.json").read_bytes() == before
     text = render(report)
     assert "hidden_size          160, in the tensors 128" in text
@@ -260,8 +270,12 @@ def test_what_the_decoder_cannot_compute_is_said(tmp_path):
     report = inspect(write(tmp_path / "m", make_tensors(), {**RIGHT, "model_type": "gpt2"}))
     assert report["problems"][0].startswith("model_type=gpt2: is no architecture known here")
     early = {k: v for k, v in RIGHT.items() if k != "model_type"}
-    early |= {"architectures": ["MiniCPMForCausalLM"], "scale_emb": 12, "scale_depth": 1.4,
-              "dim_model_base": 256}  # fmt: skip
+    early |= {
+        "architectures": ["MiniCPMForCausalLM"],
+        "scale_emb": 12,
+        "scale_depth": 1.4,
+        "dim_model_base": 256,
+    }
     report = inspect(write(tmp_path / "m", make_tensors(), early))
     assert (report["architecture"]["model_type"], report["problems"]) == ("minicpm", [])
 
@@ -308,8 +322,9 @@ def test_something_else_than_a_llama(tmp_path):
     (tmp_path / "m").mkdir()
     save_file({"bert.embeddings": torch.ones(3)}, tmp_path / "m" / "model.safetensors")
     assert inspect(tmp_path / "m")["problems"] == [
-        "there is no config.json", "the tensors are not those of a Llama or MiniCPM",
-    ]  # fmt: skip
+        "there is no config.json",
+        "the tensors are not those of a Llama or MiniCPM",
+    ]
 
 
 # -- grid and groups -----------------------------------------------------------------------------
@@ -350,10 +365,14 @@ def test_an_unstamped_pseudo_quantised_folder(tmp_path):
     report = inspect(write(tmp_path / "m", tensors))
     assert (report["form"], report["latents"]) == ("plain", None)
     assert report["projections"] == {
-        "self_attn.q_proj": {-1: 2}, "self_attn.k_proj": {-1: 2}, "self_attn.v_proj": {-1: 2},
-        "self_attn.o_proj": {128: 2}, "mlp.gate_proj": {-1: 2}, "mlp.up_proj": {-1: 2},
+        "self_attn.q_proj": {-1: 2},
+        "self_attn.k_proj": {-1: 2},
+        "self_attn.v_proj": {-1: 2},
+        "self_attn.o_proj": {128: 2},
+        "mlp.gate_proj": {-1: 2},
+        "mlp.up_proj": {-1: 2},
         "mlp.down_proj": {96: 2},
-    }  # fmt: skip
+    }
     weights = torch.cat([t.flatten() for n, t in tensors.items() if "proj" in n])
     groups = 2 * (256 + 32 + 32 + 128 * 2 + 384 + 384 + 128 * 4)
     found = report["grids"]["ternary"]
@@ -368,8 +387,11 @@ def test_an_unstamped_pseudo_quantised_folder(tmp_path):
     memory = report["memory"]
     assert memory["projections"]["stored_bytes"] == 2 * weights.numel()
     assert memory["projections"]["packed_bytes"] == pytest.approx(packed / 8 * weights.numel())
-    assert memory["embedding"] == {"parameters": 12800, "stored_bytes": 25600,
-                                   "packed_bytes": 25600}  # fmt: skip
+    assert memory["embedding"] == {
+        "parameters": 12800,
+        "stored_bytes": 25600,
+        "packed_bytes": 25600,
+    }
     assert memory["norms"]["parameters"] == 5 * 128
     text = render(report)
     assert "no stamp, but every projection is on the ternary grid" in text
@@ -408,8 +430,9 @@ def test_layers_in_full_precision_beside_others(tmp_path):
 
 def test_values_that_are_not_on_the_grid_of_the_stamp(tmp_path):
     for size, fine in ((-1, True), (64, True), (32, False)):
-        folder = write(tmp_path / "m", make_tensors(size),
-                       stamp=QuantizerStamp(QuantConfig(group_size=64)))  # fmt: skip
+        folder = write(
+            tmp_path / "m", make_tensors(size), stamp=QuantizerStamp(QuantConfig(group_size=64))
+        )
         report = inspect(folder)
         assert (report["form"], report["stamp"]["group_size"]) == ("pseudo", 64)
         assert (report["problems"] == []) is fine, report["problems"]
@@ -469,11 +492,16 @@ def test_a_run_of_the_trainer(trained):
     report = inspect(run.directory)
     assert (report["kind"], report["form"]) == ("torch_dist", "latent")
     architecture = report["architecture"]
-    found = {ours: architecture[theirs] for ours, theirs in {
-        "num_layers": "num_hidden_layers", "hidden_size": "hidden_size",
-        "ffn_hidden_size": "intermediate_size", "num_attention_heads": "num_attention_heads",
-        "num_query_groups": "num_key_value_heads",
-    }.items()}  # fmt: skip
+    found = {
+        ours: architecture[theirs]
+        for ours, theirs in {
+            "num_layers": "num_hidden_layers",
+            "hidden_size": "hidden_size",
+            "ffn_hidden_size": "intermediate_size",
+            "num_attention_heads": "num_attention_heads",
+            "num_query_groups": "num_key_value_heads",
+        }.items()
+    }
     assert found.items() <= BASE["model"].items()
     assert architecture["vocab_size"] == 300
     assert report["stamp"]["group_size"] == -1

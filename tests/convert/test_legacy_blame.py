@@ -113,8 +113,9 @@ def test_both_16_bit_types_are_refused_before_anything_is_written(tmp_path, kind
         if "gate_proj" in key or "up_proj" in key:
             source.tensors[key] = tensor.half()
     write, reader = {
-        "legacy": (write_legacy, open_legacy), "torch_dist": (write_torch_dist, open_torch_dist)
-    }[kind]  # fmt: skip
+        "legacy": (write_legacy, open_legacy),
+        "torch_dist": (write_torch_dist, open_torch_dist),
+    }[kind]
     write(source, tmp_path / "in", MegatronLayout(2, 2))
     message = r"layers\.3\.mlp\.linear_fc1\.weight: of type float16 among 14 of bfloat16"
     refuse(tmp_path / "in", message, reader)

@@ -29,24 +29,43 @@ def stock_args(model, tp, pp, **changes):
     from megatron.core.transformer.enums import AttnBackend
 
     values = {
-        "num_layers": model.num_layers, "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size, "kv_channels": model.kv_channels,
-        "num_attention_heads": model.num_attention_heads, "group_query_attention": True,
-        "num_query_groups": model.num_query_groups, "seq_length": 32,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "kv_channels": model.kv_channels,
+        "num_attention_heads": model.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": model.num_query_groups,
+        "seq_length": 32,
         "max_position_embeddings": model.max_position_embeddings,
-        "position_embedding_type": "rope", "rotary_base": model.rotary_base,
-        "rotary_percent": 1.0, "rotary_interleaved": False, "normalization": "RMSNorm",
-        "norm_epsilon": model.layernorm_epsilon, "swiglu": True, "add_bias_linear": False,
-        "add_qkv_bias": False, "num_experts": None, "window_size": None, "vocab_size": VOCAB,
+        "position_embedding_type": "rope",
+        "rotary_base": model.rotary_base,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "normalization": "RMSNorm",
+        "norm_epsilon": model.layernorm_epsilon,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "num_experts": None,
+        "window_size": None,
+        "vocab_size": VOCAB,
         "untie_embeddings_and_output_weights": not model.share_embeddings_and_output_weights,
-        "make_vocab_size_divisible_by": 8, "padded_vocab_size": ROWS,
-        "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp,
-        "virtual_pipeline_model_parallel_size": None, "consumed_train_samples": 40,
-        "params_dtype": torch.bfloat16, "model_type": ModelType.encoder_or_decoder,
-        "attention_backend": AttnBackend.auto, "exit_signal": signal.SIGTERM,
-        "save": PosixPath("run"), "activation": torch.nn.functional.silu,
-        "data_path": ["a", "b"], "betas": (0.9, 0.95),
-    }  # fmt: skip
+        "make_vocab_size_divisible_by": 8,
+        "padded_vocab_size": ROWS,
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": None,
+        "consumed_train_samples": 40,
+        "params_dtype": torch.bfloat16,
+        "model_type": ModelType.encoder_or_decoder,
+        "attention_backend": AttnBackend.auto,
+        "exit_signal": signal.SIGTERM,
+        "save": PosixPath("run"),
+        "activation": torch.nn.functional.silu,
+        "data_path": ["a", "b"],
+        "betas": (0.9, 0.95),
+    }
     values.update(changes)
     return argparse.Namespace(**values)
 
@@ -80,17 +99,23 @@ def stock_shard(source, tp, pp, tp_rank, pp_rank, layers, **changes):
         "model": model,
         "optimizer": {"optimizer": {"state": {0: step}, "param_groups": [{"lr": 0.1}]}},
         "opt_param_scheduler": {"max_lr": 0.1, "num_steps": 40},
-        "rng_state": [{
-            "random_rng_state": random.getstate(), "np_rng_state": np.random.get_state(),
-            "torch_rng_state": torch.get_rng_state(), "cuda_rng_state": torch.get_rng_state(),
-            "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
-        }],
+        "rng_state": [
+            {
+                "random_rng_state": random.getstate(),
+                "np_rng_state": np.random.get_state(),
+                "torch_rng_state": torch.get_rng_state(),
+                "cuda_rng_state": torch.get_rng_state(),
+                "rng_tracker_states": {"model-parallel-rng": torch.get_rng_state()},
+            }
+        ],
         "rerun_state_machine": {
-            "mode": RerunMode.DISABLED, "state": RerunState.NOT_RUNNING_YET,
-            "diagnostic": RerunDiagnostic.CORRECT_RESULT, "max": np.float32(3.0),
+            "mode": RerunMode.DISABLED,
+            "state": RerunState.NOT_RUNNING_YET,
+            "diagnostic": RerunDiagnostic.CORRECT_RESULT,
+            "max": np.float32(3.0),
         },
         "num_floating_point_operations_so_far": np.float64(1e9),
-    }  # fmt: skip
+    }
 
 
 def vocabulary(source, name, tp, tp_rank):
@@ -163,11 +188,20 @@ def test_minicpm_as_mindspeed_names_it(tmp_path):
     source = make_source(tmp_path, "minicpm")
     rope = source.model.rope_scaling
     folder = write_stock(
-        source, tmp_path / "run", scale_emb=12.0, scale_depth=1.4, dim_model_base=8.0,
-        rope_scaling_type="longrope", short_factor=list(rope.short_factor),
-        long_factor=list(rope.long_factor), rope_scaling_original_max_position_embeddings=16,
-        short_mscale=None, long_mscale=None, noop_layers=None, dynamic_factor=1.0,
-    )  # fmt: skip
+        source,
+        tmp_path / "run",
+        scale_emb=12.0,
+        scale_depth=1.4,
+        dim_model_base=8.0,
+        rope_scaling_type="longrope",
+        short_factor=list(rope.short_factor),
+        long_factor=list(rope.long_factor),
+        rope_scaling_original_max_position_embeddings=16,
+        short_mscale=None,
+        long_mscale=None,
+        noop_layers=None,
+        dynamic_factor=1.0,
+    )
     assert_same(open_legacy(folder), source)
 
 

@@ -62,7 +62,7 @@ PICKLES = {
     b"U\x01xsb.",
     "negative": b"\x80\x02" + REBUILD + b"(" + STORAGE + b"J\xff\xff\xff\xffK\x04\x85K\x01\x85tR.",
     "text": b"\x80\x02" + REBUILD + b"(" + STORAGE + b"K\x00U\x014\x85K\x01\x85tR.",
-}  # fmt: skip
+}
 
 
 def write_archive(path, data, **more):

@@ -26,17 +26,26 @@ def build_stock_chunks(model, layout, rows):
 
     tp, pp, vpp = layout
     config = tiny_transformer_config(
-        model, torch.bfloat16, kv_channels=model.head_dim, tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp,
-        overlap_p2p_comm=vpp is not None, batch_p2p_comm=vpp is None,
-    )  # fmt: skip
+        model,
+        torch.bfloat16,
+        kv_channels=model.head_dim,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        overlap_p2p_comm=vpp is not None,
+        batch_p2p_comm=vpp is None,
+    )
     return build_pipeline_chunks(
         lambda **place: GPTModel(
-            config, get_gpt_layer_local_spec(normalization="RMSNorm"), rows, 32,
+            config,
+            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            rows,
+            32,
             position_embedding_type="rope",
-            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights, **place,
+            share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+            **place,
         )
-    )  # fmt: skip
+    )
 
 
 def check_chunks(chunks, source, layout, rows):
@@ -85,9 +94,10 @@ def load_legacy(rank, folder, case, layout):
         chunks = build_stock_chunks(source.model, layout, rows)
         name = f"mp_rank_{rank % tp:02d}" + (f"_{rank // tp:03d}" if pp > 1 else "")
         state = torch.load(
-            f"{folder}/out/release/{name}/model_optim_rng.pt", map_location="cpu",
+            f"{folder}/out/release/{name}/model_optim_rng.pt",
+            map_location="cpu",
             weights_only=False,
-        )  # fmt: skip
+        )
         assert state["checkpoint_version"] == 3.0
         assert state["args"].padded_vocab_size == rows
         for number, chunk in enumerate(chunks):
@@ -147,9 +157,10 @@ def load_decoder(rank, folder, case, layout):
 
     source, (tp, pp, vpp) = make_source(Path(folder), case), layout
     parallel = ParallelConfig(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
-    )  # fmt: skip
+    )
     config = build_transformer_config(source.model, parallel, torch.bfloat16)
     with model_parallel(*layout):
         chunks = build_pipeline_chunks(

@@ -173,7 +173,7 @@ def test_an_existing_output(tmp_path, write, read):
     assert_same(read(tmp_path / "o"), source)
 
     def refuse(folder):
-        raise CheckpointError.of("folder", folder, "differs", "Report it")
+        raise CheckpointError(f"folder={folder}: differs. Report it.")
 
     with pytest.raises(CheckpointError, match="differs"):
         write(other, tmp_path / "o", overwrite=True, check=refuse)
@@ -230,9 +230,12 @@ def test_killed(tmp_path, write):
     write(source, tmp_path / "o")
     sign = tmp_path / "sign"
     program = KILLED.format(
-        paths=[str(Path(__file__).parent)], module=write.__module__,
-        write=write.__name__, sign=str(sign), folder=str(tmp_path),
-    )  # fmt: skip
+        paths=[str(Path(__file__).parent)],
+        module=write.__module__,
+        write=write.__name__,
+        sign=str(sign),
+        folder=str(tmp_path),
+    )
     process = subprocess.Popen([sys.executable, "-c", program])
     deadline = time.monotonic() + 60
     while not sign.exists() and time.monotonic() < deadline and process.poll() is None:

@@ -59,9 +59,14 @@ def assert_replaced(output):
 def test_folders_of_this_package_are_replaced(form, weights, limit, folder, tmp_path):
     stamp = None if form == "plain" else QuantizerStamp(QuantConfig())
     write_folder(
-        open_source(folder), tmp_path / "out", form, weights=weights, max_shard_bytes=limit,
-        stamp=stamp, force=True,
-    )  # fmt: skip
+        open_source(folder),
+        tmp_path / "out",
+        form,
+        weights=weights,
+        max_shard_bytes=limit,
+        stamp=stamp,
+        force=True,
+    )
     assert_replaced(tmp_path / "out")
 
 
@@ -86,10 +91,20 @@ def test_a_folder_whose_config_was_fixed_is_replaced(folder):
 
 @pytest.mark.parametrize(
     "entry",
-    ["src/main.py", ".git/HEAD", "checkpoint-500/model.safetensors", "trainer_state.json",
-     "iter_0000010/common.pt", "latest_checkpointed_iteration.txt", "thesis.txt", "main.py",
-     "package.json", "README.md/x", "additional_chat_templates/old/x"],
-)  # fmt: skip
+    [
+        "src/main.py",
+        ".git/HEAD",
+        "checkpoint-500/model.safetensors",
+        "trainer_state.json",
+        "iter_0000010/common.pt",
+        "latest_checkpointed_iteration.txt",
+        "thesis.txt",
+        "main.py",
+        "package.json",
+        "README.md/x",
+        "additional_chat_templates/old/x",
+    ],
+)
 def test_a_model_folder_with_something_else_is_kept(entry, folder):
     path = folder / entry
     if path.parent.is_file():
@@ -242,14 +257,18 @@ def test_an_old_report_is_replaced(pair, tmp_path, capsys):
         (("verify", "{a}", "--tokenizer", "nowhere"), "tokenizer=nowhere: no such folder."),
         (("inspect", "{a}", "--tokenizer", "nowhere"), "tokenizer=nowhere: no such folder."),
         (("verify", "{a}", "{b}", "--logits-key", "z"), "logits-key=z: has no effect without"),
-        (("verify", "{a}", "{b}", "--logits-key", "z", "--logits", "p.txt"),
-         "logits-key=z: has no effect on p.txt, which is no .jsonl file. Leave it out."),
+        (
+            ("verify", "{a}", "{b}", "--logits-key", "z", "--logits", "p.txt"),
+            "logits-key=z: has no effect on p.txt, which is no .jsonl file. Leave it out.",
+        ),
         (("convert", "--input", "", "--output", "x", "--to", "plain"), "input='': is no path."),
         (("convert", "--input", "{a}", "--output", "", "--to", "plain"), "output='': is no path."),
-        (("convert", "--input", "{a}", "--output", "{a}-x", "--to", "plain", "--force"),
-         "force=True: has no effect: only latents"),
+        (
+            ("convert", "--input", "{a}", "--output", "{a}-x", "--to", "plain", "--force"),
+            "force=True: has no effect: only latents",
+        ),
     ],
-)  # fmt: skip
+)
 def test_options_without_effect(arguments, message, pair, capsys):
     a, b = pair
     code, found = run(capsys, *(argument.format(a=a, b=b) for argument in arguments))

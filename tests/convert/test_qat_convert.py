@@ -84,8 +84,11 @@ def test_other_grids_and_types(quant_type, group_size, dtype, tmp_path):
     report = convert(path, tmp_path / "out.bin", quant_type, group_size)
     assert "other_numerics" not in report or dtype is torch.float32
     for key, tensor in load(tmp_path / "out.bin").items():
-        wanted = fake_quantize(state[key], int(group_size), 1e-5, quant_type)\
-            if "_proj" in key else state[key]  # fmt: skip
+        wanted = (
+            fake_quantize(state[key], int(group_size), 1e-5, quant_type)
+            if "_proj" in key
+            else state[key]
+        )
         assert same_bits(tensor, wanted), key
 
 
@@ -269,9 +272,12 @@ def test_weights_that_were_quantised_already(latent, tmp_path):
     for form in ("pseudo", "latent"):
         with pytest.raises(CheckpointError, match=rule):
             write_folder(
-                open_source(unstamped), tmp_path / "out", form, stamp=QuantizerStamp(QuantConfig()),
+                open_source(unstamped),
+                tmp_path / "out",
+                form,
+                stamp=QuantizerStamp(QuantConfig()),
                 force=True,
-            )  # fmt: skip
+            )
     save_file(state, latent / "model.safetensors")
     with pytest.raises(CheckpointError, match=rule):
         write_folder(open_source(latent), tmp_path / "out", "pseudo")
@@ -395,8 +401,16 @@ def test_what_lies_on_a_grid(grid, group_size):
 
 def test_the_command_line_of_the_cards(tmp_path, monkeypatch, capsys):
     path = save(tmp_path / "pytorch_model.bin", make_state())
-    arguments = ["--input_bin", str(path), "--output", str(tmp_path / "out.bin"),
-                 "--quant_type", "ternary", "--group_size", "-1"]  # fmt: skip
+    arguments = [
+        "--input_bin",
+        str(path),
+        "--output",
+        str(tmp_path / "out.bin"),
+        "--quant_type",
+        "ternary",
+        "--group_size",
+        "-1",
+    ]
 
     def run(*more):
         monkeypatch.setattr(sys, "argv", ["qat-convert.py", *arguments, *more])

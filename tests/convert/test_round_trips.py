@@ -159,8 +159,12 @@ def test_folding_keeps_codes_and_multiplies_the_constants_in(tmp_path):
     config = json.loads((tmp_path / "folded" / "config.json").read_text())
     assert (config["model_type"], config["tie_word_embeddings"]) == ("llama", False)
     assert not {"scale_emb", "scale_depth", "dim_model_base"} & config.keys()
-    factors = {"embed_tokens": 12.0, "o_proj": 1.4 / math.sqrt(4), "down_proj": 1.4 / math.sqrt(4),
-               "lm_head": 256 / 64}  # fmt: skip
+    factors = {
+        "embed_tokens": 12.0,
+        "o_proj": 1.4 / math.sqrt(4),
+        "down_proj": 1.4 / math.sqrt(4),
+        "lm_head": 256 / 64,
+    }
     carried["lm_head.weight"] = carried["model.embed_tokens.weight"]
     assert folded.keys() == carried.keys()
     largest = 0.0

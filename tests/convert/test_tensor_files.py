@@ -241,8 +241,10 @@ def test_what_torch_saves_is_read_as_torch_reads_it(new_format, tmp_path):
     for name, wanted in torch.load(tmp_path / "x.bin", weights_only=True).items():
         found = file.raw_tensor(name)
         assert (found.dtype, found.shape, found.stride()) == (
-            wanted.dtype, wanted.shape, wanted.stride(),
-        ), name  # fmt: skip
+            wanted.dtype,
+            wanted.shape,
+            wanted.stride(),
+        ), name
         assert torch.equal(found.float(), wanted.detach().float()), name
     assert file.raw_tensor("alias").data_ptr() == file.raw_tensor("half").data_ptr()
 

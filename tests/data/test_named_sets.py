@@ -77,8 +77,9 @@ def test_options_hold_for_validation_too(sets, write_split, tokenizer):
 def test_validation_errors_name_the_set(sets, tokenizer, fields, message):
     valid = {k: v.replace("A", sets.valid["own"]) for k, v in fields["valid"].items()}
     with pytest.raises(DataError, match=message) as caught:
-        build_valid_datasets(changed(sets, valid=valid), 7 if "none" not in str(fields) else 1,
-                             tokenizer)  # fmt: skip
+        build_valid_datasets(
+            changed(sets, valid=valid), 7 if "none" not in str(fields) else 1, tokenizer
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -102,8 +103,9 @@ def test_training_errors_name_the_entry(sets, write_split, tokenizer):
 
 
 @pytest.mark.parametrize("option", ["reset_attention_mask", "reset_position_ids", "eod_mask_loss"])
-def test_documents_without_ends_are_refused_when_ends_matter(write_split, data_config, tokenizer,
-                                                             option):  # fmt: skip
+def test_documents_without_ends_are_refused_when_ends_matter(
+    write_split, data_config, tokenizer, option
+):
     prefix = write_split("d", [[5, 6, EOD], [], [7, 8, 9], [6, 6, 6, EOD]])
     build_train_dataset(data_config(prefix=prefix), 1, 1, tokenizer)
     with pytest.raises(DataError, match=r"data\.prefix=.*d_train: document 2 does not end with"):
@@ -122,11 +124,15 @@ def test_unused_splits_need_not_exist(sets, tokenizer):
 def test_fingerprints_see_contents_weights_and_order_and_not_places(sets, tokenizer, tmp_path):
     facts = data_fingerprints(sets, tokenizer)
     assert list(facts) == [
-        "tokenizer_sha256", "train_data", "valid_data.own", "valid_data.web",
-    ]  # fmt: skip
+        "tokenizer_sha256",
+        "train_data",
+        "valid_data.own",
+        "valid_data.web",
+    ]
     assert data_fingerprints(sets, type(tokenizer)("1" * 64)) == {
-        **facts, "tokenizer_sha256": "1" * 64,
-    }  # fmt: skip
+        **facts,
+        "tokenizer_sha256": "1" * 64,
+    }
     a, b = ({"prefix": e.prefix, "weight": e.weight} for e in sets.blend)
 
     def train(*blend):

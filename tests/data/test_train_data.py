@@ -84,11 +84,16 @@ def test_the_first_epoch_is_stock_megatrons(write_split, data_config, tokenizer)
     documents = [[*random.integers(3, 900, n), EOD] for n in random.integers(1, 40, 60)]
     prefix = write_split("d", documents)
     config = GPTDatasetConfig(
-        random_seed=5, sequence_length=16,
+        random_seed=5,
+        sequence_length=16,
         blend_per_split=[([f"{prefix}_train"], None), None, None],
-        path_to_cache=f"{prefix}_stock", tokenizer=tokenizer, create_attention_mask=False,
-        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-    )  # fmt: skip
+        path_to_cache=f"{prefix}_stock",
+        tokenizer=tokenizer,
+        create_attention_mask=False,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
     stock = BlendedMegatronDatasetBuilder(GPTDataset, [9, 0, 0], lambda: True, config).build()[0]
     ours = build_train_dataset(data_config(prefix=prefix, seq_length=16), 9, 5, tokenizer)
     assert len(stock) == len(ours.sets[0]) > 60
@@ -114,8 +119,11 @@ def build_on_rank(rank: int, data: DataConfig, sha256: str, damage: str | None =
     tokenizer = TextTokenizer.__new__(TextTokenizer)
     vars(tokenizer).update(folder=Path("plain"), sha256=sha256, vocab_size=50_000, eos_id=EOD)
     if damage == "rank 1 misses a file" and rank == 1:
-        data = data.model_copy(update={"blend": (data.blend[0], data.blend[1].model_copy(
-            update={"prefix": "elsewhere/b"}))})  # fmt: skip
+        data = data.model_copy(
+            update={
+                "blend": (data.blend[0], data.blend[1].model_copy(update={"prefix": "elsewhere/b"}))
+            }
+        )
     if damage == "rank 1 does not see the cache" and rank == 1:
         index_cache._is_complete = lambda folder: False
     if damage == "rank 0 cannot write" and rank == 0:
@@ -158,9 +166,12 @@ def test_32k_sequences(write_split, data_config, tokenizer):
     documents = [[*random.integers(3, 50_000, n - 1), EOD] for n in random.integers(1, 30_000, 25)]
     prefix = write_split("long", documents)
     data = data_config(
-        prefix=prefix, seq_length=seq_length, reset_attention_mask=True, reset_position_ids=True,
+        prefix=prefix,
+        seq_length=seq_length,
+        reset_attention_mask=True,
+        reset_position_ids=True,
         eod_mask_loss=True,
-    )  # fmt: skip
+    )
     dataset = build_train_dataset(data, 4, 1, tokenizer)
     assert len(dataset.sets[0]) == (sum(map(len, documents)) - 1) // seq_length
     batch = next(MicroBatchIterator(dataset, 0, 2, 4))

@@ -40,9 +40,13 @@ def corpus(tmp_path_factory):
     (folder / "text.txt").write_text(text)
     train_tokenizer([folder / "text.txt"], folder / "tokenizer", vocab_size=300)
     prepare(
-        [folder / "text.txt"], folder / "tokenizer", folder / "data" / "text",
-        valid_fraction=0.1, document_chars=400, show_progress=False,
-    )  # fmt: skip
+        [folder / "text.txt"],
+        folder / "tokenizer",
+        folder / "data" / "text",
+        valid_fraction=0.1,
+        document_chars=400,
+        show_progress=False,
+    )
     return folder
 
 

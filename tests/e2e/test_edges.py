@@ -24,9 +24,11 @@ pytestmark = pytest.mark.both_versions
 @pytest.mark.parametrize("edge", ["first", pytest.param("last", marks=pytest.mark.slow)])
 def test_a_stage_without_ternary_linears(write_config, tmp_path, edge):
     config = write_config(
-        "run", parallel__pipeline_model_parallel_size=2, training__train_iters=3,
+        "run",
+        parallel__pipeline_model_parallel_size=2,
+        training__train_iters=3,
         **{f"quant__full_precision_{edge}_layers": 1},
-    )  # fmt: skip
+    )
     train_well(2, config)
     assert set(numbers(tmp_path / "run", "zero_fraction")) == {1, 2, 3}
     assert set(numbers(tmp_path / "run", "flip_fraction")) == {2, 3}
@@ -40,9 +42,10 @@ def test_resume_with_other_names_of_validation_sets(write_config, corpus, tmp_pa
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     train_well(1, tmp_path / "run.yaml", "--resume")
     tree["model"]["rope_scaling"] = {
-        "short_factor": [1.0] * 8, "long_factor": [1.0] * 8,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0] * 8,
         "original_max_position_embeddings": 32,
-    }  # fmt: skip
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     code, message = train(1, tmp_path / "run.yaml", "--resume")[0]
     assert code == 2 and "was trained with (absent)" in message and "Traceback" not in message
@@ -67,10 +70,13 @@ def train_seeing_the_past(rank: int, arguments: list[str], old: str) -> tuple[in
 def test_all_ranks_begin_from_the_checkpoint_that_the_first_one_sees(write_config, tmp_path):
     train_well(1, write_config("source"))
     config = write_config(
-        "begun", parallel__tensor_model_parallel_size=2, training__train_iters=1,
-        optimizer__lr_warmup_iters=0, optimizer__lr=1e-13,
+        "begun",
+        parallel__tensor_model_parallel_size=2,
+        training__train_iters=1,
+        optimizer__lr_warmup_iters=0,
+        optimizer__lr=1e-13,
         checkpoint__init_from=str(tmp_path / "source"),
-    )  # fmt: skip
+    )
     old = str(tmp_path / "source" / "iter_0000004")
     for code, message in run_ranks(
         2, train_seeing_the_past, ["train", "--config", str(config)], old
@@ -123,11 +129,15 @@ def test_overlapping_buckets_are_refused_where_megatron_makes_them(write_config)
     from megatron_bitcpm.parallel.megatron_api import megatron_version
 
     config = write_config(
-        "run", parallel__pipeline_model_parallel_size=2, parallel__use_distributed_optimizer=True,
-        parallel__overlap_grad_reduce=True, parallel__overlap_param_gather=True,
-        parallel__ddp_bucket_size=30000, model__share_embeddings_and_output_weights=True,
+        "run",
+        parallel__pipeline_model_parallel_size=2,
+        parallel__use_distributed_optimizer=True,
+        parallel__overlap_grad_reduce=True,
+        parallel__overlap_param_gather=True,
+        parallel__ddp_bucket_size=30000,
+        model__share_embeddings_and_output_weights=True,
         training__train_iters=3,
-    )  # fmt: skip
+    )
     for code, message in train(2, config):
         if megatron_version() >= (0, 13):
             assert code == 0, message

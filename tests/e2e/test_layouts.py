@@ -16,30 +16,45 @@ LAYOUTS = {
     "tp2-sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "pp2-interleaved": (
-        2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        2,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     ),
     "dp2": (2, {}),
     "dp2-sharded": (2, {"use_distributed_optimizer": True}),
     "dp2-sharded-overlap": (
-        2, {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
-            "overlap_param_gather": True, "ddp_bucket_size": 20000},
+        2,
+        {
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+            "ddp_bucket_size": 20000,
+        },
     ),
     "dp2-overlap": (2, {"overlap_grad_reduce": True}),
     "cp2": (2, {"context_parallel_size": 2}),
     "tp2-sp-pp2": (
-        4, {"tensor_model_parallel_size": 2, "sequence_parallel": True,
-            "pipeline_model_parallel_size": 2},
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "pipeline_model_parallel_size": 2,
+        },
     ),
     "tp2-sp-cp2": (
-        4, {"tensor_model_parallel_size": 2, "sequence_parallel": True,
-            "context_parallel_size": 2},
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "context_parallel_size": 2},
     ),
     "pp2-interleaved-dp2-sharded-overlap": (
-        4, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2,
-            "use_distributed_optimizer": True, "overlap_grad_reduce": True,
-            "overlap_param_gather": True},
+        4,
+        {
+            "pipeline_model_parallel_size": 2,
+            "virtual_pipeline_model_parallel_size": 2,
+            "use_distributed_optimizer": True,
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": True,
+        },
     ),
-}  # fmt: skip
+}
 FAST = ()  # tests/models has layouts that run in a second
 
 
@@ -117,9 +132,12 @@ def test_recomputation_changes_nothing(write_config, tmp_path, recompute, layout
     world, parallel = LAYOUTS[layout]
     for name in ("none", recompute):
         settings = options(
-            parallel, training__train_iters=3, training__precision="bf16",
-            training__recompute=name, quant__requantize="every_step",
-        )  # fmt: skip
+            parallel,
+            training__train_iters=3,
+            training__precision="bf16",
+            training__recompute=name,
+            quant__requantize="every_step",
+        )
         train_well(world, write_config(name, **settings))
     assert metrics(tmp_path / "none") == metrics(tmp_path / recompute)
 
@@ -136,9 +154,13 @@ def test_recomputation_changes_nothing(write_config, tmp_path, recompute, layout
 def test_resume_in_the_same_layout_is_bitwise(write_config, tmp_path, layout):
     world, parallel = LAYOUTS[layout]
     settings = options(
-        parallel, training__precision="bf16", quant__requantize="every_step",
-        training__train_iters=6, checkpoint__save_interval=3, training__eval_interval=3,
-    )  # fmt: skip
+        parallel,
+        training__precision="bf16",
+        quant__requantize="every_step",
+        training__train_iters=6,
+        checkpoint__save_interval=3,
+        training__eval_interval=3,
+    )
     train_well(world, write_config("whole", **settings))
     resumed = write_config("resumed", **settings)
     keep_only(tmp_path / "whole", tmp_path / "resumed", 3)

@@ -21,25 +21,32 @@ def model_tensors(checkpoint) -> dict[str, torch.Tensor]:
     [
         ({"quant__enabled": False}, 2, {"parallel__tensor_model_parallel_size": 2}),
         pytest.param(
-            {"training__precision": "fp32", "quant__requantize": "auto"}, 2,
-            {"parallel__use_distributed_optimizer": True}, marks=pytest.mark.slow,
+            {"training__precision": "fp32", "quant__requantize": "auto"},
+            2,
+            {"parallel__use_distributed_optimizer": True},
+            marks=pytest.mark.slow,
         ),
         pytest.param(
-            {"parallel__tensor_model_parallel_size": 1}, 2,
-            {"parallel__pipeline_model_parallel_size": 2}, marks=pytest.mark.slow,
+            {"parallel__tensor_model_parallel_size": 1},
+            2,
+            {"parallel__pipeline_model_parallel_size": 2},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["full-precision", "ternary-fp32", "ternary-pp2"],
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_init_from_takes_the_latent_weights_only(write_config, tmp_path, source, world, layout):
     train_well(1, write_config("source", **source))
     # At such a rate no weight moves: what is saved is what was begun with.
     settings = {
-        **layout, "training__train_iters": 1, "optimizer__lr_warmup_iters": 0,
-        "optimizer__lr": 1e-13, "checkpoint__init_from": str(tmp_path / "source"),
+        **layout,
+        "training__train_iters": 1,
+        "optimizer__lr_warmup_iters": 0,
+        "optimizer__lr": 1e-13,
+        "checkpoint__init_from": str(tmp_path / "source"),
         "quant__requantize": "every_step",
-    }  # fmt: skip
+    }
     train_well(world, write_config("begun", **settings))
     given = model_tensors(tmp_path / "source" / "iter_0000008")
     taken = model_tensors(tmp_path / "begun" / "iter_0000001")
@@ -75,14 +82,20 @@ def test_init_from_needs_the_same_tokenizer(write_config, corpus, tmp_path):
     (tmp_path / "text.txt").write_text(text.translate(str.maketrans("aeio", "oiea")))
     train_tokenizer([tmp_path / "text.txt"], tmp_path / "tokenizer", vocab_size=300)
     prepare(
-        [tmp_path / "text.txt"], tmp_path / "tokenizer", tmp_path / "other",
-        valid_fraction=0.1, document_chars=400, show_progress=False,
-    )  # fmt: skip
+        [tmp_path / "text.txt"],
+        tmp_path / "tokenizer",
+        tmp_path / "other",
+        valid_fraction=0.1,
+        document_chars=400,
+        show_progress=False,
+    )
     config = write_config(
-        "begun", checkpoint__init_from=str(tmp_path / "source"),
-        data__prefix=str(tmp_path / "other"), data__tokenizer=str(tmp_path / "tokenizer"),
+        "begun",
+        checkpoint__init_from=str(tmp_path / "source"),
+        data__prefix=str(tmp_path / "other"),
+        data__tokenizer=str(tmp_path / "tokenizer"),
         **one_step,
-    )  # fmt: skip
+    )
     code, message = train(1, config)[0]
     assert code == 2 and "iter_0000001 was trained with another tokenizer" in message, message
     assert f"data.tokenizer={tmp_path / 'tokenizer'}: checkpoint.init_from " in message
@@ -94,13 +107,20 @@ def test_a_blend_with_named_validation_sets(write_config, corpus, tmp_path):
     from megatron_bitcpm.data.prepare import prepare
 
     prepare(
-        [corpus / "text.txt"], corpus / "tokenizer", tmp_path / "other",
-        valid_fraction=0.3, document_chars=250, show_progress=False,
-    )  # fmt: skip
+        [corpus / "text.txt"],
+        corpus / "tokenizer",
+        tmp_path / "other",
+        valid_fraction=0.3,
+        document_chars=250,
+        show_progress=False,
+    )
     tree = tiny_config(
-        corpus, tmp_path / "run", data__reset_attention_mask=True, data__reset_position_ids=True,
+        corpus,
+        tmp_path / "run",
+        data__reset_attention_mask=True,
+        data__reset_position_ids=True,
         data__eod_mask_loss=True,
-    )  # fmt: skip
+    )
     one = tree["data"].pop("prefix")
     tree["data"]["blend"] = [
         {"prefix": one, "weight": 1},
@@ -137,9 +157,12 @@ def test_a_blend_with_named_validation_sets(write_config, corpus, tmp_path):
 def test_fp16_finds_its_loss_scale(write_config, tmp_path):
     # So large a first scale overflows: steps are skipped until it fits.
     config = write_config(
-        "run", training__precision="fp16", optimizer__initial_loss_scale=2.0**24,
-        training__train_iters=24, guard__max_skipped_steps=20,
-    )  # fmt: skip
+        "run",
+        training__precision="fp16",
+        optimizer__initial_loss_scale=2.0**24,
+        training__train_iters=24,
+        guard__max_skipped_steps=20,
+    )
     train_well(1, config)
     scales, skipped = (numbers(tmp_path / "run", k) for k in ("loss_scale", "skipped_steps"))
     assert scales[1] == 2.0**24 and scales[24] < 2.0**24
@@ -152,14 +175,20 @@ def test_fp16_finds_its_loss_scale(write_config, tmp_path):
 @pytest.mark.slow
 def test_only_the_wanted_checkpoints_stay(write_config, tmp_path, async_save):
     config = write_config(
-        "run", training__train_iters=10, checkpoint__save_interval=1, checkpoint__keep_last_n=2,
-        checkpoint__keep_every_n=4, checkpoint__async_save=async_save,
-    )  # fmt: skip
+        "run",
+        training__train_iters=10,
+        checkpoint__save_interval=1,
+        checkpoint__keep_last_n=2,
+        checkpoint__keep_every_n=4,
+        checkpoint__async_save=async_save,
+    )
     message = train_well(1, config)[0]
     kept = sorted(path.name for path in (tmp_path / "run").glob("*iter_*") if path.is_dir())
     assert kept == [f"iter_{n:07d}" for n in (4, 8, 9, 10)]
     assert tracked(tmp_path / "run") == 10
     assert ("saved; training waited" in message) == async_save
-    stalls = [json.loads(line).get("save_stall_s") for line in
-              (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
+    stalls = [
+        json.loads(line).get("save_stall_s")
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert any(stalls)

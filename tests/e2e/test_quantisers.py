@@ -25,8 +25,12 @@ SEQUENCE_PARALLEL = {"parallel__tensor_model_parallel_size": 2, "parallel__seque
 )
 @pytest.mark.slow
 def test_both_modes_are_one_run(write_config, tmp_path, quantiser):
-    settings = {**SEQUENCE_PARALLEL, **quantiser, "training__recompute": "full",
-                "training__train_iters": 4}  # fmt: skip
+    settings = {
+        **SEQUENCE_PARALLEL,
+        **quantiser,
+        "training__recompute": "full",
+        "training__train_iters": 4,
+    }
     printed = train_well(2, write_config("step", quant__requantize="every_step", **settings))[0]
     train_well(2, write_config("forward", quant__requantize="every_forward", **settings))
     step, forward = metrics(tmp_path / "step"), metrics(tmp_path / "forward")
@@ -42,8 +46,11 @@ def test_both_modes_are_one_run(write_config, tmp_path, quantiser):
 @pytest.mark.slow
 def test_resume_at_another_layout(write_config, tmp_path):
     """One scale per projection: only the slices of row-parallel rows show, in the last bits."""
-    settings = {"quant__group_size": "tensor", "training__precision": "fp32",
-                "quant__requantize": "auto"}  # fmt: skip
+    settings = {
+        "quant__group_size": "tensor",
+        "training__precision": "fp32",
+        "quant__requantize": "auto",
+    }
     config = write_config("run", **SEQUENCE_PARALLEL, **settings)
     train_well(2, config)
     longer = {**settings, "training__train_iters": 9}

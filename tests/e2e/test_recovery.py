@@ -43,9 +43,11 @@ KILLS = 20
 )
 def test_a_signal_saves_and_exits_with_0(write_config, tmp_path, number, ranks):
     settings = {
-        "parallel__tensor_model_parallel_size": 2, "training__train_iters": 400,
-        "training__eval_interval": 400, "checkpoint__save_interval": 400,
-    }  # fmt: skip
+        "parallel__tensor_model_parallel_size": 2,
+        "training__train_iters": 400,
+        "training__eval_interval": 400,
+        "checkpoint__save_interval": 400,
+    }
     config = write_config("run", **settings)
     log = tmp_path / "run" / "metrics.jsonl"
 
@@ -63,9 +65,11 @@ def test_a_signal_saves_and_exits_with_0(write_config, tmp_path, number, ranks):
 
 def test_exit_after_a_time(write_config, tmp_path):
     config = write_config(
-        "run", training__train_iters=100000, training__exit_duration_in_mins=1e-4,
+        "run",
+        training__train_iters=100000,
+        training__exit_duration_in_mins=1e-4,
         training__eval_interval=100000,
-    )  # fmt: skip
+    )
     messages = train_well(1, config)
     assert tracked(tmp_path / "run") >= 1
     assert "training.exit_duration_in_mins: saved; --resume goes on" in messages[0]
@@ -86,9 +90,12 @@ def train_with_full_disk(rank: int, arguments: list[str]) -> tuple[int, str]:
 @pytest.mark.slow
 def test_a_failed_save_stops_all_ranks_and_the_run_goes_on(write_config, tmp_path, async_save):
     settings = {
-        "parallel__tensor_model_parallel_size": 2, "checkpoint__async_save": async_save,
-        "checkpoint__save_interval": 3, "training__eval_interval": 3, "training__train_iters": 6,
-    }  # fmt: skip
+        "parallel__tensor_model_parallel_size": 2,
+        "checkpoint__async_save": async_save,
+        "checkpoint__save_interval": 3,
+        "training__eval_interval": 3,
+        "training__train_iters": 6,
+    }
     folder = tmp_path / "run"
     train_well(2, write_config("whole", **settings))
     config = write_config("run", **settings)
@@ -136,18 +143,27 @@ def moment_of(folder: Path, step: int, delay_s: float) -> Callable[[], bool]:
     ("world", "layout", "async_save"),
     [
         (1, {}, False),
-        (2, {"parallel__use_distributed_optimizer": True,
-             "parallel__overlap_grad_reduce": True,
-             "parallel__overlap_param_gather": True}, True),
+        (
+            2,
+            {
+                "parallel__use_distributed_optimizer": True,
+                "parallel__overlap_grad_reduce": True,
+                "parallel__overlap_param_gather": True,
+            },
+            True,
+        ),
     ],
     ids=["one-rank", "sharded-optimizer-async"],
-)  # fmt: skip
+)
 def test_kill_9_at_random_moments(write_config, tmp_path, world, layout, async_save):
     settings = {
-        **layout, "training__train_iters": 100, "training__eval_interval": 25,
-        "checkpoint__save_interval": 3, "checkpoint__keep_last_n": 2,
+        **layout,
+        "training__train_iters": 100,
+        "training__eval_interval": 25,
+        "checkpoint__save_interval": 3,
+        "checkpoint__keep_last_n": 2,
         "checkpoint__async_save": async_save,
-    }  # fmt: skip
+    }
     train_well(world, write_config("whole", **settings))
     config = write_config("killed", **settings)
     folder = tmp_path / "killed"

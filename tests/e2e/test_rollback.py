@@ -13,10 +13,15 @@ from helpers.runs import call_cli, numbers, tracked, train_well
 pytestmark = pytest.mark.both_versions
 
 SPIKE = {
-    "guard__loss_spike_threshold": 2.0, "guard__loss_spike_window": 4, "guard__max_spikes": 2,
-    "training__train_iters": 12, "checkpoint__save_interval": 4, "training__eval_interval": 12,
-    "quant__requantize": "every_step", "parallel__tensor_model_parallel_size": 2,
-}  # fmt: skip
+    "guard__loss_spike_threshold": 2.0,
+    "guard__loss_spike_window": 4,
+    "guard__max_spikes": 2,
+    "training__train_iters": 12,
+    "checkpoint__save_interval": 4,
+    "training__eval_interval": 12,
+    "quant__requantize": "every_step",
+    "parallel__tensor_model_parallel_size": 2,
+}
 
 
 def train_with_bad_data(rank: int, arguments: list[str], bad: range) -> tuple[int, str]:

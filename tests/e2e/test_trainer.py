@@ -70,9 +70,11 @@ def test_a_run_learns_logs_and_leaves_everything_behind(write_config, tmp_path):
 def test_tp_does_not_change_the_first_loss(write_config, tmp_path):
     for tp in (1, 2):
         config = write_config(
-            f"tp{tp}", parallel__tensor_model_parallel_size=tp, training__train_iters=1,
+            f"tp{tp}",
+            parallel__tensor_model_parallel_size=tp,
+            training__train_iters=1,
             optimizer__lr_warmup_iters=0,
-        )  # fmt: skip
+        )
         train_well(tp, config)
     one, two = (metrics(tmp_path / f"tp{tp}")[0] for tp in (1, 2))
     # bf16 partial sums of the row-parallel products differ in the last bits.
@@ -83,10 +85,15 @@ def test_tp_does_not_change_the_first_loss(write_config, tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_non_finite_gradients_stop_the_run(write_config, precision):
     config = write_config(
-        training__precision=precision, quant__requantize="auto",
-        optimizer__lr=1e30, optimizer__lr_warmup_iters=0, training__train_iters=30,
-        guard__max_skipped_steps=3, training__eval_interval=30, checkpoint__save_interval=30,
-    )  # fmt: skip
+        training__precision=precision,
+        quant__requantize="auto",
+        optimizer__lr=1e30,
+        optimizer__lr_warmup_iters=0,
+        training__train_iters=30,
+        guard__max_skipped_steps=3,
+        training__eval_interval=30,
+        checkpoint__save_interval=30,
+    )
     code, message = train(1, config)[0]
     assert code == 2
     assert (
@@ -98,9 +105,12 @@ def test_non_finite_gradients_stop_the_run(write_config, precision):
 def test_a_run_can_be_continued_with_another_schedule(write_config, tmp_path):
     train_well(1, write_config("run"))
     longer = write_config(
-        "run", training__train_iters=12, optimizer__lr=1e-3, optimizer__lr_wsd_decay_iters=2,
+        "run",
+        training__train_iters=12,
+        optimizer__lr=1e-3,
+        optimizer__lr_wsd_decay_iters=2,
         optimizer__adam_beta2=0.9,
-    )  # fmt: skip
+    )
     train_well(1, longer, "--resume")
     rates = {m["iteration"]: m["learning_rate"] for m in metrics(tmp_path / "run") if "loss" in m}
     assert [rates[i] for i in (4, 9, 10, 12)] == [5e-3, 1e-3, 1e-3, 0.0]
@@ -114,9 +124,13 @@ def test_other_data_is_not_continued_with(write_config, corpus, tmp_path):
 
     train_well(1, write_config("run"))
     prepare(
-        [corpus / "text.txt"], corpus / "tokenizer", tmp_path / "other",
-        valid_fraction=0.2, document_chars=300, show_progress=False,
-    )  # fmt: skip
+        [corpus / "text.txt"],
+        corpus / "tokenizer",
+        tmp_path / "other",
+        valid_fraction=0.2,
+        document_chars=300,
+        show_progress=False,
+    )
     arguments = ["--resume", "--set", f"data.prefix={tmp_path / 'other'}"]
     code, message = train(1, tmp_path / "run.yaml", *arguments)[0]
     assert code == 2

@@ -1,4 +1,4 @@
-"""Checkpoints and folders of the first version load, verify, convert to the same bits, and resume."""
+"""What the first version wrote loads, verifies, converts to the same bits, and resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.both_versions
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
-    """The old models, in a folder that is the working folder: their run names its data from there."""
+    """The old models, in the working folder: their run names its data from there."""
     with tarfile.open(FIXTURES / "models.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)

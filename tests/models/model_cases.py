@@ -78,12 +78,15 @@ def batch(lengths: list[list[int]], vocab: int = VOCAB, seed: int = 0) -> dict[s
     seq = sum(lengths[0])
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab, (len(lengths), seq + 1), generator=generator)
-    numbers = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row))
-                           for row in lengths])  # fmt: skip
-    starts = torch.stack([
-        (torch.tensor(row).cumsum(0) - torch.tensor(row)).repeat_interleave(torch.tensor(row))
-        for row in lengths
-    ])  # fmt: skip
+    numbers = torch.stack(
+        [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths]
+    )
+    starts = torch.stack(
+        [
+            (torch.tensor(row).cumsum(0) - torch.tensor(row)).repeat_interleave(torch.tensor(row))
+            for row in lengths
+        ]
+    )
     return {
         "tokens": tokens[:, :-1],
         "labels": tokens[:, 1:],

@@ -57,8 +57,9 @@ def test_chunks_of_every_rank_together_are_the_masked_softmax(
     query = torch.randn(24, 2, 4, 8, requires_grad=True)
     key, value = (torch.randn(24, 2, 2, 8, requires_grad=True) for _ in range(2))
     out_grad = torch.randn(24, 2, 32)
-    expected = by_mask(query, key, value, torch.tensor(STARTS["one document"])
-                       if starts is None else starts, 0.4)  # fmt: skip
+    expected = by_mask(
+        query, key, value, torch.tensor(STARTS["one document"]) if starts is None else starts, 0.4
+    )
     expected.backward(out_grad)
     wanted = [x.grad.clone() for x in (query, key, value)]
     for x in (query, key, value):

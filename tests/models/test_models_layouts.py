@@ -215,9 +215,16 @@ def layers_and_checkpoint(rank: int, layout: dict):
         ]
         names = [global_name(chunk, n) for chunk in chunks for n, _ in chunk.named_parameters()]
         ternary = ternarize_(chunks, quant)
-        return stage, built, count_ternary_linears(model, quant, stage), len(ternary.sites), (
-            tensors, names,
-        )  # fmt: skip
+        return (
+            stage,
+            built,
+            count_ternary_linears(model, quant, stage),
+            len(ternary.sites),
+            (
+                tensors,
+                names,
+            ),
+        )
 
 
 def stock_names(rank: int) -> list[str]:
@@ -230,9 +237,16 @@ def stock_names(rank: int) -> list[str]:
     with start_runtime(ParallelConfig(), 0):
         config = build_transformer_config(model_config(), ParallelConfig(), torch.float32)
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        return [name for name, _ in GPTModel(
-            config, spec, vocab_size=VOCAB, max_sequence_length=64, position_embedding_type="rope",
-        ).named_parameters()]  # fmt: skip
+        return [
+            name
+            for name, _ in GPTModel(
+                config,
+                spec,
+                vocab_size=VOCAB,
+                max_sequence_length=64,
+                position_embedding_type="rope",
+            ).named_parameters()
+        ]
 
 
 @pytest.mark.parametrize("layout", [{PP: 2}, {PP: 2, VPP: 2}], ids=["pp2", "pp2-vpp2"])

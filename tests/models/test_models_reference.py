@@ -33,10 +33,14 @@ CASES = {
     "llama-positions": ({}, {}, POSITIONS),
     "minicpm": (MUP, MUP_SHAPE, ONE),
     "minicpm-tied-documents": (
-        {**MUP, "share_embeddings_and_output_weights": True}, MUP_SHAPE, PACKED,
+        {**MUP, "share_embeddings_and_output_weights": True},
+        MUP_SHAPE,
+        PACKED,
     ),
     "long": (
-        {"rope_scaling": LONGROPE}, {"rope_factors": LONG, "attention_factor": FACTOR}, ONE,
+        {"rope_scaling": LONGROPE},
+        {"rope_factors": LONG, "attention_factor": FACTOR},
+        ONE,
     ),
     "short": (
         {"rope_scaling": LONGROPE},
@@ -48,7 +52,7 @@ CASES = {
         {**MUP_SHAPE, "rope_factors": LONG, "attention_factor": 1.7},
         PACKED,
     ),
-}  # fmt: skip
+}
 
 
 def build(changes: dict, seq_length: int, recompute: str = "none"):
@@ -116,12 +120,23 @@ def test_llama_with_longrope_is_the_one_of_transformers(seq):
         found = built(data["tokens"], data["position_ids"], None).detach()
         weights = {name: p.detach() for name, p in built.named_parameters()}
     config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
-        max_position_embeddings=64, attn_implementation="eager",
-        rope_parameters={**LONGROPE, "rope_theta": 10000.0,
-                         "short_factor": list(SHORT), "long_factor": list(LONG)},
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=64,
+        attn_implementation="eager",
+        rope_parameters={
+            **LONGROPE,
+            "rope_theta": 10000.0,
+            "short_factor": list(SHORT),
+            "long_factor": list(LONG),
+        },
+    )
     config.original_max_position_embeddings = 16
     hf = transformers.LlamaForCausalLM(config)
     shape = Shape(layers=4, heads=4, kv_heads=2, head_dim=16)

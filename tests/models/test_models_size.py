@@ -74,9 +74,13 @@ def test_the_program_prints_the_table():
 
 def tiny(**changes) -> ModelConfig:
     values = {
-        "num_layers": 8, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2,
-        "num_query_groups": 1, "max_position_embeddings": 8,
-    }  # fmt: skip
+        "num_layers": 8,
+        "hidden_size": 8,
+        "ffn_hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_query_groups": 1,
+        "max_position_embeddings": 8,
+    }
     return ModelConfig(**{**values, **changes})
 
 

@@ -15,9 +15,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
 # (in_features, group_size): whole rows, whole vectors, a short last block, less than one vector.
 LAYOUTS = [
-    (4096, -1), (1024, 64), (1024, 128), (1024, 256), (1152, 72), (320, 32), (64, 8),
-    (390, 130), (231, 77), (66, 3), (40, 1), (17, -1),
-]  # fmt: skip
+    (4096, -1),
+    (1024, 64),
+    (1024, 128),
+    (1024, 256),
+    (1152, 72),
+    (320, 32),
+    (64, 8),
+    (390, 130),
+    (231, 77),
+    (66, 3),
+    (40, 1),
+    (17, -1),
+]
 # Lengths that end in every way a vector of 4, 8, 16, 32 or 64 lanes can.
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 95, 127, 128, 129, 130]
 

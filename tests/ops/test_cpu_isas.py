@@ -121,9 +121,16 @@ def near_overflow(rng, dtype, rows, cols):
 
 
 KINDS = (
-    normal, ties_of_the_mean, ties_of_the_maximum, any_bits, finite_bits, subnormals, zeros,
-    one_bad, near_overflow,
-)  # fmt: skip
+    normal,
+    ties_of_the_mean,
+    ties_of_the_maximum,
+    any_bits,
+    finite_bits,
+    subnormals,
+    zeros,
+    one_bad,
+    near_overflow,
+)
 
 
 def make_values(dtype: torch.dtype, rows: int, cols: int, seed: int) -> torch.Tensor:

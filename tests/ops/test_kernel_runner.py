@@ -51,9 +51,14 @@ def test_keys_of_the_operators():
         w = torch.ones(2, 6, dtype=torch.bfloat16)
         assert torch.equal(operators.fake_quantize(w, 3, grid="asym4"), w)
     assert operators.stats == {
-        "dtype": "bf16", "rows": "2", "cols": "6", "group_len": "3", "grid": "asym4",
-        "eps": "3727c5ac", "isa": "neon",
-    }  # fmt: skip
+        "dtype": "bf16",
+        "rows": "2",
+        "cols": "6",
+        "group_len": "3",
+        "grid": "asym4",
+        "eps": "3727c5ac",
+        "isa": "neon",
+    }
 
 
 def test_a_refusal_is_an_exception_and_the_runner_lives_on(runner):

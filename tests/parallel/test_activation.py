@@ -54,9 +54,11 @@ def reference_mlp(x, fc1, fc2, tp: int):
 def full_values() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = {
-        "x": (SEQ, BATCH, HIDDEN), "fc1": (2 * FFN, HIDDEN), "fc2": (HIDDEN, FFN),
+        "x": (SEQ, BATCH, HIDDEN),
+        "fc1": (2 * FFN, HIDDEN),
+        "fc2": (HIDDEN, FFN),
         "weight_of_loss": (SEQ, BATCH, HIDDEN),
-    }  # fmt: skip
+    }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 

@@ -52,9 +52,10 @@ def load(run: TinyRun, folder: str) -> None:
 def layout(options: dict, world: int) -> dict:
     dp = world // (options.get("tp", 1) * options.get("pp", 1))
     return {
-        "model": tiny_model_config(num_layers=4), "micro_batches": GLOBAL_MICRO_BATCHES // dp,
+        "model": tiny_model_config(num_layers=4),
+        "micro_batches": GLOBAL_MICRO_BATCHES // dp,
         **options,
-    }  # fmt: skip
+    }
 
 
 def train(run: TinyRun, first: int) -> list[tuple[float, float]]:

@@ -20,12 +20,19 @@ def build(spec: str, **changes) -> torch.nn.Module:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     common = {
-        "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
         "use_cpu_initialization": True,
-        "gradient_accumulation_fusion": False, "masked_softmax_fusion": False,
-        "apply_rope_fusion": False, "bias_activation_fusion": False, "bias_dropout_fusion": False,
-        "persist_layer_norm": False, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-    }  # fmt: skip
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "persist_layer_norm": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
     if spec == "gpt":
         config = TransformerConfig(**common, qk_layernorm=True)
         layer = get_gpt_layer_local_spec(qk_layernorm=True)

@@ -64,9 +64,13 @@ def both_modes(world: int, steps: int, events: dict, **options) -> tuple[list, l
 @pytest.mark.slow
 def test_tp2_bf16_with_accumulation_recompute_and_a_skipped_step():
     step, forward = both_modes(
-        2, 50, {"skip": SKIPPED_STEP, "save": 20, "eval": 13}, tp=2, micro_batches=4,
+        2,
+        50,
+        {"skip": SKIPPED_STEP, "save": 20, "eval": 13},
+        tp=2,
+        micro_batches=4,
         recompute="full",
-    )  # fmt: skip
+    )
     assert step == forward
     losses = [float.fromhex(loss) for loss, norm in step[0]["trace"] if norm]
     assert losses[-1] < losses[0] - 0.5, (
@@ -85,10 +89,14 @@ def test_tp2_bf16_with_accumulation_recompute_and_a_skipped_step():
 )
 def test_dp2_distributed_optimizer(group_size, overlap):
     step, forward = both_modes(
-        2, 16, {"skip": SKIPPED_STEP, "eval": 12, "save": 6, "toggle_hooks": overlap},
-        distributed_optimizer=True, overlap=overlap, quant={"group_size": group_size},
+        2,
+        16,
+        {"skip": SKIPPED_STEP, "eval": 12, "save": 6, "toggle_hooks": overlap},
+        distributed_optimizer=True,
+        overlap=overlap,
+        quant={"group_size": group_size},
         bucket_size=20_000 if overlap else None,
-    )  # fmt: skip
+    )
     assert step == forward
 
 
@@ -113,18 +121,28 @@ def test_other_quantisers(quant, overlap):
     """At tp 2; with overlap at dp 2, where the scales of each bucket group come by themselves."""
     layout = {"distributed_optimizer": True, "overlap": True, "bucket_size": 20_000}
     step, forward = both_modes(
-        2, 10, {"skip": SKIPPED_STEP - 5, "save": 6}, quant=quant, recompute="full",
+        2,
+        10,
+        {"skip": SKIPPED_STEP - 5, "save": 6},
+        quant=quant,
+        recompute="full",
         **(layout if overlap else {"tp": 2}),
-    )  # fmt: skip
+    )
     assert step == forward
 
 
 @pytest.mark.slow
 def test_one_scale_per_projection_at_tp2_dp2_with_overlap():
     step, forward = both_modes(
-        4, 10, {"skip": SKIPPED_STEP - 5}, quant={**TENSOR, **INT8}, tp=2,
-        distributed_optimizer=True, overlap=True, bucket_size=20_000,
-    )  # fmt: skip
+        4,
+        10,
+        {"skip": SKIPPED_STEP - 5},
+        quant={**TENSOR, **INT8},
+        tp=2,
+        distributed_optimizer=True,
+        overlap=True,
+        bucket_size=20_000,
+    )
     assert step == forward
 
 
@@ -133,29 +151,48 @@ def test_one_scale_per_projection_at_tp2_dp2_with_overlap():
 def test_virtual_pipeline_with_distributed_optimizer(overlap):
     """Two chunks on each stage; with overlap the schedule starts each chunk's gather itself."""
     step, forward = both_modes(
-        2, 14, {"skip": SKIPPED_STEP, "save": 6}, pp=2, vpp=2, micro_batches=4,
-        model=tiny_model_config(num_layers=4), distributed_optimizer=True, overlap=overlap,
+        2,
+        14,
+        {"skip": SKIPPED_STEP, "save": 6},
+        pp=2,
+        vpp=2,
+        micro_batches=4,
+        model=tiny_model_config(num_layers=4),
+        distributed_optimizer=True,
+        overlap=overlap,
         bucket_size=20_000 if overlap else None,
-    )  # fmt: skip
+    )
     assert step == forward
 
 
 @pytest.mark.slow
 def test_pp2_vpp2_dp2_with_overlap():
     step, forward = both_modes(
-        4, 14, {"skip": SKIPPED_STEP, "save": 6}, pp=2, vpp=2, micro_batches=4,
-        model=tiny_model_config(num_layers=4), distributed_optimizer=True, overlap=True,
+        4,
+        14,
+        {"skip": SKIPPED_STEP, "save": 6},
+        pp=2,
+        vpp=2,
+        micro_batches=4,
+        model=tiny_model_config(num_layers=4),
+        distributed_optimizer=True,
+        overlap=True,
         bucket_size=20_000,
-    )  # fmt: skip
+    )
     assert step == forward
 
 
 @pytest.mark.slow
 def test_tp2_dp2_distributed_optimizer_with_overlap():
     step, forward = both_modes(
-        4, 12, {"skip": SKIPPED_STEP, "eval": 10, "toggle_hooks": True},
-        tp=2, distributed_optimizer=True, overlap=True, bucket_size=20_000,
-    )  # fmt: skip
+        4,
+        12,
+        {"skip": SKIPPED_STEP, "eval": 10, "toggle_hooks": True},
+        tp=2,
+        distributed_optimizer=True,
+        overlap=True,
+        bucket_size=20_000,
+    )
     assert step == forward
 
 
@@ -233,10 +270,13 @@ def scales_after_an_edit(rank: int, changes: dict, by: str) -> tuple[bool, bool]
         fresh = [(site.scales_OG, site.fake_quantize(site.weight)) for site in sites]
         assert sites
         return (
-            all(torch.equal(a, b) for x, y in zip(used, fresh, strict=True)
-                for a, b in zip(x, y, strict=True)),
+            all(
+                torch.equal(a, b)
+                for x, y in zip(used, fresh, strict=True)
+                for a, b in zip(x, y, strict=True)
+            ),
             any(torch.equal(a, b) for a, (b, _) in zip(old, used, strict=True)),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(

@@ -304,17 +304,29 @@ def experts_and_refusals(rank: int) -> tuple:
 
     with model_parallel(seed=1):
         config = TransformerConfig(
-            num_layers=1, hidden_size=64, num_attention_heads=4, num_moe_experts=2,
-            gated_linear_unit=True, activation_func=torch.nn.functional.silu,
-            ffn_hidden_size=32, use_cpu_initialization=True,
-            gradient_accumulation_fusion=False, masked_softmax_fusion=False,
-            apply_rope_fusion=False, bias_activation_fusion=False, bias_dropout_fusion=False,
-            persist_layer_norm=False, add_bias_linear=False,
-        )  # fmt: skip
+            num_layers=1,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_moe_experts=2,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            ffn_hidden_size=32,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+            apply_rope_fusion=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            persist_layer_norm=False,
+            add_bias_linear=False,
+        )
         model = GPTModel(
-            config, get_gpt_layer_local_spec(num_experts=2, moe_grouped_gemm=False),
-            vocab_size=VOCAB, max_sequence_length=SEQ, position_embedding_type="rope",
-        )  # fmt: skip
+            config,
+            get_gpt_layer_local_spec(num_experts=2, moe_grouped_gemm=False),
+            vocab_size=VOCAB,
+            max_sequence_length=SEQ,
+            position_embedding_type="rope",
+        )
         attention = model.decoder.layers[0].self_attention
         attention.linear_qkv.output_size += 64  # an output gate, say
         quant = QuantConfig(group_size="tensor")

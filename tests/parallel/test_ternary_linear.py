@@ -193,9 +193,11 @@ def refusals(rank: int) -> dict[str, str]:
     with tiny_run(QuantConfig(requantize="every_step"), attach=False, dtype=torch.float32) as run:
         expect("fp32", lambda: run.ternary.attach_optimizer(run.optimizer))
     with tiny_run(
-        QuantConfig(requantize="every_step"), attach=False, dtype=torch.float32,
+        QuantConfig(requantize="every_step"),
+        attach=False,
+        dtype=torch.float32,
         distributed_optimizer=True,
-    ) as run:  # fmt: skip
+    ) as run:
         expect("fp32 distributed", lambda: run.ternary.attach_optimizer(run.optimizer))
     with tiny_run(QuantConfig(requantize="every_step"), attach=False) as run:
         before = [s.weight.detach().clone() for s in run.ternary.sites]
@@ -306,8 +308,11 @@ def nested_latents(rank: int) -> tuple:
 
 def test_latents_nest_and_refuse_a_forward_inside():
     assert run_ranks(1, nested_latents)[0] == (
-        True, True, ["latents=(forward)", "latents=(step)"], False,
-    )  # fmt: skip
+        True,
+        True,
+        ["latents=(forward)", "latents=(step)"],
+        False,
+    )
 
 
 def input_of_another_name(rank: int) -> str:

@@ -47,8 +47,9 @@ def imported_parts(tree: ast.AST) -> set[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             module = node.module or ""
-            names = [f"{module}.{a.name}" if module == "megatron_bitcpm" else module
-                     for a in node.names]  # fmt: skip
+            names = [
+                f"{module}.{a.name}" if module == "megatron_bitcpm" else module for a in node.names
+            ]
         else:
             continue
         parts |= {n.split(".")[1] for n in names if n.startswith("megatron_bitcpm.")}

@@ -52,10 +52,14 @@ def test_set_overrides_win_and_parse_yaml():
 def test_one_scale_per_projection_and_other_grids_survive_the_round_trip():
     config = parse_config(
         yaml.safe_dump(BASE),
-        ["quant.group_size=tensor", "quant.grid=half_sym4", "quant.activation=int8_per_token",
-         "parallel.tensor_model_parallel_size=4"],
+        [
+            "quant.group_size=tensor",
+            "quant.grid=half_sym4",
+            "quant.activation=int8_per_token",
+            "parallel.tensor_model_parallel_size=4",
+        ],
         world_size=4,
-    )  # fmt: skip
+    )
     quant = config.quant
     assert (quant.group_size, quant.grid) == ("tensor", "half_sym4")
     assert quant.activation == "int8_per_token"
@@ -71,10 +75,15 @@ def test_unknown_keys_name_the_nearest():
 
 def test_all_problems_at_once():
     found = problems(
-        ["parallel.tensor_model_parallel_size=4", "quant.group_size=48",
-         "training.global_batch_size=3", "optimizer.min_lr=1", "data.seq_length=65"],
+        [
+            "parallel.tensor_model_parallel_size=4",
+            "quant.group_size=48",
+            "training.global_batch_size=3",
+            "optimizer.min_lr=1",
+            "data.seq_length=65",
+        ],
         world_size=6,
-    )  # fmt: skip
+    )
     assert [line.split("=")[0] for line in found] == [
         "parallel.tensor_model_parallel_size",
         "training.global_batch_size",
@@ -217,41 +226,62 @@ LAYOUT = ["model.num_layers=8", "model.num_attention_heads=8", "training.global_
     ("overrides", "world", "expected"),
     [
         (
-            ["parallel.pipeline_model_parallel_size=2", "parallel.context_parallel_size=2"], 6,
+            ["parallel.pipeline_model_parallel_size=2", "parallel.context_parallel_size=2"],
+            6,
             "parallel=tp 1 x pp 2 x cp 2: 4 does not divide the world size 6. "
             "Start a multiple of 4 ranks.",
         ),
         (["parallel.pipeline_model_parallel_size=3"], 3, "is not a multiple of the 3 pipeline"),
         (
-            ["parallel.virtual_pipeline_model_parallel_size=2"], 1,
+            ["parallel.virtual_pipeline_model_parallel_size=2"],
+            1,
             "has no effect with pipeline_model_parallel_size 1",
         ),
         (
-            ["parallel.pipeline_model_parallel_size=2", "training.global_batch_size=6",
-             "parallel.virtual_pipeline_model_parallel_size=2"], 2,
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "training.global_batch_size=6",
+                "parallel.virtual_pipeline_model_parallel_size=2",
+            ],
+            2,
             "gives 3 micro-batches, the interleaved schedule needs a multiple of pp 2",
         ),
         (["parallel.sequence_parallel=true"], 1, "has no effect with tensor_model_parallel_size 1"),
         (["parallel.overlap_param_gather=true"], 2, "without use_distributed_optimizer"),
         (
-            ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=true"], 2,
+            ["parallel.overlap_param_gather=true", "parallel.use_distributed_optimizer=true"],
+            2,
             "needs overlap_grad_reduce. Set parallel.overlap_grad_reduce=true.",
         ),
         (["parallel.ddp_bucket_size=100"], 2, "has no effect without overlap_grad_reduce"),
         (
-            ["parallel.context_parallel_size=2", "data.seq_length=62"], 2,
+            ["parallel.context_parallel_size=2", "data.seq_length=62"],
+            2,
             "cannot be cut into 4 equal pieces (context_parallel_size 2, sequence_parallel false)",
         ),
         (
-            ["parallel.tensor_model_parallel_size=4", "model.num_query_groups=8",
-             "model.num_attention_heads=8", "parallel.sequence_parallel=true",
-             "data.seq_length=62"], 4, "cannot be cut into 4 equal pieces",
+            [
+                "parallel.tensor_model_parallel_size=4",
+                "model.num_query_groups=8",
+                "model.num_attention_heads=8",
+                "parallel.sequence_parallel=true",
+                "data.seq_length=62",
+            ],
+            4,
+            "cannot be cut into 4 equal pieces",
         ),
-        (["model.num_query_groups=4", "model.num_attention_heads=24", "model.kv_channels=16",
-          "parallel.tensor_model_parallel_size=6"], 6,
-         "model.num_query_groups=4: neither divides nor is divided by"),
+        (
+            [
+                "model.num_query_groups=4",
+                "model.num_attention_heads=24",
+                "model.kv_channels=16",
+                "parallel.tensor_model_parallel_size=6",
+            ],
+            6,
+            "model.num_query_groups=4: neither divides nor is divided by",
+        ),
     ],
-)  # fmt: skip
+)
 def test_layouts_that_cannot_be(overrides, world, expected):
     found = problems(LAYOUT + overrides, world)
     assert any(expected in line for line in found), found
@@ -287,8 +317,9 @@ def test_settings_that_need_others(override, expected):
 
 
 def test_keep_every_n_must_be_saved():
-    found = problems(["checkpoint.keep_every_n=5", "checkpoint.keep_last_n=1",
-                      "checkpoint.save_interval=2"])  # fmt: skip
+    found = problems(
+        ["checkpoint.keep_every_n=5", "checkpoint.keep_last_n=1", "checkpoint.save_interval=2"]
+    )
     assert found == [
         "checkpoint.keep_every_n=5: is not a multiple of checkpoint.save_interval 2. "
         "Use a multiple."
@@ -329,12 +360,18 @@ def test_rope_factors_come_from_a_hugging_face_config(tmp_path, key):
         ("[1]", "hf_config="),
         ('{"rope_scaling": {"rope_type": "yarn"}}', "rope_type is yarn, not longrope"),
         ('{"rope_scaling": {"rope_type": "longrope"}}', "has no short_factor"),
-        ('{"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1], '
-         '"original_max_position_embeddings": 8}}', "(1 numbers): one for each pair of"),
-        ('{"rope_scaling": {"rope_type": "longrope", "short_factor": [0], "long_factor": [1], '
-         '"original_max_position_embeddings": 8}}', "must be greater than 0"),
+        (
+            '{"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1], '
+            '"original_max_position_embeddings": 8}}',
+            "(1 numbers): one for each pair of",
+        ),
+        (
+            '{"rope_scaling": {"rope_type": "longrope", "short_factor": [0], "long_factor": [1], '
+            '"original_max_position_embeddings": 8}}',
+            "must be greater than 0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_other_hugging_face_configs_are_refused(tmp_path, hf, expected):
     (tmp_path / "config.json").write_text(hf)
     found = problems([f"model.rope_scaling={{hf_config: {tmp_path / 'config.json'}}}"])

@@ -111,9 +111,13 @@ def test_autoload_without_cann_kills_torch_and_the_doctor_survives(tmp_path):
         "from megatron_bitcpm.doctor import diagnose, render_json\nprint(render_json(diagnose()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(folder), capture_output=True, text=True,
-        timeout=120, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     found = {entry["name"]: entry for entry in json.loads(done.stdout)}
     assert found["torch"]["status"] == "problem"
     assert "libhccl.so" in found["torch"]["detail"]
@@ -360,8 +364,12 @@ def test_threads(environ, cores, status, fix):
 
 
 LAUNCHED = {
-    "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1",
-}  # fmt: skip
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "h",
+    "MASTER_PORT": "1",
+}
 
 
 @pytest.mark.parametrize(
@@ -458,5 +466,9 @@ def test_output_and_exit_code():
     assert "problem  c   3\n             fix: do this\n" in table
     assert table.endswith("1 problem(s), 1 warning(s)")
     assert json.loads(render_json(bad))[2] == {
-        "name": "c", "status": "problem", "value": "3", "detail": "", "fix": "do this",
-    }  # fmt: skip
+        "name": "c",
+        "status": "problem",
+        "value": "3",
+        "detail": "",
+        "fix": "do this",
+    }

@@ -45,8 +45,9 @@ def test_formula_equals_the_count_of_torch(changes):
 
 
 def test_formula_on_numbers_worked_by_hand():
-    model = tiny_model_config(num_layers=1, hidden_size=8, ffn_hidden_size=16,
-                              num_attention_heads=2, num_query_groups=1)  # fmt: skip
+    model = tiny_model_config(
+        num_layers=1, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=1
+    )
     # qkv 8x(8+4+4), proj 8x8, gate/up/down 3x8x16: 576 weights; output 8x32; scores 2x8x10/2 x2.
     assert training_flops_per_token(model, 32, 10) == 3 * (2 * 576 + 2 * 256 + 160)
 

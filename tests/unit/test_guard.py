@@ -86,8 +86,11 @@ def test_stop_is_one_line_with_numbers_and_a_fix():
 def test_a_spike_stop_says_how_far_above_the_median():
     guard = LossGuard(GuardConfig(**{**SPIKES, "max_spikes": 1}))
     verdicts = [guard.observe(i, loss, True) for i, loss in enumerate([*CALM, 3.5], 1)]
-    with pytest.raises(TrainingError, match=r"guard\.max_spikes=1: .* step 5: 3\.5000 is more than "
-                       r"1\.0 above the median 2\.0000 of the last 4 good losses"):  # fmt: skip
+    with pytest.raises(
+        TrainingError,
+        match=r"guard\.max_spikes=1: .* step 5: 3\.5000 is more than "
+        r"1\.0 above the median 2\.0000 of the last 4 good losses",
+    ):
         guard.begin_rollback(verdicts[-1])
 
 

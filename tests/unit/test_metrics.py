@@ -82,8 +82,11 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path):
     with MetricsWriter(tmp_path, 3, 10, "t") as writer:
         writer.record(4, loss=40.0)
     assert [(m["iteration"], m["loss"]) for m in lines_of(tmp_path)] == [
-        (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0),
-    ]  # fmt: skip
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+        (4, 40.0),
+    ]
     assert scalars(tmp_path)["loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
@@ -94,8 +97,10 @@ def test_a_rollback_forgets_what_came_after(tmp_path):
         writer.rewind(2)
         writer.record(3, loss=30.0)
     assert [(m["iteration"], m["loss"]) for m in lines_of(tmp_path)] == [
-        (1, 1.0), (2, 2.0), (3, 30.0),
-    ]  # fmt: skip
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
     assert scalars(tmp_path)["loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 

@@ -201,9 +201,7 @@ def test_in_place_over_a_list_is_one_call(native: NativeModule) -> None:
     assert all((w == MARK).all() for w in ws)
     scales = [torch.ones(4, 2), torch.ones(3, 1)]
     call("foreach_fake_quantize_with_scales_", ws[:2], scales)
-    assert native.calls[1] == (
-        "fake_quantize_with_scales_list", (4, 64), (3, 16), (4, 2), (3, 1)
-    )  # fmt: skip
+    assert native.calls[1] == ("fake_quantize_with_scales_list", (4, 64), (3, 16), (4, 2), (3, 1))
 
 
 @pytest.mark.parametrize("name", ["fake_quantize_", "foreach_fake_quantize_"])

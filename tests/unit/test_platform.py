@@ -21,11 +21,14 @@ pytestmark = pytest.mark.both_versions
 
 NEEDED = {
     (0, 12): {
-        "product", "quantize_param_shard", "_write_item", "_get_param_groups",
+        "product",
+        "quantize_param_shard",
+        "_write_item",
+        "_get_param_groups",
         "_set_main_param_and_optimizer_states",
     },
     (0, 16): {"_set_main_param_and_optimizer_states", "sharded_param_state_fully_reshardable"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture

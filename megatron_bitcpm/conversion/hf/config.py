@@ -92,8 +92,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Settings that change the computation -> values (besides null) with which they do not."""
 
-_REPLACED = ("auto_map", "dtype", "original_max_position_embeddings", FOLDING_KEY, QUANTIZER_KEY,
-             "rope_parameters", *_MUP_KEYS)  # fmt: skip
+_REPLACED = (
+    "auto_map",
+    "dtype",
+    "original_max_position_embeddings",
+    FOLDING_KEY,
+    QUANTIZER_KEY,
+    "rope_parameters",
+    *_MUP_KEYS,
+)
 """Keys of an original config.json that are never carried over; `hf_config` says them anew."""
 
 
@@ -156,24 +163,37 @@ def parse_architecture(raw: Mapping[str, Any], path: Path) -> tuple[ModelConfig,
     """
     kind = find_model_type(raw, path)
     _check_neutral(raw, kind, path)
-    size = {name: _read_size(raw, name, path) for name in (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "vocab_size",
-    )}  # fmt: skip
+    size = {
+        name: _read_size(raw, name, path)
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "vocab_size",
+        )
+    }
     hidden, heads = size["hidden_size"], size["num_attention_heads"]
     key_heads = _read_size(raw, "num_key_value_heads", path, default=heads)
     positions = _read_size(raw, "max_position_embeddings", path, default=2048)
     if raw.get("head_dim") is None and hidden % heads:
-        raise _problem(path, "hidden_size", hidden, f"is not a multiple of the {heads} heads",
-                       "Add head_dim")  # fmt: skip
+        raise _problem(
+            path, "hidden_size", hidden, f"is not a multiple of the {heads} heads", "Add head_dim"
+        )
     head_dim = _read_size(raw, "head_dim", path, default=hidden // heads)
     if head_dim % 2:
-        raise _problem(path, "head_dim", head_dim, "rotary embeddings need an even number",
-                       "Correct it")  # fmt: skip
+        raise _problem(
+            path, "head_dim", head_dim, "rotary embeddings need an even number", "Correct it"
+        )
     _check_volume(size, heads * head_dim, path)
     if heads % key_heads:
-        raise _problem(path, "num_key_value_heads", key_heads,
-                       f"does not divide the {heads} attention heads", "Correct it")  # fmt: skip
+        raise _problem(
+            path,
+            "num_key_value_heads",
+            key_heads,
+            f"does not divide the {heads} attention heads",
+            "Correct it",
+        )
     try:
         theta, rope = read_rope(raw, positions, head_dim)
     except RopeProblem as error:
@@ -207,14 +227,22 @@ def parse_architecture(raw: Mapping[str, Any], path: Path) -> tuple[ModelConfig,
 def _check_volume(size: Mapping[str, int], channels: int, path: Path) -> None:
     """Refuse sizes that are too large together; each by itself has passed."""
     if channels > _MAX_WIDTH:
-        raise _problem(path, "num_attention_heads", size["num_attention_heads"],
-                       f"all heads together have {channels} channels, more than {_MAX_WIDTH}",
-                       _FIX_SIZE)  # fmt: skip
+        raise _problem(
+            path,
+            "num_attention_heads",
+            size["num_attention_heads"],
+            f"all heads together have {channels} channels, more than {_MAX_WIDTH}",
+            _FIX_SIZE,
+        )
     width = max(channels, size["hidden_size"], size["intermediate_size"])
     if width * size["num_hidden_layers"] > _MAX_VOLUME:
-        raise _problem(path, "num_hidden_layers", size["num_hidden_layers"],
-                       f"times the width {width} is more than {_MAX_VOLUME}",
-                       _FIX_SIZE)  # fmt: skip
+        raise _problem(
+            path,
+            "num_hidden_layers",
+            size["num_hidden_layers"],
+            f"times the width {width} is more than {_MAX_VOLUME}",
+            _FIX_SIZE,
+        )
 
 
 def find_model_type(raw: Mapping[str, Any], path: Path) -> str:
@@ -233,8 +261,13 @@ def find_model_type(raw: Mapping[str, Any], path: Path) -> str:
         classes = raw.get("architectures") or []
         kind = next((k for k, name in MODEL_CLASSES.items() if name in classes), None)
     if not isinstance(kind, str) or kind not in MODEL_CLASSES:
-        raise _problem(path, "model_type", kind, "is no architecture known here",
-                       f"Use {' or '.join(MODEL_CLASSES)}")  # fmt: skip
+        raise _problem(
+            path,
+            "model_type",
+            kind,
+            "is no architecture known here",
+            f"Use {' or '.join(MODEL_CLASSES)}",
+        )
     return kind
 
 
@@ -245,8 +278,9 @@ def is_tied(raw: Mapping[str, Any], path: Path) -> bool:
         kind = find_model_type(raw, path)
         return _TIED_BY_DEFAULT.get(str(raw.get("model_type")), _TIED_BY_DEFAULT[kind])
     if not isinstance(tied, bool):
-        raise _problem(path, "tie_word_embeddings", repr(tied), "must be true or false",
-                       "Correct it")  # fmt: skip
+        raise _problem(
+            path, "tie_word_embeddings", repr(tied), "must be true or false", "Correct it"
+        )
     return tied
 
 
@@ -254,19 +288,35 @@ def _check_neutral(raw: Mapping[str, Any], kind: str, path: Path) -> None:
     for key, neutral in _NEUTRAL.items():
         value = raw.get(key)
         if value is not None and value not in neutral:
-            raise _problem(path, key, value, "this decoder does not compute it",
-                           "Use a model without it")  # fmt: skip
+            raise _problem(
+                path, key, value, "this decoder does not compute it", "Use a model without it"
+            )
     if raw.get("sliding_window") is not None and raw.get("use_sliding_window", True):
-        raise _problem(path, "sliding_window", raw["sliding_window"],
-                       "this decoder attends to all tokens", "Use a model without it")  # fmt: skip
+        raise _problem(
+            path,
+            "sliding_window",
+            raw["sliding_window"],
+            "this decoder attends to all tokens",
+            "Use a model without it",
+        )
     layers = raw.get("layer_types") or []
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-        raise _problem(path, "layer_types", layers, "this decoder has full attention only",
-                       "Use a model without others")  # fmt: skip
+        raise _problem(
+            path,
+            "layer_types",
+            layers,
+            "this decoder has full attention only",
+            "Use a model without others",
+        )
     # OpenBMB's forward leaves out the division of the logits then.
     if kind == "minicpm" and raw.get("pretraining_tp") not in (None, 0, 1):
-        raise _problem(path, "pretraining_tp", raw["pretraining_tp"],
-                       "changes the logits of MiniCPM", "Set it to 1")  # fmt: skip
+        raise _problem(
+            path,
+            "pretraining_tp",
+            raw["pretraining_tp"],
+            "changes the logits of MiniCPM",
+            "Set it to 1",
+        )
 
 
 def _read_size(raw: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
@@ -274,8 +324,9 @@ def _read_size(raw: Mapping[str, Any], key: str, path: Path, default: int | None
     value = default if value is None else value
     limit = _LIMITS.get(key, _MAX_WIDTH)
     if type(value) is not int or not 1 <= value <= limit:
-        raise _problem(path, key, _show(value), f"must be a whole number from 1 to {limit}",
-                       _FIX_SIZE)  # fmt: skip
+        raise _problem(
+            path, key, _show(value), f"must be a whole number from 1 to {limit}", _FIX_SIZE
+        )
     return value
 
 
@@ -284,12 +335,18 @@ def _read_mup(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key in _MUP_KEYS:
         value: Any = raw.get(key)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise _problem(path, key, _show(value), "MiniCPM needs a positive number",
-                           "Complete config.json from its source")  # fmt: skip
+            raise _problem(
+                path,
+                key,
+                _show(value),
+                "MiniCPM needs a positive number",
+                "Complete config.json from its source",
+            )
         values[key] = value
     if values["dim_model_base"] != int(values["dim_model_base"]):
-        raise _problem(path, "dim_model_base", values["dim_model_base"],
-                       "must be a whole number", "Correct it")  # fmt: skip
+        raise _problem(
+            path, "dim_model_base", values["dim_model_base"], "must be a whole number", "Correct it"
+        )
     values["dim_model_base"] = int(values["dim_model_base"])
     return values
 
@@ -318,14 +375,19 @@ def read_stamp(
     """
     inside, beside = raw.get(QUANTIZER_KEY), folder / QUANTIZER_FILE
     if inside is not None and beside.is_file():
-        raise CheckpointError.of(
-            "folder", folder, f"config.json has {QUANTIZER_KEY} (latents) and there is a "
-            f"{QUANTIZER_FILE} (pseudo-quantised)", "Remove the one that does not belong to it",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"folder={folder}: config.json has {QUANTIZER_KEY} (latents) and there is a "
+            f"{QUANTIZER_FILE} (pseudo-quantised). Remove the one that does not belong to it."
+        )
     if inside is not None:
         if not isinstance(inside, Mapping) or inside.get("form") != "latent":
-            raise _problem(folder / CONFIG_FILE, QUANTIZER_KEY, inside,
-                           "is not that of a latent folder", "Convert the model again")  # fmt: skip
+            raise _problem(
+                folder / CONFIG_FILE,
+                QUANTIZER_KEY,
+                inside,
+                "is not that of a latent folder",
+                "Convert the model again",
+            )
         stamp = parse_stamp(inside.get("quantizer"), folder / CONFIG_FILE)
         return "latent", stamp, None, _read_facts(inside)
     if not beside.is_file():
@@ -351,8 +413,9 @@ def _read_folding(content: Any, path: Path) -> Folding | None:
         if not all(type(v) in (int, float) and 0 < v < math.inf for v in values.values()):
             raise ValueError("its values are no positive numbers")
     except (KeyError, TypeError, ValueError) as error:
-        raise _problem(path, "folding", content, f"cannot be understood ({error})",
-                       "Convert the model again") from error  # fmt: skip
+        raise _problem(
+            path, "folding", content, f"cannot be understood ({error})", "Convert the model again"
+        ) from error
     return Folding(**values)
 
 
@@ -365,7 +428,7 @@ def _problem(path: Path, key: Any, value: Any, rule: str, fix: str) -> Checkpoin
     shown = str(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     rule = " ".join(f"{rule} ({path})".split())
-    return CheckpointError.of(str(key), shown, rule, fix)
+    return CheckpointError(f"{key!s}={shown}: {rule}. {fix}.")
 
 
 def hf_config(

@@ -54,11 +54,10 @@ class FoldedSource(ModelSource):
         folded, error = _scale(tensor, factor)
         # Half a unit in the last place; more means that values left the type's normal range.
         if error > torch.finfo(tensor.dtype).eps / 2 * 1.001:
-            raise CheckpointError.of(
-                "architecture", "llama", f"{name} x {factor:.6g} has values that {tensor.dtype} "
-                f"cannot hold, in {self.path}",
-                "Write it as minicpm",
-            )  # fmt: skip
+            raise CheckpointError(
+                f"architecture=llama: {name} x {factor:.6g} has values that {tensor.dtype} cannot "
+                f"hold, in {self.path}. Write it as minicpm."
+            )
         self.rounding[name] = error
         return folded
 
@@ -85,11 +84,10 @@ def fold(source: ModelSource) -> FoldedSource:
         CheckpointError: it is no MiniCPM.
     """
     if source.model.architecture != "minicpm":
-        raise CheckpointError.of(
-            "architecture", "llama", f"{source.path} is a {source.model.architecture} already: "
-            "there is nothing to fold",
-            "Leave --architecture out",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"architecture=llama: {source.path} is a {source.model.architecture} already: there is "
+            "nothing to fold. Leave --architecture out."
+        )
     inherited = {f.name: getattr(source, f.name) for f in fields(ModelSource)}
     return FoldedSource(
         **inherited

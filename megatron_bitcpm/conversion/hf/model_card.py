@@ -227,10 +227,12 @@ def _list_facts(
 ) -> list[tuple[str, str]]:
     rows = [
         ("layers, hidden, feed-forward", "{num_hidden_layers}, {hidden_size}, {intermediate_size}"),
-        ("heads, key/value heads, head size", "{num_attention_heads}, {num_key_value_heads}, "
-         "{head_dim}"),
+        (
+            "heads, key/value heads, head size",
+            "{num_attention_heads}, {num_key_value_heads}, {head_dim}",
+        ),
         ("vocabulary, longest sequence", "{vocab_size}, {max_position_embeddings}"),
-    ]  # fmt: skip
+    ]
     rows = [(name, text.format(**config)) for name, text in rows]
     if facts.get("iteration") is not None:
         rows.append(("optimizer steps", f"{facts['iteration']:,}"))

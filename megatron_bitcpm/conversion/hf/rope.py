@@ -48,18 +48,27 @@ def read_rope(
     rope, key = _find_settings(config)
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if rope.get("rope_theta") is not None and config.get("rope_theta") not in (None, theta):
-        raise RopeProblem("rope_theta", config["rope_theta"],
-                          f"{key} says {theta}", "Remove one of the two")  # fmt: skip
+        raise RopeProblem(
+            "rope_theta", config["rope_theta"], f"{key} says {theta}", "Remove one of the two"
+        )
     partial = rope.get("partial_rotary_factor")
     if partial not in (None, 1):
-        raise RopeProblem("partial_rotary_factor", partial, "every head channel is rotated here",
-                          "Use a model without it")  # fmt: skip
+        raise RopeProblem(
+            "partial_rotary_factor",
+            partial,
+            "every head channel is rotated here",
+            "Use a model without it",
+        )
     kind = rope.get("rope_type") or rope.get("type")
     if kind in _PLAIN_TYPES:
         return _read_theta(theta), None
     if kind != "longrope":
-        raise RopeProblem(f"{key}.rope_type", kind, "has no counterpart in this decoder",
-                          "Use a model with plain RoPE or longrope")  # fmt: skip
+        raise RopeProblem(
+            f"{key}.rope_type",
+            kind,
+            "has no counterpart in this decoder",
+            "Use a model with plain RoPE or longrope",
+        )
     return _read_theta(theta), _read_longrope(rope, key, config, max_positions, head_dim)
 
 
@@ -70,15 +79,22 @@ def _find_settings(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         if not isinstance(value, Mapping):
             raise RopeProblem(key, value, "is not an object", "Correct config.json")
         if any(isinstance(inner, Mapping) for inner in value.values()):
-            raise RopeProblem(key, "{...}", "differs between layers, which this decoder has not",
-                              "Use a model with one setting for all layers")  # fmt: skip
+            raise RopeProblem(
+                key,
+                "{...}",
+                "differs between layers, which this decoder has not",
+                "Use a model with one setting for all layers",
+            )
     if len(found) == 2:
-        shared = [{k: v for k, v in value.items() if k not in ("rope_theta", "type", "rope_type")}
-                  for value in found.values()]  # fmt: skip
+        shared = [
+            {k: v for k, v in value.items() if k not in ("rope_theta", "type", "rope_type")}
+            for value in found.values()
+        ]
         kinds = {value.get("rope_type") or value.get("type") for value in found.values()}
         if shared[0] != shared[1] or len(kinds) > 1:
-            raise RopeProblem("rope_parameters", "{...}", f"differs from {_ONE}",
-                              "Remove one of the two")  # fmt: skip
+            raise RopeProblem(
+                "rope_parameters", "{...}", f"differs from {_ONE}", "Remove one of the two"
+            )
     for key, value in found.items():
         return value, key
     return {}, _ONE
@@ -87,8 +103,12 @@ def _find_settings(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 def _read_theta(theta: Any) -> int:
     theta = DEFAULT_THETA if theta is None else theta
     if isinstance(theta, bool) or not isinstance(theta, int | float) or theta % 1:
-        raise RopeProblem("rope_theta", theta, "Megatron takes whole numbers only",
-                          "Use a model with a whole rope_theta")  # fmt: skip
+        raise RopeProblem(
+            "rope_theta",
+            theta,
+            "Megatron takes whole numbers only",
+            "Use a model with a whole rope_theta",
+        )
     return int(theta)
 
 
@@ -102,14 +122,19 @@ def _read_longrope(
     for name in ("short_factor", "long_factor"):
         factors = rope.get(name)
         if not isinstance(factors, list) or not all(_is_positive(f) for f in factors):
-            raise RopeProblem(f"{key}.{name}", factors, "longrope needs a list of positive numbers",
-                              "Complete config.json from its source")  # fmt: skip
+            raise RopeProblem(
+                f"{key}.{name}",
+                factors,
+                "longrope needs a list of positive numbers",
+                "Complete config.json from its source",
+            )
         if len(factors) != head_dim // 2:
             raise RopeProblem(
-                f"{key}.{name}", f"({len(factors)} numbers)",
+                f"{key}.{name}",
+                f"({len(factors)} numbers)",
                 f"one for each pair of the {head_dim} head channels is needed, {head_dim // 2}",
                 "Correct it, or head_dim (bitcpm inspect)",
-            )  # fmt: skip
+            )
     original = _read_original(rope, key, config, max_positions)
     result = {
         "short_factor": [float(f) for f in rope["short_factor"]],
@@ -131,10 +156,12 @@ def _read_original(
     original = values[0] if values else max_positions
     if type(original) is not int or not 2 <= original <= max_positions:
         raise RopeProblem(
-            f"{key}.{name}", original,
+            f"{key}.{name}",
+            original,
             f"must be a whole number up to max_position_embeddings {max_positions}: readers "
-            "disagree about others", "Correct config.json",
-        )  # fmt: skip
+            "disagree about others",
+            "Correct config.json",
+        )
     return original
 
 
@@ -150,14 +177,19 @@ def _read_attention_factor(
     if given is None and factor is not None and not math.isclose(factor, growth, rel_tol=1e-9):
         # With an original length of their own, transformers 4 takes the ratio and 5 the factor.
         raise RopeProblem(
-            f"{key}.factor", factor,
+            f"{key}.factor",
+            factor,
             f"max / original position embeddings is {growth:g}, and readers disagree which counts",
             "Set attention_factor to what the training used",
-        )  # fmt: skip
+        )
     for name in ("short_mscale", "long_mscale"):
         if rope.get(name) is not None and rope[name] != given:
-            raise RopeProblem(f"{key}.{name}", rope[name], f"attention_factor is {given}",
-                              "Set both to what the training used")  # fmt: skip
+            raise RopeProblem(
+                f"{key}.{name}",
+                rope[name],
+                f"attention_factor is {given}",
+                "Set both to what the training used",
+            )
     return None if given is None else float(given)
 
 

@@ -61,10 +61,10 @@ def find_tokenizer(
         warnings.append(f"the tokenizer of {folder} needs code of its own, which is not copied")
     recorded = None if source.kind == "hf" else source.facts.get("tokenizer_sha256")
     if folder is None and recorded is not None:
-        raise CheckpointError.of(
-            "tokenizer", None, f"the one of {source.path} is not where its training had it",
-            "Name it (--tokenizer)",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"tokenizer=None: the one of {source.path} is not where its training had it. Name it "
+            "(--tokenizer)."
+        )
     if folder is not None and (tokenizer is not None or recorded is not None):
         return folder, read_run_tokenizer(folder, source.vocab_size, recorded)
     if folder is None or not any((folder / name).is_file() for name in VOCABULARY_FILES):
@@ -72,11 +72,10 @@ def find_tokenizer(
         return folder, None
     ids = read_tokenizer_ids(folder)
     if ids.size > source.vocab_size:
-        raise CheckpointError.of(
-            "tokenizer", folder, f"its files hold {ids.size} ids, the model has "
-            f"{source.vocab_size}",
-            "Name the tokenizer of the model (--tokenizer)",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"tokenizer={folder}: its files hold {ids.size} ids, the model has "
+            f"{source.vocab_size}. Name the tokenizer of the model (--tokenizer)."
+        )
     return folder, ids
 
 

@@ -39,7 +39,7 @@ _COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 def _folder_error(folder: Path, rule: str, fix: str = _COPY_AGAIN) -> CheckpointError:
     """Build the error of a folder that is not what it should be."""
-    return CheckpointError.of("folder", folder, rule, fix)
+    return CheckpointError(f"folder={folder}: {rule}. {fix}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +117,17 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
     if adapters:
         # Transformers would load them on top of the weights.
         raise _folder_error(
-            folder, f"holds an adapter ({adapters[0]}), which is no part of the weights",
+            folder,
+            f"holds an adapter ({adapters[0]}), which is no part of the weights",
             "Merge it (merge_and_unload of PEFT), or convert a folder without it",
-        )  # fmt: skip
+        )
     kind = next((k for k in _KINDS if any(folder.glob(k[2])) or (folder / k[1]).is_file()), None)
     if kind is None:
         raise _folder_error(
-            folder, f"holds neither {WEIGHTS_FILE} nor {BIN_FILE}, nor an index of either",
+            folder,
+            f"holds neither {WEIGHTS_FILE} nor {BIN_FILE}, nor an index of either",
             "Name a folder with weights",
-        )  # fmt: skip
+        )
     single, index, pattern = kind
     present = sorted(path.name for path in folder.glob(pattern))
     weight_map = _read_index(folder / index) if (folder / index).is_file() else None
@@ -141,9 +143,10 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
         for tensor in file.names():
             if tensor in opened:
                 raise _folder_error(
-                    folder, f"tensor {tensor} is in {opened[tensor].path.name} and in {name}",
+                    folder,
+                    f"tensor {tensor} is in {opened[tensor].path.name} and in {name}",
                     _COPY_AGAIN,
-                )  # fmt: skip
+                )
             opened[tensor] = file
     if weight_map:
         _check_index(folder / index, weight_map, opened)
@@ -158,9 +161,10 @@ def _read_index(path: Path) -> dict[str, str]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name or name in ("", "..", "."):
             raise _folder_error(
-                path.parent, f"{path.name} puts {tensor} into {name!r}, no file of the folder",
+                path.parent,
+                f"{path.name} puts {tensor} into {name!r}, no file of the folder",
                 "Use the folder of a source that you trust",
-            )  # fmt: skip
+            )
     return weight_map
 
 
@@ -174,8 +178,9 @@ def _check_index(path: Path, weight_map: dict[str, str], opened: Mapping[str, Te
             problems.append(f"{tensor}: index says {said or 'nothing'}, it is in {found or 'none'}")
     if problems:
         more = f" ({len(problems)} tensors)" if len(problems) > 5 else ""
-        raise _folder_error(path.parent, f"{path.name} is wrong: {'; '.join(problems[:5])}{more}",
-                           _COPY_AGAIN)  # fmt: skip
+        raise _folder_error(
+            path.parent, f"{path.name} is wrong: {'; '.join(problems[:5])}{more}", _COPY_AGAIN
+        )
 
 
 def _settle_output_layer(
@@ -189,9 +194,10 @@ def _settle_output_layer(
     same_place = output.data_ptr() == embedding.data_ptr() and output.shape == embedding.shape
     if not same_place and not torch.equal(output, embedding):
         raise _folder_error(
-            folder, f"config.json ties the embeddings, but {HF_OUTPUT} differs from {HF_EMBEDDING}",
+            folder,
+            f"config.json ties the embeddings, but {HF_OUTPUT} differs from {HF_EMBEDDING}",
             "Set tie_word_embeddings to false if the output layer is meant",
-        )  # fmt: skip
+        )
     return {name: file for name, file in files.items() if name != HF_OUTPUT}
 
 

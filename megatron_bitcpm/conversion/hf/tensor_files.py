@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
-from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel.agree import describe
+from megatron_bitcpm.errors import CheckpointError, describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights; all others (integers, fp8, float64) are of models this package cannot hold."""
@@ -32,7 +31,7 @@ _REPLACE = "Copy the file from its source again"
 
 def file_error(path: Path, rule: str, fix: str = _REPLACE) -> CheckpointError:
     """Build the error of a file that is not what it should be, in one line."""
-    return CheckpointError.of("file", path, " ".join(rule.split()).rstrip("."), fix)
+    return CheckpointError(f"file={path}: {' '.join(rule.split()).rstrip('.')}. {fix}.")
 
 
 class TensorFile(ABC):
@@ -85,9 +84,10 @@ class TensorFile(ABC):
             dtype = next((d for d in DTYPES if str(d) == f"torch.{written}"), None)
         if dtype is None:
             raise file_error(
-                self.path, f"tensor {name} has type {written}, known are float32, bfloat16 and "
-                "float16", "Use the unpacked weights of the model",
-            )  # fmt: skip
+                self.path,
+                f"tensor {name} has type {written}, known are float32, bfloat16 and float16",
+                "Use the unpacked weights of the model",
+            )
         return dtype
 
 
@@ -152,14 +152,18 @@ class BinFile(TensorFile):
             raise _explain_bin(path, error) from error
         content = self._file.content
         if not isinstance(content, Mapping) or not content:
-            raise file_error(path, f"holds {_name_type(content)}, not named tensors",
-                             "Name a state dict of a model")  # fmt: skip
+            raise file_error(
+                path,
+                f"holds {_name_type(content)}, not named tensors",
+                "Name a state dict of a model",
+            )
         for name, stored in content.items():
             if not isinstance(name, str) or not isinstance(stored, StoredTensor):
                 raise file_error(
-                    path, f"{name!r:.80} is {_name_type(stored)}, not a tensor with a name",
+                    path,
+                    f"{name!r:.80} is {_name_type(stored)}, not a tensor with a name",
                     "Name a state dict of a model",
-                )  # fmt: skip
+                )
         self._stored: dict[str, StoredTensor] = dict(content)
 
     def names(self) -> list[str]:
@@ -198,8 +202,9 @@ def open_tensor_file(path: str | Path) -> TensorFile:
         return SafetensorsFile(path)
     if path.suffix in (".bin", ".pt", ".pth"):
         return BinFile(path)
-    raise file_error(path, "is no file of tensors by its name",
-                     "Name a .safetensors, .bin or .pt file")  # fmt: skip
+    raise file_error(
+        path, "is no file of tensors by its name", "Name a .safetensors, .bin or .pt file"
+    )
 
 
 def _name_type(value: Any) -> str:
@@ -218,9 +223,10 @@ def _explain_bin(path: Path, error: Exception) -> Exception:
         return file_error(path, "is truncated, or no file of torch.save")
     if isinstance(error, pickle.UnpicklingError):
         return file_error(
-            path, f"{describe(error)}; nothing of it was run",
+            path,
+            f"{describe(error)}; nothing of it was run",
             "Use a safetensors file of a source that you trust",
-        )  # fmt: skip
+        )
     return file_error(path, f"is damaged: {describe(error)[:160]}")
 
 

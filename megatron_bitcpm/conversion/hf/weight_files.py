@@ -49,7 +49,7 @@ def write_weight_files(
         OSError: a file cannot be written; a part of it is left.
     """
     if weights not in _FILES:
-        raise CheckpointError.of("weights", weights, "is unknown", f"Use {' or '.join(_FILES)}")
+        raise CheckpointError(f"weights={weights}: is unknown. Use {' or '.join(_FILES)}.")
     single, index_name, write = _FILES[weights]
     layout = {name: (shape, source.dtype(name)) for name, shape in source.shapes().items()}
     sizes = {name: count_bytes(*entry) for name, entry in layout.items()}

@@ -58,9 +58,13 @@ def export_hf(
     source = open_source(checkpoint, tokenizer)
     form: Form = "plain" if source.form == "plain" else "pseudo"
     report = write_folder(
-        source, output, form, overwrite=overwrite, max_shard_bytes=max_shard_bytes,
+        source,
+        output,
+        form,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
         tokenizer=tokenizer,
-    )  # fmt: skip
+    )
     facts = {key: source.facts.get(key) for key in ("tokens", "seq_length", "valid_loss")}
     return {
         **report["verify"],
@@ -138,11 +142,9 @@ def write_folder(
 
 def _check_places(source: Path, output: Path) -> None:
     if source == output or output in source.parents:
-        raise CheckpointError.of(
-            "output", output, "is the input, or holds it", "Name another folder"
-        )
+        raise CheckpointError(f"output={output}: is the input, or holds it. Name another folder.")
     if source in output.parents and (source / CONFIG_FILE).is_file():
-        raise CheckpointError.of("output", output, "lies in the input", "Name another folder")
+        raise CheckpointError(f"output={output}: lies in the input. Name another folder.")
 
 
 def _prepare(
@@ -156,8 +158,8 @@ def _prepare(
     """Return the source as it is written: with its quantiser, and folded where asked for."""
     if stamp is not None:
         if source.stamp is not None:
-            raise CheckpointError.of(
-                "quantizer", stamp.quant.grid, f"{source.path} names its own", "Leave it out"
+            raise CheckpointError(
+                f"quantizer={stamp.quant.grid}: {source.path} names its own. Leave it out."
             )
         source = dataclasses.replace(source, stamp=stamp, form="latent")
         warnings += check_trained(*_latents_of(source), stamp, ("source", source.path), force)
@@ -166,21 +168,21 @@ def _prepare(
         check_latents(*_latents_of(source), source.stamp, ("source", source.path))
     possible = {"latent": ("latent", "pseudo"), "pseudo": ("pseudo",), "plain": ("plain",)}
     if form not in possible[source.form]:
-        raise CheckpointError.of(
-            "form", form, f"cannot be made of {source.path}, which is {source.form}",
-            f"Use {' or '.join(possible[source.form])}",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"form={form}: cannot be made of {source.path}, which is {source.form}. Use "
+            f"{' or '.join(possible[source.form])}."
+        )
     if architecture not in (None, source.model.architecture):
         if architecture != "llama":
-            raise CheckpointError.of(
-                "architecture", architecture, f"{source.path} is a {source.model.architecture}",
-                "Leave it out",
-            )  # fmt: skip
+            raise CheckpointError(
+                f"architecture={architecture}: {source.path} is a {source.model.architecture}. "
+                "Leave it out."
+            )
         if form == "latent":
-            raise CheckpointError.of(
-                "architecture", architecture, "latent weights are never folded",
-                "Write it as minicpm, or write the pseudo-quantised form",
-            )  # fmt: skip
+            raise CheckpointError(
+                f"architecture={architecture}: latent weights are never folded. Write it as "
+                "minicpm, or write the pseudo-quantised form."
+            )
         source = fold(source)
     elif form != "latent" and source.model.architecture == "minicpm":
         model = source.model

@@ -52,15 +52,15 @@ def find_megatron_folder(path: str | Path) -> Path:
         # May be one of the trainer that was being replaced.
         if target.with_name(f".old-{target.name}").is_dir():
             return find_checkpoint(path)
-        raise CheckpointError.of(
-            "checkpoint", target, "is named by the tracker file but absent",
-            "Restore it, or name another folder",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={target}: is named by the tracker file but absent. Restore it, or name "
+            "another folder."
+        )
     if kind_of_folder(target) is None:
-        raise CheckpointError.of(
-            "checkpoint", target, "holds neither .metadata (torch_dist) nor mp_rank_* (legacy)",
-            "It is incomplete or of another format; name another folder",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={target}: holds neither .metadata (torch_dist) nor mp_rank_* (legacy). It "
+            "is incomplete or of another format; name another folder."
+        )
     return target
 
 
@@ -82,16 +82,15 @@ def resolve_vocab_size(
     # With fewer ids than were trained, trained rows would be taken for padding.
     size = found if tokenizer is None else read_tokenizer_ids(tokenizer, found).size
     if size is None:
-        raise CheckpointError.of(
-            "checkpoint", folder,
-            f"does not say how many of the embedding's {rows} rows belong to the tokenizer",
-            "Name its tokenizer (--tokenizer)",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={folder}: does not say how many of the embedding's {rows} rows belong to "
+            "the tokenizer. Name its tokenizer (--tokenizer)."
+        )
     if not 1 <= size <= rows:
-        raise CheckpointError.of(
-            "vocab_size", size, f"the embedding of {folder} has {rows} rows",
-            "Name the tokenizer that the model was trained with (--tokenizer)",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"vocab_size={size}: the embedding of {folder} has {rows} rows. Name the tokenizer "
+            "that the model was trained with (--tokenizer)."
+        )
     return size
 
 
@@ -114,8 +113,8 @@ def converted_fields(folder: Path, tokenizer: str | Path | None) -> dict[str, An
         if not all(isinstance(value, int | float) for value in (found.folding or {}).values()):
             raise TypeError("holds something else than numbers")
     except TypeError as error:
-        raise CheckpointError.of(
-            "folding", folder, f"cannot be read: {error}", "Convert the checkpoint again"
+        raise CheckpointError(
+            f"folding={folder}: cannot be read: {error}. Convert the checkpoint again."
         ) from error
     return {
         "form": found.form,
@@ -136,7 +135,7 @@ def refuse_format(folder: Path, wanted: str) -> None:
     """
     kind = kind_of_folder(folder)
     if kind != wanted:
-        raise CheckpointError.of(
-            "checkpoint", folder, f"is no {wanted} checkpoint ({kind or 'no tensors found'})",
-            "Name another folder",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={folder}: is no {wanted} checkpoint ({kind or 'no tensors found'}). Name "
+            "another folder."
+        )

@@ -166,10 +166,10 @@ def _read_vocab_size(values: dict[str, Any]) -> int | None:
 
 
 def _refusal(path: Path, what: str, rule: str) -> CheckpointError:
-    return CheckpointError.of(
-        "checkpoint", path, rule if what == "args" else f"{what}, {rule}",
-        "Only Llama and MiniCPM decoders are converted",
-    )  # fmt: skip
+    rule = rule if what == "args" else f"{what}, {rule}"
+    return CheckpointError(
+        f"checkpoint={path}: {rule}. Only Llama and MiniCPM decoders are converted."
+    )
 
 
 def _read_model(values: dict[str, Any], path: Path) -> ModelConfig:
@@ -217,10 +217,10 @@ def _check_size(value: Any, name: str, path: Path) -> None:
     limit = MAX_LAYERS if name == "num_layers" else _MAX_SIZE
     if type(value) is not int or not 1 <= value <= limit:
         shown = f"args.{name}={reprlib.repr(value)}"
-        raise CheckpointError.of(
-            "checkpoint", path, f"{shown}, a whole number from 1 to {limit} is needed",
-            "The arguments are damaged; use another checkpoint",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={path}: {shown}, a whole number from 1 to {limit} is needed. The "
+            "arguments are damaged; use another checkpoint."
+        )
 
 
 def _check_model(model: ModelConfig, path: Path) -> None:
@@ -263,9 +263,10 @@ def _read_rope(values: dict[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(short, int | float | None) or short != long:
         shown = f"args.short_mscale={reprlib.repr(short)}, args.long_mscale={reprlib.repr(long)}"
         raise _refusal(
-            path, shown,
+            path,
+            shown,
             "one attention factor serves all lengths here",
-        )  # fmt: skip
+        )
     factors = {}
     for name in ("short_factor", "long_factor"):
         text = values.get(name)

@@ -38,8 +38,7 @@ from megatron_bitcpm.conversion.megatron.source import (
     refuse_dtype,
 )
 from megatron_bitcpm.conversion.names import EMBEDDING, OUTPUT
-from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel.agree import describe
+from megatron_bitcpm.errors import CheckpointError, describe
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -51,7 +50,7 @@ _DAMAGED = "The checkpoint is damaged; use another one"
 
 
 def _refusal(path: Path, rule: str, fix: str = _DAMAGED) -> CheckpointError:
-    return CheckpointError.of("checkpoint", path, rule, fix)
+    return CheckpointError(f"checkpoint={path}: {rule}. {fix}.")
 
 
 class _Shard:
@@ -72,9 +71,10 @@ class _Shard:
         # A damaged or malicious file raises nearly anything while it is decoded.
         except Exception as error:
             raise _refusal(
-                self.path, f"cannot be read: {describe(error)}",
+                self.path,
+                f"cannot be read: {describe(error)}",
                 "The shard is damaged or not of Megatron; use another checkpoint",
-            ) from error  # fmt: skip
+            ) from error
         content = self.file.content
         if not isinstance(content, dict):
             raise _refusal(self.path, "holds no checkpoint of Megatron")
@@ -84,9 +84,10 @@ class _Shard:
             raise _refusal(self.path, "checkpoint_version is no number")
         if version < _LEAST_VERSION:
             raise _refusal(
-                self.path, f"checkpoint_version {version}, rows of linear_qkv in another order",
+                self.path,
+                f"checkpoint_version {version}, rows of linear_qkv in another order",
                 f"Load and save it with a Megatron of version {_LEAST_VERSION} or later first",
-            )  # fmt: skip
+            )
         self.iteration = content.get("iteration")
         if not isinstance(self.iteration, int | None):
             raise _refusal(self.path, "iteration is no number")
@@ -103,9 +104,10 @@ class _Shard:
             raise _refusal(self.path, "holds no model")
         if "language_model" in model:
             raise _refusal(
-                self.path, "holds a model of Megatron before Megatron-Core (language_model)",
+                self.path,
+                "holds a model of Megatron before Megatron-Core (language_model)",
                 "Convert it to Megatron-Core with Megatron's tools first",
-            )  # fmt: skip
+            )
         tensors = {}
         for name, value in model.items():
             if not isinstance(name, str) or name.endswith(_IGNORED):
@@ -181,9 +183,10 @@ def _missing_shard(
     fewest = beyond[0] if len(beyond[0]) < len(beyond[1]) else beyond[1]
     called = list_first(fewest, "shards")
     return _refusal(
-        folder, f"{name}/{SHARD_FILE} is missing, beside {called}",
+        folder,
+        f"{name}/{SHARD_FILE} is missing, beside {called}",
         f"Restore it, or remove {called} if that is surplus",
-    )  # fmt: skip
+    )
 
 
 class LegacyTensors(MegatronTensors):
@@ -277,9 +280,11 @@ class LegacyTensors(MegatronTensors):
         for axis, size in found.items():
             if stock.layout[axis] != size:
                 raise _refusal(
-                    self.folder, f"its folders are those of {axis} {size}, its arguments say "
-                    f"{axis} {stock.layout[axis]}", "Restore missing folders, or their names",
-                )  # fmt: skip
+                    self.folder,
+                    f"its folders are those of {axis} {size}, its arguments say "
+                    f"{axis} {stock.layout[axis]}",
+                    "Restore missing folders, or their names",
+                )
         tied = stock.model.share_embeddings_and_output_weights
         if tied:
             self._tied_copy = self._parts.pop(OUTPUT, [])
@@ -288,9 +293,9 @@ class LegacyTensors(MegatronTensors):
         compare_shapes(shapes, megatron_shapes(stock.model, rows), self.folder)
         if stock.padded_vocab_size not in (None, rows):
             raise _refusal(
-                self.folder, f"{EMBEDDING} has {rows} rows, args.padded_vocab_size is "
-                f"{stock.padded_vocab_size}",
-            )  # fmt: skip
+                self.folder,
+                f"{EMBEDDING} has {rows} rows, args.padded_vocab_size is {stock.padded_vocab_size}",
+            )
         return rows
 
     def _find(self, name: str) -> list[_Part]:
@@ -369,8 +374,11 @@ def _refuse_unlike(
     most = counts.index(max(counts))
     odd = next(n for n, value in enumerate(values) if not alike(value, values[most]))
     if 2 * counts[most] > len(values):
-        rule = f"{what} {show(values[odd])}, on most ranks {show(values[most])}" if show else (
-            f"{what} are not those of most ranks")  # fmt: skip
+        rule = (
+            f"{what} {show(values[odd])}, on most ranks {show(values[most])}"
+            if show
+            else (f"{what} are not those of most ranks")
+        )
         fix = "The shard is damaged or of another checkpoint; restore it"
         raise _refusal(shards[odd].path, rule, fix)
     first, second = sorted((odd, most))

@@ -61,19 +61,16 @@ def write_legacy(
     """
     layout, model = layout or MegatronLayout(), source.model
     if transformer_impl not in TRANSFORMER_IMPLS:
-        raise CheckpointError.of(
-            "transformer_impl",
-            transformer_impl,
-            "is unknown",
-            f"Use {' or '.join(TRANSFORMER_IMPLS)}",
+        raise CheckpointError(
+            f"transformer_impl={transformer_impl}: is unknown. Use "
+            f"{' or '.join(TRANSFORMER_IMPLS)}."
         )
     if model.num_query_groups % layout.tp:
-        raise CheckpointError.of(
-            "tensor_parallel_size", layout.tp,
-            f"{model.num_query_groups} key/value heads cannot be shared out, which megatron-core "
-            "0.12.1, the reader of this format, needs",
-            f"Use a size that divides {model.num_query_groups}, or --to torch_dist",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"tensor_parallel_size={layout.tp}: {model.num_query_groups} key/value heads cannot be "
+            "shared out, which megatron-core 0.12.1, the reader of this format, needs. Use a size "
+            f"that divides {model.num_query_groups}, or --to torch_dist."
+        )
     # Megatron's own rule for the padding.
     rows = pad_rows(source.vocab_size, model.make_vocab_size_divisible_by * layout.tp)
     shards = Shards(source, layout, rows)

@@ -85,16 +85,20 @@ class MegatronLayout:
         groups = model.num_query_groups
         if groups % self.tp and self.tp % groups:
             raise _layout_error(
-                "tensor", self.tp, f"neither divides nor is a multiple of {groups} key/value heads",
+                "tensor",
+                self.tp,
+                f"neither divides nor is a multiple of {groups} key/value heads",
                 "Use another size",
-            )  # fmt: skip
+            )
         pieces = self.pp * self.chunks
         if model.num_layers % pieces:
             name, size = ("virtual", self.chunks) if self.chunks > 1 else ("pipeline", self.pp)
             raise _layout_error(
-                name, size, f"{model.num_layers} layers cannot be cut into {pieces} equal pieces",
+                name,
+                size,
+                f"{model.num_layers} layers cannot be cut into {pieces} equal pieces",
                 "Use sizes whose product divides the layers",
-            )  # fmt: skip
+            )
 
     def layers(self, model: ModelConfig, pp_rank: int, chunk: int) -> range:
         """Return the global numbers of a chunk's layers; chunks go round the stages."""
@@ -115,7 +119,7 @@ _OPTIONS = {
 
 
 def _layout_error(name: str, size: int, rule: str, fix: str) -> CheckpointError:
-    return CheckpointError.of(_OPTIONS[name], size, rule, fix)
+    return CheckpointError(f"{_OPTIONS[name]}={size}: {rule}. {fix}.")
 
 
 @dataclass(frozen=True)
@@ -251,12 +255,11 @@ def _common_dtype(source: ModelSource, names: list[str]) -> torch.dtype:
     """One weight of Megatron has one type: that of its projections."""
     dtypes = {name: source.dtype(name) for name in names}
     if len(set(dtypes.values())) > 1:
-        raise CheckpointError.of(
-            "checkpoint", source.path,
-            "projections that Megatron fuses differ in type: "
-            + ", ".join(f"{name} {str(dtype)[6:]}" for name, dtype in dtypes.items()),
-            "Convert the folder to one type first",
-        )  # fmt: skip
+        listed = ", ".join(f"{name} {str(dtype)[6:]}" for name, dtype in dtypes.items())
+        raise CheckpointError(
+            f"checkpoint={source.path}: projections that Megatron fuses differ in type: {listed}. "
+            "Convert the folder to one type first."
+        )
     return dtypes[names[0]]
 
 

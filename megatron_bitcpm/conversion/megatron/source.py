@@ -77,8 +77,8 @@ class MegatronSource(ModelSource):
             full = local if layer is None else f"decoder.layers.{layer}.{local}"
             dtypes[full] = self.tensors.dtype(local, layer)
         if mixed := find_mixed_types(dtypes):
-            raise CheckpointError.of(
-                "checkpoint", self.path, mixed, "The checkpoint is damaged; use another one"
+            raise CheckpointError(
+                f"checkpoint={self.path}: {mixed}. The checkpoint is damaged; use another one."
             )
 
     def dtype(self, name: str) -> torch.dtype:
@@ -90,10 +90,10 @@ class MegatronSource(ModelSource):
         if name in (HF_EMBEDDING, HF_OUTPUT):
             padded = self.padded_tensor(name)
             if padded.shape[0] < self.vocab_size:
-                raise CheckpointError.of(
-                    "vocab_size", self.vocab_size, f"{_WHOLE[name]} has {padded.shape[0]} rows",
-                    "The checkpoint is damaged; use another one",
-                )  # fmt: skip
+                raise CheckpointError(
+                    f"vocab_size={self.vocab_size}: {_WHOLE[name]} has {padded.shape[0]} rows. The "
+                    "checkpoint is damaged; use another one."
+                )
             return padded[: self.vocab_size]
         megatron_name, layer = _find_megatron_name(name)
         if layer is None:
@@ -132,10 +132,10 @@ def refuse_dtype(dtype: torch.dtype, name: str, path: Path) -> None:
     """
     if dtype not in WEIGHT_DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
-        raise CheckpointError.of(
-            "checkpoint", path, f"{name} is {str(dtype).removeprefix('torch.')}, weights are of "
-            f"{known}", "Convert it to one of these first",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={path}: {name} is {str(dtype).removeprefix('torch.')}, weights are of "
+            f"{known}. Convert it to one of these first."
+        )
 
 
 def megatron_shapes(model: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]:
@@ -149,10 +149,10 @@ def megatron_shapes(model: ModelConfig, rows: int) -> dict[str, tuple[int, ...]]
         CheckpointError: more layers than any model has.
     """
     if model.num_layers > MAX_LAYERS:
-        raise CheckpointError.of(
-            "num_layers", model.num_layers, f"no model has more than {MAX_LAYERS}",
-            "The checkpoint is damaged; use another one",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"num_layers={model.num_layers}: no model has more than {MAX_LAYERS}. The checkpoint "
+            "is damaged; use another one."
+        )
     hidden = model.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (rows, hidden)}
     for layer in range(model.num_layers):
@@ -186,7 +186,7 @@ def compare_shapes(
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError.of(
-            "checkpoint", path, f"is not the model it says: {'; '.join(problems[:5])}{more}",
-            "It is damaged, or a model that is not converted here",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={path}: is not the model it says: {'; '.join(problems[:5])}{more}. It is "
+            "damaged, or a model that is not converted here."
+        )

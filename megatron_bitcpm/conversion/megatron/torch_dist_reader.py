@@ -40,8 +40,7 @@ from megatron_bitcpm.conversion.megatron.source import (
 from megatron_bitcpm.conversion.names import EMBEDDING
 from megatron_bitcpm.conversion.stamp import parse_stamp
 from megatron_bitcpm.data.tokenizer_ids import read_run_tokenizer
-from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel.agree import describe
+from megatron_bitcpm.errors import CheckpointError, describe
 
 _LAYERS = "decoder.layers."
 _DAMAGED = "The checkpoint is damaged; use another one"
@@ -115,8 +114,8 @@ class TorchDistTensors(MegatronTensors):
             return self.tensor(numbered)
         shape = self.shape(stacked)
         if not 0 <= layer < shape[0]:
-            raise CheckpointError.of(
-                "layer", layer, f"{stacked} has layers 0 to {shape[0] - 1}", "Use one of those"
+            raise CheckpointError(
+                f"layer={layer}: {stacked} has layers 0 to {shape[0] - 1}. Use one of those."
             )
         start = (layer,) + (0,) * (len(shape) - 1)
         return self._read(stacked, start, (1, *shape[1:]))[0]
@@ -153,7 +152,7 @@ class TorchDistTensors(MegatronTensors):
         return self._refusal(f"has no tensor {name}", fix)
 
     def _refusal(self, rule: str, fix: str) -> CheckpointError:
-        return CheckpointError.of("checkpoint", self.folder, rule, fix)
+        return CheckpointError(f"checkpoint={self.folder}: {rule}. {fix}.")
 
     def _read(self, name: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """Read the box of `shape` that begins at `start`."""
@@ -252,10 +251,10 @@ def _trained_fields(
     rows = tensors.check_shapes(config.model)
     size = state.get("vocab_size")
     if type(size) is not int:
-        raise CheckpointError.of(
-            "vocab_size", size, f"is no size, in {folder}",
-            "The checkpoint is damaged; use another one",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"vocab_size={size}: is no size, in {folder}. The checkpoint is damaged; use another "
+            "one."
+        )
     if tokenizer is not None:
         read_run_tokenizer(tokenizer, size, state.get("tokenizer_sha256"))
     stamp = state.get("quantizer")

@@ -184,8 +184,8 @@ def _append(file: SeekableFile, file_name: str, content: Any) -> _StorageInfo:
 
 def _check_dtype(name: str, found: torch.dtype, wanted: torch.dtype) -> None:
     if found != wanted:
-        raise CheckpointError.of(
-            "checkpoint", name, f"is {str(found)[6:]} in one layer and {str(wanted)[6:]} in "
-            "another, which Megatron, stacking the layers, cannot hold",
-            "Convert the folder to one type first",
-        )  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint={name}: is {str(found)[6:]} in one layer and {str(wanted)[6:]} in "
+            "another, which Megatron, stacking the layers, cannot hold. Convert the folder to one "
+            "type first."
+        )

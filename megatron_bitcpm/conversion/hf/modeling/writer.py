@@ -116,11 +116,10 @@ def check_quantizer_block(
     wanted = describe_quantizer(model, stamp)
     for key in ("format_version", "form", "projections", "full_precision"):
         if block.get(key) != wanted[key]:
-            raise CheckpointError.of(
-                f"{QUANTIZER_KEY}.{key}", source,
-                "is not what its quantizer means for this architecture",
-                "Use the config.json that came with the weights",
-            )  # fmt: skip
+            raise CheckpointError(
+                f"{QUANTIZER_KEY}.{key}={source}: is not what its quantizer means for this "
+                "architecture. Use the config.json that came with the weights."
+            )
 
 
 def trusted_modeling_files(folder: str | Path) -> bool:
