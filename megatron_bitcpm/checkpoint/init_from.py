@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, read_model_file
 from megatron_bitcpm.checkpoint.store import (
     find_checkpoint,
@@ -12,7 +13,7 @@ from megatron_bitcpm.checkpoint.store import (
     read_config,
     read_state,
 )
-from megatron_bitcpm.config import ModelConfig, RunConfig
+from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.errors import CheckpointError, ConfigError
 from megatron_bitcpm.files import TOKENIZER_FILES, hash_files
 

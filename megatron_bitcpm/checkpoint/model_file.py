@@ -7,26 +7,28 @@ and state. Beside it, ``hf/`` keeps the files of the Hugging Face folder that ar
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from megatron_bitcpm.config import ModelConfig
-from megatron_bitcpm.errors import CheckpointError, one_line
+from pydantic import Field, ValidationError
+
+from megatron_bitcpm.arch.folding import Folding
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.records import Record, explain
 
 MODEL_FILE = "bitcpm_model.json"
 SIDE_FOLDER = "hf"
 FORMAT_VERSION = 1
 """Version of ``bitcpm_model.json``; raised when older readers would misread it."""
+_Size = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFile:
+class ModelFile(Record):
     """Content of ``bitcpm_model.json``.
 
     Attributes:
-        form: latent, pseudo or plain, see `conversion.source`.
+        form: see `conversion.source`.
         model: the architecture.
         vocab_size: ids of the tokenizer.
         padded_vocab_size: rows of the embedding.
@@ -36,19 +38,19 @@ class ModelFile:
         layout: tensor, pipeline and virtual pipeline size that the files were cut for.
     """
 
-    form: str
+    format_version: int = FORMAT_VERSION
+    form: Literal["latent", "pseudo", "plain"]
     model: ModelConfig
-    vocab_size: int
-    padded_vocab_size: int
+    vocab_size: _Size
+    padded_vocab_size: _Size
     quantizer: dict[str, Any] | None = None
-    folding: dict[str, Any] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    layout: dict[str, Any] = field(default_factory=dict)
+    folding: Folding | None = None
+    facts: dict[str, Any] = Field(default_factory=dict)
+    layout: dict[str, Any] = Field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of the file."""
-        content = asdict(self) | {"model": self.model.model_dump(mode="json")}
-        return json.dumps({"format_version": FORMAT_VERSION, **content}, indent=2) + "\n"
+        return self.model_dump_json(indent=2) + "\n"
 
 
 def read_model_file(folder: Path) -> ModelFile:
@@ -59,36 +61,15 @@ def read_model_file(folder: Path) -> ModelFile:
     """
     path = folder / MODEL_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content.pop("format_version")
-        if version == FORMAT_VERSION:
-            model = ModelConfig(**content.pop("model"))
-            found = ModelFile(model=model, **content)
-            _check(found)
-            return found
-    # pydantic's ValidationError is a ValueError.
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        found = ModelFile.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
         raise CheckpointError(
-            f"checkpoint={path}: cannot be read: {one_line(error) or type(error).__name__}. "
-            "The checkpoint is damaged; convert it again."
+            f"checkpoint={path}: cannot be read: {explain(error)}. The checkpoint is damaged; "
+            "convert it again."
         ) from error
-    raise CheckpointError(
-        f"format_version={version}: this package reads {FORMAT_VERSION}, in {path}. Use the "
-        "package version that wrote the checkpoint."
-    )
-
-
-def _check(found: ModelFile) -> None:
-    if found.form not in ("latent", "pseudo", "plain"):
-        raise ValueError(f"form {found.form!r}")
-    for name in ("vocab_size", "padded_vocab_size"):
-        value = getattr(found, name)
-        # A bool is an int in Python.
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} {value!r} is no size")
-    for name in ("quantizer", "folding"):
-        if not isinstance(getattr(found, name), dict | None):
-            raise ValueError(f"{name} is no object")
-    for name in ("facts", "layout"):
-        if not isinstance(getattr(found, name), dict):
-            raise ValueError(f"{name} is no object")
+    if found.format_version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"format_version={found.format_version}: this package reads {FORMAT_VERSION}, in "
+            f"{path}. Use the package version that wrote the checkpoint."
+        )
+    return found

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_bitcpm.config.rules import cross_field_problems
 from megatron_bitcpm.config.sections import RunConfig
 from megatron_bitcpm.errors import ConfigError, describe
 
@@ -61,8 +62,7 @@ def parse_config(
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError([_explain(e) for e in error.errors()]) from error
-    problems = config.problems(world_size)
-    if problems:
+    if problems := list(cross_field_problems(config, world_size)):
         raise ConfigError(problems)
     return config
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from megatron_bitcpm.arch.tensors import FAMILIES
 from megatron_bitcpm.config.sections import RunConfig
+from megatron_bitcpm.quant.granularity import TENSOR, WHOLE_ROW
 
-_TP = "parallel.tensor_model_parallel_size"
+_AXES = {
+    "tp": "parallel.tensor_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "vpp": "parallel.virtual_pipeline_model_parallel_size",
+}
 
 
 def cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -20,9 +26,9 @@ def cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _layout_problems(config, world_size)
     yield from _model_problems(config)
     yield from _rope_problems(config)
-    yield from _pipeline_problems(config, world_size)
+    yield from _batch_problems(config, world_size)
     yield from _communication_problems(config)
-    yield from _data_problems(config, world_size)
+    yield from _data_problems(config)
     yield from _schedule_problems(config)
     yield from _run_problems(config)
     if config.quant.enabled:
@@ -30,62 +36,48 @@ def cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
-    parallel = config.parallel
-    tp, pp, cp = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    if world_size % parallel.model_parallel_size == 0:
-        return
-    if pp == cp == 1:
+    model, layout = config.model, config.parallel.layout
+    for axis, rule in layout.problems(model):
+        size = getattr(layout, axis)
+        yield f"{_AXES[axis]}={size}: {rule}. {layout.suggest(axis, model)}."
+    multiple = model.make_vocab_size_divisible_by
+    if multiple % layout.tp:
         yield (
-            f"{_TP}={tp}: does not divide the world size {world_size}. Start a multiple of {tp} "
-            f"ranks, or use {_divisors_text(world_size)}."
+            f"model.make_vocab_size_divisible_by={multiple}: is not a multiple of {_AXES['tp']} "
+            f"{layout.tp}. Use a multiple of {layout.tp}."
         )
-    else:
+    size = layout.model_parallel_size
+    if world_size % size:
         yield (
-            f"parallel=tp {tp} x pp {pp} x cp {cp}: {parallel.model_parallel_size} does not divide "
-            f"the world size {world_size}. Start a multiple of {parallel.model_parallel_size} "
-            "ranks."
+            f"parallel=tp {layout.tp} x pp {layout.pp} x cp {layout.cp}: {size} does not divide "
+            f"the world size {world_size}. Start a multiple of {size} ranks."
         )
 
 
 def _model_problems(config: RunConfig) -> Iterator[str]:
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
-    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+    model = config.model
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if model.kv_channels is None and model.hidden_size % heads:
         yield (
-            f"model.num_attention_heads={model.num_attention_heads}: does not divide hidden_size "
-            f"{model.hidden_size}. Use a divisor, or set model.kv_channels."
+            f"model.num_attention_heads={heads}: does not divide hidden_size {model.hidden_size}. "
+            "Use a divisor, or set model.kv_channels."
         )
     if model.head_dim % 2:
         yield (
             f"model.kv_channels={model.head_dim}: RoPE needs an even head dimension. Use an even "
             "number."
         )
-    if model.num_attention_heads % model.num_query_groups:
+    if heads % groups:
         yield (
-            f"model.num_query_groups={model.num_query_groups}: does not divide num_attention_heads "
-            f"{model.num_attention_heads}. Use {_divisors_text(model.num_attention_heads)}."
+            f"model.num_query_groups={groups}: does not divide num_attention_heads {heads}. Use "
+            f"{_divisors_text(heads)}."
         )
-    for name in ("num_attention_heads", "ffn_hidden_size", "make_vocab_size_divisible_by"):
+    needed = model.family.constants
+    for name in {name for family in FAMILIES.values() for name in family.constants}:
         value = getattr(model, name)
-        if value % tp:
-            yield (
-                f"model.{name}={value}: is not a multiple of {_TP} {tp}. Use a multiple of {tp}, "
-                f"or tp {_divisors_text(value)}."
-            )
-    groups = model.num_query_groups
-    if groups % tp and tp % groups:
-        yield (
-            f"model.num_query_groups={groups}: neither divides nor is divided by {_TP} {tp}. Use a "
-            f"multiple or a divisor of {tp}."
-        )
-    for name in ("scale_emb", "scale_depth", "dim_model_base"):
-        value = getattr(model, name)
-        if model.architecture == "minicpm" and value is None:
-            yield f"model.{name}=(absent): is required by architecture minicpm. Add the key."
-        elif model.architecture != "minicpm" and value is not None:
+        if name in needed and value is None:
+            yield f"model.{name}=(absent): is required by {model.architecture}. Add the key."
+        elif name not in needed and value is not None:
             yield (
                 f"model.{name}={value}: has no effect with architecture {model.architecture}. "
                 "Remove it, or use minicpm."
@@ -124,35 +116,21 @@ def _rope_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _pipeline_problems(config: RunConfig, world_size: int) -> Iterator[str]:
-    model, parallel, training = config.model, config.parallel, config.training
-    pp, vpp = (
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-    )
-    if vpp is not None and pp == 1:
-        yield (
-            f"parallel.virtual_pipeline_model_parallel_size={vpp}: has no effect with "
-            "pipeline_model_parallel_size 1. Remove it."
-        )
-    if model.num_layers % parallel.pipeline_chunks:
-        yield (
-            f"model.num_layers={model.num_layers}: is not a multiple of the "
-            f"{parallel.pipeline_chunks} pipeline chunks (pp {pp} x virtual {vpp or 1}). Use a "
-            f"multiple of {parallel.pipeline_chunks}."
-        )
-    dp = max(1, world_size // parallel.model_parallel_size)
+def _batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    training, layout = config.training, config.parallel.layout
+    dp = max(1, world_size // layout.model_parallel_size)
     samples = training.micro_batch_size * dp
-    if training.global_batch_size % samples:
+    batch = training.global_batch_size
+    if batch % samples:
         yield (
-            f"training.global_batch_size={training.global_batch_size}: is not a multiple of "
-            f"micro_batch_size {training.micro_batch_size} x dp {dp}. Use a multiple of {samples}."
+            f"training.global_batch_size={batch}: is not a multiple of micro_batch_size "
+            f"{training.micro_batch_size} x dp {dp}. Use a multiple of {samples}."
         )
-    elif vpp is not None and training.global_batch_size // samples % pp:
+    elif layout.vpp > 1 and batch // samples % layout.pp:
         yield (
-            f"training.global_batch_size={training.global_batch_size}: gives "
-            f"{training.global_batch_size // samples} micro-batches, the interleaved schedule "
-            f"needs a multiple of pp {pp}. Use a multiple of {samples * pp}."
+            f"training.global_batch_size={batch}: gives {batch // samples} micro-batches, the "
+            f"interleaved schedule needs a multiple of pp {layout.pp}. Use a multiple of "
+            f"{samples * layout.pp}."
         )
 
 
@@ -181,7 +159,7 @@ def _communication_problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _data_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+def _data_problems(config: RunConfig) -> Iterator[str]:
     data, parallel = config.data, config.parallel
     if (data.prefix is None) == (not data.blend):
         yield (
@@ -309,15 +287,14 @@ def _quant_problems(config: RunConfig) -> Iterator[str]:
     model, quant = config.model, config.quant
     tp = config.parallel.tensor_model_parallel_size
     size = quant.group_size
-    if size == 0:
-        yield "quant.group_size=0: is not a size. Use -1 for the whole row."
-    elif size != "tensor" and size > 0:
-        # Row-parallel layers (attention output, fc2) see only their shard of the inputs.
-        rows = {
-            "hidden_size": model.hidden_size,
-            f"attention width / tp {tp}": model.num_attention_heads * model.head_dim // tp,
-            f"ffn_hidden_size / tp {tp}": model.ffn_hidden_size // tp,
-        }
+    if isinstance(size, int) and size > 0:
+        # Row-parallel layers see only their shard of the inputs.
+        dims, rows = model.dimensions(), {}
+        for spec in model.family.tensors:
+            if spec.role == "projection" and spec.inputs is not None:
+                cut = tp if spec.row_parallel else 1
+                name = f"{spec.inputs} / tp {tp}" if cut > 1 else spec.inputs
+                rows[name] = dims.size(spec.inputs) // cut
         bad = {name: n for name, n in rows.items() if n % size}
         if bad:
             shared = [g for g in range(1, 1025) if all(n % g == 0 for n in rows.values())]
@@ -326,10 +303,10 @@ def _quant_problems(config: RunConfig) -> Iterator[str]:
             fix = f"Use {', '.join(map(str, sorted(near)))} or -1"
             yield f"quant.group_size={size}: does not divide {listed}. {fix}."
     # At tp 1 it is allowed: the setting belongs to the run, whatever its layout of the day.
-    if quant.scale_sync == "local" and size not in (-1, 0):
+    if quant.scale_sync == "local" and size != WHOLE_ROW:
         reason = (
             "with group_size tensor: its scale is that of all shards"
-            if size == "tensor"
+            if size == TENSOR
             else "with group_size > 0: such groups never span ranks"
         )
         yield f"quant.scale_sync=local: has no effect {reason}. Remove it."

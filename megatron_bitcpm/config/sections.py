@@ -2,132 +2,34 @@
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-)
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    def changed(self, *names: str) -> list[str]:
-        """Return those of the named fields that differ from their defaults.
-
-        A saved configuration spells out every default, so that a field was given says nothing.
-        """
-        return [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse ``true`` where a number belongs: pydantic would read it as 1."""
-        if isinstance(value, bool) and info.field_name is not None:
-            annotation = cls.model_fields[info.field_name].annotation
-            if not {int, float}.isdisjoint({annotation, *get_args(annotation)}):
-                raise PydanticCustomError("bool_for_number", "must be a number, not true or false")
-        return value
+from megatron_bitcpm.arch.layout import Layout
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.quant.granularity import parse_group_size
+from megatron_bitcpm.quant.grids import GRIDS
+from megatron_bitcpm.section import Section
 
 
-_Factor = Annotated[float, Field(gt=0)]
-
-
-class RopeScalingConfig(_Section):
-    """LongRoPE: one divisor for each rotary frequency, of short and of long sequences.
-
-    The arrays are those of a released model: name its Hugging Face ``config.json`` in `hf_config`
-    and `load_config` copies them; the resolved configuration holds them, with their source.
-    """
-
-    rope_type: Literal["longrope"] = Field("longrope", description="Kind of scaling.")
-    hf_config: str | None = Field(
-        None, description="A Hugging Face config.json to read all other fields from."
-    )
-    source: str | None = Field(None, description="Where the factors were read from; a note.")
-    short_factor: tuple[_Factor, ...] = Field(
-        (), description="Divisors for sequences up to the original length; head_dim / 2 numbers."
-    )
-    long_factor: tuple[_Factor, ...] = Field(
-        (), description="Divisors for longer sequences; head_dim / 2 numbers."
-    )
-    original_max_position_embeddings: int | None = Field(
-        None, ge=2, description="Length up to which short_factor applies, in tokens."
-    )
-    attention_factor: float | None = Field(
-        None,
-        gt=0,
-        description="Multiplies cos and sin; default sqrt(1 + ln(max / original) / ln(original)).",
-    )
-
-
-class ModelConfig(_Section):
-    """The architecture: a Llama decoder (RMSNorm, SwiGLU, RoPE, grouped queries), or MiniCPM.
-
-    MiniCPM is Llama with three constants (muP); they are carried in training, never folded.
-    """
-
-    architecture: Literal["llama", "minicpm"] = Field("llama", description="Model family.")
-    num_layers: int = Field(ge=1, description="Transformer layers.")
-    hidden_size: int = Field(ge=8, description="Width of the residual stream.")
-    ffn_hidden_size: int = Field(ge=8, description="Width of the SwiGLU hidden layer.")
-    num_attention_heads: int = Field(ge=1, description="Query heads.")
-    num_query_groups: int = Field(ge=1, description="Key/value heads.")
-    kv_channels: int | None = Field(
-        None, ge=2, description="Head dimension; default hidden_size / num_attention_heads."
-    )
-    max_position_embeddings: int = Field(ge=2, description="Longest sequence, in tokens.")
-    rotary_base: int = Field(10000, ge=2, description="RoPE theta.")
-    rope_scaling: RopeScalingConfig | None = Field(
-        None, description="LongRoPE; default plain RoPE."
-    )
-    scale_emb: float | None = Field(
-        None, gt=0, description="MiniCPM: the embedding is multiplied by this."
-    )
-    scale_depth: float | None = Field(
-        None, gt=0, description="MiniCPM: residuals are multiplied by this / sqrt(num_layers)."
-    )
-    dim_model_base: int | None = Field(
-        None, ge=1, description="MiniCPM: logits are divided by hidden_size / this."
-    )
-    layernorm_epsilon: float = Field(1e-6, gt=0, description="RMSNorm epsilon.")
-    init_method_std: float = Field(0.02, gt=0, description="Standard deviation at initialisation.")
-    share_embeddings_and_output_weights: bool = Field(
-        False, description="Tie the input embedding and the output layer."
-    )
-    make_vocab_size_divisible_by: int = Field(
-        128, ge=1, description="The embedding is padded to a multiple of this; tp must divide it."
-    )
-
-    @property
-    def head_dim(self) -> int:
-        """Channels per head."""
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-
-class QuantConfig(_Section):
+class QuantConfig(Section):
     """The quantiser of the ternary linears (BitCPM-CANN report, section 3.1)."""
 
     enabled: bool = Field(True, description="False trains the same model in full precision.")
-    grid: Literal["ternary", "asym4", "half_sym4", "int_sym4", "five"] = Field(
+    grid: str = Field(
         "ternary",
+        json_schema_extra={"enum": list(GRIDS)},
         description="Levels of a quantised weight, in units of its scale: ternary -1 0 1, asym4 "
         "-2 -1 0 1, half_sym4 -1.5 -0.5 0.5 1.5, int_sym4 -2 -1 1 2, five -2 -1 0 1 2. The scale "
         "of ternary is a mean of absolute values, that of the others follows the largest one "
         "(BitCPM-CANN report, section 3.1).",
     )
-    group_size: Annotated[int, Field(ge=-1)] | Literal["tensor"] = Field(
+    group_size: int | Literal["tensor"] = Field(
         -1,
         description="Inputs per scale; must divide the row; -1 is the whole row, tensor a whole "
         "Hugging Face projection (q, k, v, o, gate, up or down), as in BitNet b1.58.",
@@ -166,19 +68,38 @@ class QuantConfig(_Section):
         0, ge=0, description="Trailing layers (global numbers) that stay in full precision."
     )
 
-    @field_validator("group_size", mode="wrap")
+    @field_validator("grid")
     @classmethod
-    def _check_group_size(cls, value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    def _check_grid(cls, value: str) -> str:
+        if value not in GRIDS:
+            known = ", ".join(GRIDS)
+            raise PydanticCustomError("grid", f"must be one of {known}")  # type: ignore[arg-type]
+        return value
+
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _check_group_size(cls, value: Any) -> int | str:
         """Give one problem for the field, not one for each type it may have."""
         try:
-            if not isinstance(value, bool):
-                return handler(value)
-        except ValidationError:
-            pass
-        raise PydanticCustomError("group_size", "must be a whole number of at least -1, or tensor")
+            return parse_group_size(value)
+        except ValueError as error:
+            raise PydanticCustomError("group_size", str(error)) from None  # type: ignore[arg-type]
+
+    def excludes(self, name: str, layer: int, num_layers: int) -> bool:
+        """Whether a linear stays in full precision by its name or place, in training and exports.
+
+        Args:
+            name: global name, for example ``decoder.layers.3.mlp.linear_fc2``.
+            layer: global layer number, from 0, whatever the pipeline stage.
+            num_layers: layers of the whole model.
+        """
+        first, last = self.full_precision_first_layers, self.full_precision_last_layers
+        if layer < first or layer >= num_layers - last:
+            return True
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude)
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """The layout over ranks; what remains of the world size is data parallel."""
 
     tensor_model_parallel_size: int = Field(1, ge=1, description="Ranks that share each layer.")
@@ -206,28 +127,24 @@ class ParallelConfig(_Section):
     )
 
     @property
-    def model_parallel_size(self) -> int:
-        """Ranks that together hold one replica of the model and one sequence."""
-        return (
-            self.tensor_model_parallel_size
-            * self.pipeline_model_parallel_size
-            * self.context_parallel_size
+    def layout(self) -> Layout:
+        """The sizes of the groups."""
+        return Layout(
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.virtual_pipeline_model_parallel_size or 1,
+            self.context_parallel_size,
         )
 
-    @property
-    def pipeline_chunks(self) -> int:
-        """Pieces that the layers are cut into: stages x chunks on a stage."""
-        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
-
-class BlendEntry(_Section):
+class BlendEntry(Section):
     """One dataset of a blend."""
 
     prefix: str = Field(description="Prefix written by `bitcpm data prepare`.")
     weight: float = Field(gt=0, description="Share of the samples, in any unit.")
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the tokens come from."""
 
     prefix: str | None = Field(
@@ -267,7 +184,7 @@ class DataConfig(_Section):
         return {Path(entry.prefix).name: entry.prefix for entry in self.blend}
 
 
-class OptimizerSettings(_Section):
+class OptimizerSettings(Section):
     """AdamW and the learning-rate schedule."""
 
     lr: float = Field(gt=0, description="Peak learning rate.")
@@ -308,7 +225,7 @@ class OptimizerSettings(_Section):
         return self.lr_wsd_decay_iters or max(1, train_iters // 5)
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """Length, batch, precision and intervals; intervals count optimizer steps."""
 
     train_iters: int = Field(ge=1, description="Optimizer steps.")
@@ -333,7 +250,7 @@ class TrainConfig(_Section):
     )
 
 
-class GuardConfig(_Section):
+class GuardConfig(Section):
     """When a run counts as gone wrong, and what happens then."""
 
     action: Literal["stop", "rollback"] = Field(
@@ -357,7 +274,7 @@ class GuardConfig(_Section):
     max_rollbacks: int = Field(2, ge=1, description="Stop instead of one more rollback than this.")
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """Where a run writes, what it keeps, and what it starts from."""
 
     directory: str = Field(description="Folder of the run: checkpoints, metrics, plots.")
@@ -380,7 +297,7 @@ class CheckpointConfig(_Section):
     )
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run. `load_config` is the way to get one."""
 
     model: ModelConfig
@@ -391,20 +308,6 @@ class RunConfig(_Section):
     training: TrainConfig
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig
-
-    def problems(self, world_size: int = 1) -> list[str]:
-        """Return every broken rule that spans fields, one line each.
-
-        Args:
-            world_size: ranks of the run.
-        """
-        from megatron_bitcpm.config.rules import cross_field_problems
-
-        return list(cross_field_problems(self, world_size))
-
-    def data_parallel_size(self, world_size: int) -> int:
-        """Ranks left for data parallelism."""
-        return world_size // self.parallel.model_parallel_size
 
     def to_yaml(self) -> str:
         """Return the fully resolved configuration as YAML."""

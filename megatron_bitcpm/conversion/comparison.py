@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.conversion.difference import KINDS, Differences
-from megatron_bitcpm.conversion.grid_reading import (
+from megatron_bitcpm.arch.model import attention_factor
+from megatron_bitcpm.conversion.codes import (
     count_differences,
     count_different_bits,
+    count_not_finite,
     equal_bits,
 )
+from megatron_bitcpm.conversion.difference import KINDS, Differences
 from megatron_bitcpm.conversion.hf.fold import fold
 from megatron_bitcpm.conversion.infer_grid import infer_grid
 from megatron_bitcpm.conversion.source import Form, ModelSource
-from megatron_bitcpm.conversion.stamp import NUMERICS, QuantizerStamp
-from megatron_bitcpm.conversion.tensor_stream import is_finite
-from megatron_bitcpm.errors import BitcpmError, CheckpointError
-from megatron_bitcpm.models.rope import attention_factor
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.quant.granularity import TENSOR, WHOLE_ROW
+from megatron_bitcpm.quantizer import NUMERICS, Quantizer
 
 _NOT_COMPUTED = frozenset(
     {"init_method_std", "make_vocab_size_divisible_by", "kv_channels", "rope_scaling"}
@@ -40,10 +41,10 @@ class Comparison:
     def __init__(self, found: ModelSource, wanted: ModelSource) -> None:
         self.found, self.wanted, self.path = found, wanted, wanted.path
         self.groups = wanted.quantized_tensors() | found.quantized_tensors()
-        stamp = found.stamp or wanted.stamp
-        self.grid = None if stamp is None else stamp.quant.grid
+        quantizer = found.quantizer or wanted.quantizer
+        self.grid = None if quantizer is None else quantizer.grid
         self.latent = found.form == wanted.form == "latent"
-        self.stamps = _compare_stamps(found, wanted)
+        self.stamps = _compare_quantizers(found, wanted)
         self.differences = Differences()
 
     def add(self, name: str, value: torch.Tensor) -> None:
@@ -89,10 +90,10 @@ def _count_values(a: torch.Tensor, b: torch.Tensor) -> int:
     return 0 if equal_bits(a, b) else count_different_bits(a, b)
 
 
-def share_stamp(
+def share_quantizer(
     found: ModelSource, wanted: ModelSource
 ) -> tuple[ModelSource, ModelSource, str | None]:
-    """Give the stamp of a stamped model to an unstamped one, for their comparison.
+    """Give the quantiser of a stamped model to an unstamped one, for their comparison.
 
     Weights that lie on a grid are taken as values of the forward, others as its latents: whatever
     the two are then compared by means something, and equal ones are what the stamp says.
@@ -105,10 +106,9 @@ def share_stamp(
     Raises:
         CheckpointError: latents that were folded; no quantiser saw these values.
     """
-    if (found.stamp is None) == (wanted.stamp is None):
+    if (found.quantizer is None) == (wanted.quantizer is None):
         return found, wanted, None
-    plain, stamped = (found, wanted) if found.stamp is None else (wanted, found)
-    assert stamped.stamp is not None
+    plain, stamped = (found, wanted) if found.quantizer is None else (wanted, found)
     note = f"{plain.path} carries no quantiser stamp: its "
     form: Form = "latent"
     if _lies_on_grid(plain, stamped):
@@ -124,7 +124,7 @@ def share_stamp(
         note += f"weights were compared with the latents of {stamped.path}"
     else:
         note += f"weights were quantised with the stamp of {stamped.path} for the comparison"
-    lent = dataclasses.replace(plain, form=form, stamp=stamped.stamp)
+    lent = dataclasses.replace(plain, form=form, quantizer=stamped.quantizer)
     return (lent, wanted, note) if plain is found else (found, lent, note)
 
 
@@ -133,13 +133,14 @@ def _lies_on_grid(plain: ModelSource, stamped: ModelSource) -> bool:
 
     Judged by the first rows of each.
     """
-    assert stamped.stamp is not None
-    eps, folded = stamped.stamp.quant.eps, plain.folding is not None
+    assert stamped.quantizer is not None
+    eps, folded = stamped.quantizer.config.eps, plain.folding is not None
     names = stamped.quantized_tensors()
     count = 0
     for name in names:
         first_OI = plain.tensor(name)[:_FIRST_ROWS]
-        count += is_finite(first_OI) and infer_grid(first_OI, eps, folded=folded) is not None
+        on_grid = not count_not_finite(first_OI) and infer_grid(first_OI, eps, folded=folded)
+        count += bool(on_grid)
     return 2 * count > len(names)
 
 
@@ -178,42 +179,40 @@ def _facts_of(source: ModelSource) -> dict[str, Any]:
     }
 
 
-def _compare_stamps(found: ModelSource, wanted: ModelSource) -> list[str]:
+def _compare_quantizers(found: ModelSource, wanted: ModelSource) -> list[str]:
     """Compare the quantisers by what they do."""
-    a, b = found.stamp, wanted.stamp
-    if a is None or b is None:
-        return []  # neither has one, see `share_stamp`
-    mine, others = _stamp_facts(found, a), _stamp_facts(wanted, b)
-    return [
+    if found.quantizer is None or wanted.quantizer is None:
+        return []  # neither has one, see `share_quantizer`
+    mine, others = _quantizer_facts(found.quantizer), _quantizer_facts(wanted.quantizer)
+    problems = [
         f"{key} of the quantiser is {mine[key]}, there {others[key]}"
         for key in mine
         if mine[key] != others[key]
-    ] + (
-        ["the quantisers make other tensors or groups"]
-        if found.quantized_tensors() != wanted.quantized_tensors()
-        else []
-    )
+    ]
+    if found.quantized_tensors() != wanted.quantized_tensors():
+        problems.append("the quantisers make other tensors or groups")
+    return problems
 
 
-def _stamp_facts(source: ModelSource, stamp: QuantizerStamp) -> dict[str, Any]:
-    quant = stamp.quant
+def _quantizer_facts(quantizer: Quantizer) -> dict[str, Any]:
+    config = quantizer.config
     return {
-        "grid": quant.grid,
-        "eps": quant.eps,
-        "numerics": stamp.numerics,
-        "activation": quant.activation,
-        "tensor_model_parallel_size": stamp.tp_size if _slices_matter(stamp) else "any",
+        "grid": config.grid,
+        "eps": config.eps,
+        "numerics": quantizer.numerics,
+        "activation": config.activation,
+        "tensor_model_parallel_size": quantizer.tp_size if _slices_matter(quantizer) else "any",
     }
 
 
-def _slices_matter(stamp: QuantizerStamp) -> bool:
+def _slices_matter(quantizer: Quantizer) -> bool:
     """Whether the values of the forward depend on how many ranks had shared a row."""
-    quant = stamp.quant
-    if quant.activation != "none":
+    config = quantizer.config
+    if config.activation != "none":
         return True
-    if quant.group_size == -1 and quant.scale_sync == "local":
+    if config.group_size == WHOLE_ROW and config.scale_sync == "local":
         return True
-    return quant.grid == "ternary" and quant.group_size in (-1, "tensor")
+    return quantizer.grid.statistic == "abs_sum" and config.group_size in (WHOLE_ROW, TENSOR)
 
 
 def _alike(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,20 +223,21 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def _try_other_numerics(found: ModelSource, wanted: ModelSource) -> list[str]:
     """Say so when the models are equal under another arithmetic of the quantiser."""
     for source, other in ((found, wanted), (wanted, found)):
-        stamp = source.stamp
-        if stamp is None or source.form != "latent" or other.form == "latent":
+        quantizer = source.quantizer
+        if quantizer is None or source.form != "latent" or other.form == "latent":
             continue
-        for numerics in set(NUMERICS) - {stamp.numerics}:
-            changed_stamp = dataclasses.replace(stamp, numerics=numerics)
-            changed = dataclasses.replace(source, stamp=changed_stamp)
-            try:
-                equal = all(
-                    _count_values(changed.forward_tensor(name), other.forward_tensor(name)) == 0
-                    for name in source.quantized_tensors()
-                )
-            except BitcpmError:  # a grid that these numerics do not have
+        names = source.quantized_tensors()
+        for numerics in set(NUMERICS) - {quantizer.numerics}:
+            has_float16 = any(source.dtype(name) == torch.float16 for name in names)
+            if has_float16 or not quantizer.has_numerics(numerics):
                 continue
-            if equal:
+            changed = dataclasses.replace(
+                source, quantizer=dataclasses.replace(quantizer, numerics=numerics)
+            )
+            if all(
+                _count_values(changed.forward_tensor(name), other.forward_tensor(name)) == 0
+                for name in names
+            ):
                 return [
                     f"all codes and scales are equal when {source.path} is quantised with the "
                     f"other numerics, {numerics}"

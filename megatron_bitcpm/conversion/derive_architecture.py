@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,32 +19,16 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.conversion.hf.config import CONFIG_FILE, is_tied, parse_architecture
-from megatron_bitcpm.conversion.names import HF_EMBEDDING, HF_FINAL_NORM, HF_OUTPUT, hf_shapes
+from megatron_bitcpm.arch.hf_config import CONFIG_FILE, is_tied, parse_architecture
+from megatron_bitcpm.arch.model import shapes_of
+from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, all_specs, find_tensor
+from megatron_bitcpm.conversion.difference import compare_shapes
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import write_text_atomically
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, Shape]
 
-_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.(.+)")
 _USUAL_HEAD_DIMS = (128, 64)
-_OF_LAYER = {
-    "self_attn.q_proj.weight": ("queries", "hidden"),
-    "self_attn.k_proj.weight": ("keys", "hidden"),
-    "self_attn.v_proj.weight": ("keys", "hidden"),
-    "self_attn.o_proj.weight": ("hidden", "queries"),
-    "mlp.gate_proj.weight": ("ffn", "hidden"),
-    "mlp.up_proj.weight": ("ffn", "hidden"),
-    "mlp.down_proj.weight": ("hidden", "ffn"),
-    "input_layernorm.weight": ("hidden",),
-    "post_attention_layernorm.weight": ("hidden",),
-}
-_OUTSIDE = {
-    HF_EMBEDDING: ("vocab", "hidden"),
-    HF_OUTPUT: ("vocab", "hidden"),
-    HF_FINAL_NORM: ("hidden",),
-}
-"""Name of a tensor -> what its dimensions are."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ def derive_architecture(
     """
     votes = _count_votes(shapes)
     num_layers, strays = count_layers(shapes)
-    if not (num_layers and all(votes.values())):
+    if not num_layers or {"vocab", "hidden", "queries", "keys", "ffn"} - votes.keys():
         return None
     found = {what: counter.most_common(1)[0][0] for what, counter in votes.items()}
     queries, keys, hidden = found["queries"], found["keys"], found["hidden"]
@@ -100,16 +83,21 @@ def derive_architecture(
 
 def _count_votes(shapes: Shapes) -> dict[str, Counter[int]]:
     """Return for each size of the model how many tensors have which value."""
-    votes = {what: Counter[int]() for what in ("vocab", "hidden", "queries", "keys", "ffn")}
+    votes: dict[str, Counter[int]] = {}
     # The embedding before the output layer: of two that differ the first counts.
-    for name in (*_OUTSIDE, *shapes):
-        match = _LAYER.fullmatch(name)
-        dimensions = _OF_LAYER.get(match[2], ()) if match else _OUTSIDE.get(name, ())
-        shape = shapes.get(name, ())
-        if len(shape) == len(dimensions) and 0 not in shape:
+    for name in (EMBEDDING.hf, OUTPUT.hf, *shapes):
+        place, shape = find_tensor(name), shapes.get(name, ())
+        dimensions = () if place is None else _dimensions(place)
+        if shape and len(shape) == len(dimensions) and 0 not in shape:
             for what, size in zip(dimensions, shape, strict=True):
-                votes[what][size] += 1
+                votes.setdefault(what, Counter())[size] += 1
     return votes
+
+
+def _dimensions(place: Place) -> tuple[str, ...]:
+    """Return what the dimensions of a tensor are."""
+    rows, inputs = place.spec.parts[place.part].rows, place.spec.inputs
+    return (rows,) if inputs is None else (rows, inputs)
 
 
 def count_layers(shapes: Shapes) -> tuple[int, tuple[str, ...]]:
@@ -119,13 +107,11 @@ def count_layers(shapes: Shapes) -> tuple[int, tuple[str, ...]]:
     """
     layers: dict[int, list[str]] = {}
     for name in shapes:
-        if match := _LAYER.fullmatch(name):
-            layers.setdefault(int(match[1]), []).append(name)
-    whole = [
-        number
-        for number, names in layers.items()
-        if 2 * sum(f"model.layers.{number}.{name}" in names for name in _OF_LAYER) > len(_OF_LAYER)
-    ]
+        place = find_tensor(name)
+        if place is not None and place.layer is not None:
+            layers.setdefault(place.layer, []).append(name)
+    size = sum(len(spec.parts) for spec in all_specs() if spec.in_layer)
+    whole = [number for number, names in layers.items() if 2 * len(names) > size]
     # A layer that was lost counts too, but no number that is far off.
     count = min(1 + max(whole, default=-1), 2 * len(whole))
     strays = (name for number, names in layers.items() if number >= count for name in names)
@@ -214,26 +200,13 @@ def correct_config(
     if "dtype" in config:
         new["dtype"] = derived.sizes["torch_dtype"]
     model, vocab_size = parse_architecture(new, path)
-    wanted = hf_shapes(model, vocab_size)
-    differing = [name for name in wanted if shapes.get(name) != wanted[name]]
-    unknown = [name for name in shapes if name not in wanted]
-    if differing or unknown:
-        name = (differing + unknown)[0]
-        rule = f"{describe_misfit(name, shapes, wanted)}: "
-        rule += f"{len(differing) + len(unknown)} tensors fit no architecture"
+    misfits = compare_shapes(shapes, shapes_of(model, vocab_size))
+    if names := misfits.names():
         raise CheckpointError(
-            f"config.json={path}: {rule}. Copy the weights from their source again."
+            f"config.json={path}: {len(names)} tensors fit no architecture: {misfits.describe()}. "
+            "Copy the weights from their source again."
         )
     return new
-
-
-def describe_misfit(name: str, shapes: Shapes, wanted: Shapes) -> str:
-    """Say what is wrong with a tensor: absent, unknown, or of another shape."""
-    if name not in shapes:
-        return f"{name} is missing"
-    if name not in wanted:
-        return f"{name} is unknown"
-    return f"{name} is {list(shapes[name])}, not {list(wanted[name])}"
 
 
 def fix_config(folder: Path, new: Mapping[str, Any]) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_bitcpm.arch.tensors import Shape, find_tensor
+
 KINDS = ("codes", "scales", "values")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _LISTED = 5
 """Tensors that a line names; the table has all."""
 
@@ -57,8 +57,8 @@ class Differences:
         """
         rows: dict[int | None, dict[str, Any]] = {}
         for name in self.compared:
-            match = _LAYER.match(name)
-            layer = None if match is None else int(match[1])
+            place = find_tensor(name)
+            layer = None if place is None else place.layer
             row = rows.setdefault(layer, {"layer": layer, "tensors": 0, **dict.fromkeys(KINDS, 0)})
             row["tensors"] += 1
             for kind in KINDS:
@@ -83,3 +83,49 @@ def markdown_table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 
     header = list(header)
     return "\n".join([line(header), line("---" for _ in header), *map(line, rows)]) + "\n"
+
+
+@dataclass(frozen=True)
+class Misfits:
+    """How the tensors of a model are not those of its architecture.
+
+    Attributes:
+        missing: names that the architecture has.
+        unknown: names that it lacks.
+        misshapen: tensor -> what its shape is, and what it should be.
+    """
+
+    missing: list[str]
+    unknown: list[str]
+    misshapen: dict[str, str]
+
+    def names(self) -> list[str]:
+        """Return all names, in the order in which they are described."""
+        return [*self.missing, *self.unknown, *self.misshapen]
+
+    def describe(self) -> str:
+        """Return one clause for each kind, '' where everything fits."""
+        misshapen = [f"{name} is {text}" for name, text in self.misshapen.items()]
+        clauses = [
+            f"{len(names)} {what} tensors: {list_first(names, 'tensors')}"
+            for names, what in (
+                (self.missing, "missing"),
+                (self.unknown, "unknown"),
+                (misshapen, "misshapen"),
+            )
+            if names
+        ]
+        return "; ".join(clauses)
+
+
+def compare_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Misfits:
+    """Compare the tensors of a model, name -> shape, with those that its architecture has."""
+    return Misfits(
+        [name for name in wanted if name not in found],
+        [name for name in found if name not in wanted],
+        {
+            name: f"{list(found[name])}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if name in found and tuple(found[name]) != shape
+        },
+    )

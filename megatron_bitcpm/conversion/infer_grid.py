@@ -13,17 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_bitcpm.conversion.grid_reading import CodeCount, read_codes
-from megatron_bitcpm.conversion.tensor_stream import is_finite
-from megatron_bitcpm.quant.grids import GRIDS
+from megatron_bitcpm.conversion.codes import CodeCount, count_not_finite, read_codes
+from megatron_bitcpm.quant.grids import GRIDS, Grid
+from megatron_bitcpm.quant.groups import list_divisors
 
 MIN_GROUP = 4
 """Smaller groups are not looked for: any few values fit some grid."""
 _SAMPLE_ROWS = 8
 _FIRST_ROWS = 64
-ORDER = ("ternary", "asym4", "int_sym4", "half_sym4", "five")
-"""Grids by their levels. Values of asym4 without a single -2, the usual case, count as ternary."""
-assert set(ORDER) == set(GRIDS)
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,22 @@ class FoundGrid:
     """What the values of one tensor are on.
 
     Attributes:
-        grid: name of the grid.
+        grid: the grid.
         weights_per_scale: inputs of a group, or all weights of the tensor.
         count: its codes.
     """
 
-    grid: str
+    grid: Grid
     weights_per_scale: int
     count: CodeCount
+
+
+def grids_by_levels() -> list[Grid]:
+    """Return all grids, those with the fewest levels first.
+
+    Values of asym4 without a single -2, the usual case, count as ternary.
+    """
+    return sorted(GRIDS.values(), key=lambda grid: (len(grid.codes), -grid.code_unit))
 
 
 def infer_grid(
@@ -46,7 +51,7 @@ def infer_grid(
     eps: float,
     hint: FoundGrid | None = None,
     folded: bool = False,
-    grids: Sequence[str] = ORDER,
+    grids: Sequence[Grid] | None = None,
 ) -> FoundGrid | None:
     """Return the grid of a tensor and its group size, None where the values are on none.
 
@@ -55,8 +60,9 @@ def infer_grid(
         eps: smallest scale of the quantiser.
         hint: the answer for another tensor, which saves the search where it fits.
         folded: the values were multiplied with a constant and rounded a second time.
-        grids: those to look for, the first that fits counts.
+        grids: those to look for, the first that fits counts; default all.
     """
+    grids = grids_by_levels() if grids is None else grids
     if is_zero(w_OI):
         return None
     in_features = w_OI.shape[1]
@@ -65,7 +71,7 @@ def infer_grid(
         if found is not None:
             return _widen(w_OI, found, eps, folded)
     sample = _sample_rows(w_OI)
-    sizes = [s for s in _list_divisors(in_features) if s >= MIN_GROUP]
+    sizes = [s for s in reversed(list_divisors(in_features)) if s >= MIN_GROUP]
     if sizes and _count_magnitudes(sample.reshape(-1, sizes[-1])) > 2:
         # Larger groups made of these cannot hold fewer: of latents nearly all sizes are ruled out.
         sizes = [s for s in sizes if s % sizes[-1]]
@@ -89,7 +95,7 @@ def lies_on_grid(w_OI: torch.Tensor, eps: float) -> bool:
         eps: smallest scale of the quantiser.
     """
     first_OI = w_OI[:_FIRST_ROWS]
-    return is_finite(first_OI) and infer_grid(first_OI, eps) is not None
+    return not count_not_finite(first_OI) and infer_grid(first_OI, eps) is not None
 
 
 def is_zero(w: torch.Tensor) -> bool:
@@ -99,7 +105,7 @@ def is_zero(w: torch.Tensor) -> bool:
 
 
 def _try(
-    w_OI: torch.Tensor, grid: str, weights_per_scale: int, eps: float, folded: bool
+    w_OI: torch.Tensor, grid: Grid, weights_per_scale: int, eps: float, folded: bool
 ) -> FoundGrid | None:
     count, bad = read_codes(w_OI, weights_per_scale, grid, eps, folded)
     return None if bad is not None else FoundGrid(grid, weights_per_scale, count)
@@ -118,11 +124,6 @@ def _widen(w_OI: torch.Tensor, found: FoundGrid, eps: float, folded: bool) -> Fo
 def _sample_rows(w_OI: torch.Tensor) -> torch.Tensor:
     """Return a few rows from all over a tensor: what they rule out needs no full pass."""
     return w_OI[:: max(1, w_OI.shape[0] // _SAMPLE_ROWS)][:_SAMPLE_ROWS]
-
-
-def _list_divisors(number: int) -> list[int]:
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)}, reverse=True)
 
 
 def _count_magnitudes(groups_NL: torch.Tensor) -> int:

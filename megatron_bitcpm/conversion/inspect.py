@@ -17,83 +17,67 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.arch.hf_config import (
+    CONFIG_FILE,
+    find_model_type,
+    is_tied,
+    parse_architecture,
+)
+from megatron_bitcpm.arch.model import ModelConfig, shapes_of
+from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Shape, find_tensor
+from megatron_bitcpm.conversion.codes import count_not_finite
 from megatron_bitcpm.conversion.derive_architecture import (
     DerivedArchitecture,
     correct_config,
     count_layers,
     derive_architecture,
-    describe_misfit,
     find_contradictions,
     fix_config,
 )
-from megatron_bitcpm.conversion.difference import list_first
-from megatron_bitcpm.conversion.grid_reading import count_not_finite
-from megatron_bitcpm.conversion.hf.config import (
-    CONFIG_FILE,
-    find_model_type,
-    is_tied,
-    parse_architecture,
-    read_stamp,
-)
+from megatron_bitcpm.conversion.difference import compare_shapes, list_first
+from megatron_bitcpm.conversion.file_source import FileSource
+from megatron_bitcpm.conversion.hf.config import Origin, read_origin
 from megatron_bitcpm.conversion.hf.source import open_weights
-from megatron_bitcpm.conversion.hf.tensor_files import TensorFile, open_tensor_file
+from megatron_bitcpm.conversion.hf.tensor_files import SUFFIXES, TensorFile, open_tensor_file
 from megatron_bitcpm.conversion.infer_grid import is_zero
-from megatron_bitcpm.conversion.names import (
-    HF_EMBEDDING,
-    HF_OUTPUT,
-    find_projection,
-    hf_shapes,
-)
 from megatron_bitcpm.conversion.open import detect_kind, open_source
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.projection_totals import ProjectionTotals
-from megatron_bitcpm.conversion.source import Folding, ModelSource
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
+from megatron_bitcpm.conversion.source import Kind, ModelSource, TensorSource
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
 
-_TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-PARTS = ("embedding", "projections", "norms", "output", "other")
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a value by the name of its type; of others it does not matter."""
+_PARTS = {
+    "embedding": "embedding",
+    "projection": "projections",
+    "norm": "norms",
+    "output": "output",
+    "other": "other",
+}
+"""Role of a tensor -> part of the memory."""
 
 
 @dataclass
-class _Model:
+class _Inspected:
     """What is being inspected.
 
     Attributes:
-        path, kind, form: see `inspect`.
-        files: tensor -> its file, of Hugging Face models and single files.
-        source: of Megatron checkpoints.
+        source: its tensors.
         config: content of config.json, None where there is none.
-        stamp, folding, facts: of the files.
         problems: what is wrong with the files.
     """
 
-    path: Path
-    kind: str
-    form: str = "plain"
-    files: Mapping[str, TensorFile] = field(default_factory=dict)
-    source: ModelSource | None = None
+    source: TensorSource
     config: dict[str, Any] | None = None
-    stamp: QuantizerStamp | None = None
-    folding: Folding | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        if self.source is not None:
-            return self.source.shapes()
-        return {name: file.shape(name) for name, file in self.files.items()}
-
     def dtype_name(self, name: str) -> str:
-        if self.source is not None:
-            return str(self.source.dtype(name)).removeprefix("torch.")
-        written = self.files[name].dtype_name(name)
-        return _TORCH_NAMES.get(written, written)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return (self.source or self.files[name]).tensor(name)
+        """Name of a type, of unsupported ones too."""
+        if isinstance(self.source, FileSource):
+            return self.source.files[name].torch_dtype_name(name)
+        return str(self.source.dtype(name)).removeprefix("torch.")
 
 
 def inspect(
@@ -120,16 +104,16 @@ def inspect(
         CheckpointError: no model, damaged files, or a config.json that cannot be corrected.
     """
     model = _open(Path(path), tokenizer)
-    shapes = model.shapes()
+    source, shapes = model.source, model.source.shapes()
     found, tied, dtypes = _read_tensors(model, shapes)
     report: dict[str, Any] = {
-        "path": str(model.path),
-        "kind": model.kind,
-        "form": model.form,
+        "path": str(source.path),
+        "kind": source.kind,
+        "form": source.form,
         **_describe_architecture(model, shapes, tied, dtypes, fix_config),
-        "stamp": model.stamp.content() if model.stamp else None,
-        "folding": vars(model.folding) if model.folding else None,
-        "facts": model.facts,
+        "stamp": source.quantizer.stamp() if source.quantizer else None,
+        "folding": source.folding.model_dump() if source.folding else None,
+        "facts": source.facts,
         **found.describe(),
         "memory": _measure_memory(model, shapes, found),
         "dtypes": dict(dtypes),
@@ -137,93 +121,73 @@ def inspect(
     return {**report, "problems": model.problems}
 
 
-def _open(path: Path, tokenizer: str | Path | None) -> _Model:
+def _open(path: Path, tokenizer: str | Path | None) -> _Inspected:
     """Open what there is, tolerating everything that this report is about."""
-    if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+    if path.is_file() and path.suffix in SUFFIXES:
         file = open_tensor_file(path)
-        return _Model(path, "file", files=dict.fromkeys(file.names(), file))
+        return _Inspected(_loose(path, "file", dict.fromkeys(file.names(), file), Origin("plain")))
     if path.is_file():
         path = path.parent
     kind = detect_kind(path)
     if kind != "hf":
-        source = open_source(path, tokenizer)
-        return _Model(
-            source.path,
-            kind,
-            source.form,
-            source=source,
-            stamp=source.stamp,
-            folding=source.folding,
-            facts=source.facts,
-        )
-    model = _Model(path, kind, files=open_weights(path))
+        return _Inspected(open_source(path, tokenizer))
+    files, config = open_weights(path), None
     if (path / CONFIG_FILE).is_file():
-        model.config = read_json(path / CONFIG_FILE)
-    else:
-        model.problems.append("there is no config.json")
-    model.form, model.stamp, model.folding, model.facts = read_stamp(path, model.config or {})
-    return model
+        config = read_json(path / CONFIG_FILE)
+    source = _loose(path, kind, files, read_origin(path, config or {}))
+    problems = [] if config is not None else ["there is no config.json"]
+    return _Inspected(source, config, problems)
+
+
+def _loose(path: Path, kind: Kind, files: dict[str, TensorFile], origin: Origin) -> FileSource:
+    layers, _ = count_layers({name: file.shape(name) for name, file in files.items()})
+    return FileSource(path=path, kind=kind, files=files, layers=layers, **vars(origin))
 
 
 def _read_tensors(
-    model: _Model, shapes: Mapping[str, tuple[int, ...]]
+    model: _Inspected, shapes: Mapping[str, Shape]
 ) -> tuple[ProjectionTotals, bool, Counter[str]]:
     """Read every tensor once; return the projections, whether the output is tied, bytes by type."""
-    found = ProjectionTotals(model.stamp, model.form, model.folding is not None)
+    source, found = model.source, ProjectionTotals(model.source)
     dtypes = Counter[str]()
-    sizes = {n: math.prod(s) * _bytes_of(model.dtype_name(n)) for n, s in shapes.items()}
-    num_layers, _ = count_layers(shapes)
+    sizes = {n: math.prod(s) * _BYTES.get(model.dtype_name(n), 1) for n, s in shapes.items()}
     for name in track_tensors(sizes, "inspect"):
         dtypes[model.dtype_name(name)] += sizes[name]
-        tensor = model.tensor(name)
+        tensor, place = source.tensor(name), find_tensor(name)
         if not tensor.numel():
             model.problems.append(f"{name} is empty")
-            continue
-        bad = count_not_finite(tensor)
-        if bad:
+        elif bad := count_not_finite(tensor):
             model.problems.append(f"{name} holds {bad} NaN or infinite values")
-            continue
-        projection = find_projection(name)
-        if projection is not None and is_zero(tensor):
-            model.problems.append(f"{name} holds only zeros")
-        elif projection is not None and tensor.dim() == 2:
-            found.add(name, projection, tensor, num_layers)
+        elif place is not None and place.spec.role == "projection":
+            if is_zero(tensor):
+                model.problems.append(f"{name} holds only zeros")
+            elif tensor.dim() == 2:
+                found.add(name, place, tensor)
     model.problems.extend(found.list_problems())
-    tied = HF_OUTPUT not in shapes
-    if not tied and shapes[HF_OUTPUT] == shapes.get(HF_EMBEDDING):
-        tied = torch.equal(model.tensor(HF_OUTPUT), model.tensor(HF_EMBEDDING))
+    tied = OUTPUT.hf not in shapes
+    if not tied and shapes[OUTPUT.hf] == shapes.get(EMBEDDING.hf):
+        tied = torch.equal(source.tensor(OUTPUT.hf), source.tensor(EMBEDDING.hf))
         # Stored twice although tied is what some writers do; then config.json decides.
         with contextlib.suppress(CheckpointError):
-            tied = tied and is_tied(model.config or {}, model.path)
+            tied = tied and is_tied(model.config or {}, source.path)
     return found, tied, dtypes
 
 
-def _bytes_of(dtype_name: str) -> int:
-    """Return the bytes of a value by the name of its type; only weights' types matter."""
-    return {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype_name, 1)
-
-
 def _describe_architecture(
-    model: _Model,
-    shapes: Mapping[str, tuple[int, ...]],
-    tied: bool,
-    dtypes: Counter[str],
-    fix: bool,
+    model: _Inspected, shapes: Mapping[str, Shape], tied: bool, dtypes: Counter[str], fix: bool
 ) -> dict[str, Any]:
     main = dtypes.most_common(1)[0][0] if dtypes else "float32"
-    dtype = getattr(torch, main, torch.float32)
-    config = model.config
-    if model.source is not None:  # its arguments, compared with the tensors when it was opened
-        config = {"head_dim": model.source.model.head_dim}
-    derived = derive_architecture(shapes, dtype, tied, config)
+    dtype, source = getattr(torch, main, torch.float32), model.source
+    config, path = model.config, source.path / CONFIG_FILE
     kind: str | None = None
-    if model.source is not None:
-        kind = model.source.model.architecture
+    if isinstance(source, ModelSource):  # its arguments, compared with the tensors when opened
+        kind, config = source.model.architecture, {"head_dim": source.model.head_dim}
     elif model.config is not None:
         try:
-            kind = find_model_type(model.config, model.path / CONFIG_FILE)
+            kind = find_model_type(model.config, path)
         except CheckpointError as error:
             model.problems.append(str(error))
+    derived = derive_architecture(shapes, dtype, tied, config)
     result: dict[str, Any] = {
         "architecture": {"model_type": kind},
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
@@ -239,11 +203,10 @@ def _describe_architecture(
     if model.config is None:
         if fix:
             raise CheckpointError(
-                f"--fix-config={model.path}: has no config.json to correct. Copy it from the "
+                f"--fix-config={source.path}: has no config.json to correct. Copy it from the "
                 "model's source."
             )
         return result
-    path = model.path / CONFIG_FILE
     result["contradictions"] = find_contradictions(model.config, derived, path)
     try:
         if kind:
@@ -251,21 +214,28 @@ def _describe_architecture(
     except CheckpointError as error:
         model.problems.append(str(error))
     if result["contradictions"]:
-        try:
-            new = correct_config(model.config, derived, shapes, path)
-        except CheckpointError as error:
-            if fix:
-                raise
-            result["unfixable"] = str(error)
-            return result
-        if fix:
-            result["fixed"] = fix_config(model.path, new).name
+        result |= _correct(model.config, derived, shapes, path, fix)
     return result
 
 
-def _compare_names(
-    shapes: Mapping[str, tuple[int, ...]], derived: DerivedArchitecture
-) -> Iterator[str]:
+def _correct(
+    config: dict[str, Any],
+    derived: DerivedArchitecture,
+    shapes: Mapping[str, Shape],
+    path: Path,
+    fix: bool,
+) -> dict[str, Any]:
+    """Return why a config.json cannot be corrected, or the file that keeps the old one."""
+    try:
+        new = correct_config(config, derived, shapes, path)
+    except CheckpointError as error:
+        if fix:
+            raise
+        return {"unfixable": str(error)}
+    return {"fixed": fix_config(path.parent, new).name} if fix else {}
+
+
+def _compare_names(shapes: Mapping[str, Shape], derived: DerivedArchitecture) -> Iterator[str]:
     """Yield what layers of this architecture have and the tensors lack, and the reverse."""
     sizes, strays = derived.sizes, derived.strays
     for layer in sorted({name.split(".")[2] for name in strays}, key=int):
@@ -281,41 +251,25 @@ def _compare_names(
         num_query_groups=sizes["num_key_value_heads"],
         kv_channels=sizes["head_dim"],
         max_position_embeddings=2,
-        share_embeddings_and_output_weights=HF_OUTPUT not in shapes,
+        share_embeddings_and_output_weights=OUTPUT.hf not in shapes,
     )
-    wanted = hf_shapes(model, sizes["vocab_size"])
-    for names, word in (
-        (wanted.keys() - shapes.keys(), "missing"),
-        (shapes.keys() - wanted.keys() - set(strays), "unknown"),
-    ):
-        if names:
-            listed = ", ".join(sorted(names)[:5])
-            yield f"{len(names)} {word} tensors: {listed}{', ...' if len(names) > 5 else ''}"
-    odd = sorted(n for n in wanted.keys() & shapes.keys() if wanted[n] != shapes[n])
-    if odd:
-        yield (
-            f"{len(odd)} tensors are not shaped like the others, first "
-            f"{describe_misfit(odd[0], shapes, wanted)}"
-        )
+    found = {name: shape for name, shape in shapes.items() if name not in strays}
+    if misfits := compare_shapes(found, shapes_of(model, sizes["vocab_size"])).describe():
+        yield misfits
 
 
 def _measure_memory(
-    model: _Model, shapes: Mapping[str, tuple[int, ...]], found: ProjectionTotals
+    model: _Inspected, shapes: Mapping[str, Shape], found: ProjectionTotals
 ) -> dict[str, dict[str, float]]:
     """Return parameters and bytes by part, as stored and with the codes packed."""
-    memory = {part: {"parameters": 0, "stored_bytes": 0, "packed_bytes": 0.0} for part in PARTS}
+    parts = _PARTS.values()
+    memory = {part: {"parameters": 0, "stored_bytes": 0, "packed_bytes": 0.0} for part in parts}
     for name, shape in shapes.items():
-        part = memory[_part_of(name)]
-        stored = math.prod(shape) * _bytes_of(model.dtype_name(name))
+        place = find_tensor(name)
+        role = "other" if place is None else place.spec.role
+        part = memory[_PARTS.get(role, "other")]
+        stored = math.prod(shape) * _BYTES.get(model.dtype_name(name), 1)
         part["parameters"] += math.prod(shape)
         part["stored_bytes"] += stored
         part["packed_bytes"] += found.packed_bytes.get(name, stored)
     return {part: values for part, values in memory.items() if values["parameters"]}
-
-
-def _part_of(name: str) -> str:
-    if find_projection(name) is not None:
-        return "projections"
-    if name in (HF_EMBEDDING, HF_OUTPUT):
-        return "embedding" if name == HF_EMBEDDING else "output"
-    return "norms" if name.endswith("norm.weight") else "other"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_bitcpm.conversion.hf.config import CONFIG_FILE
+from megatron_bitcpm.arch.hf_config import CONFIG_FILE
+from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.conversion.hf.source import BIN_INDEX_FILE, INDEX_FILE, open_hf
 from megatron_bitcpm.conversion.source import Kind, ModelSource
 from megatron_bitcpm.errors import CheckpointError
 
 _HF_WEIGHTS = ("*.safetensors", INDEX_FILE, "pytorch_model*.bin", BIN_INDEX_FILE)
-_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def open_source(path: str | Path, tokenizer: str | Path | None = None) -> ModelSource:
@@ -58,7 +58,7 @@ def detect_kind(path: Path) -> Kind:
         return "hf"
     from megatron_bitcpm.conversion.megatron.folder import find_megatron_folder, kind_of_folder
 
-    is_megatron = (path / _TRACKER).is_file() or kind_of_folder(path) is not None
+    is_megatron = (path / TRACKER).is_file() or kind_of_folder(path) is not None
     if is_megatron or any(path.glob("iter_*")) or (path / "release").is_dir():
         return "legacy" if kind_of_folder(find_megatron_folder(path)) == "legacy" else "torch_dist"
     if (path / CONFIG_FILE).is_file():

@@ -19,17 +19,17 @@ Shape legend: O out, I in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from megatron_bitcpm.arch.tensors import find_projection
+from megatron_bitcpm.conversion.codes import count_not_finite
 from megatron_bitcpm.conversion.infer_grid import lies_on_grid
-from megatron_bitcpm.conversion.names import Projection, find_projection
-from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
-from megatron_bitcpm.conversion.tensor_stream import is_finite
+from megatron_bitcpm.conversion.source import TensorSource
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.quant.grids import Grid
 
 SMALL_ERROR = 0.1
 CROWDING = 1.05
@@ -92,14 +92,14 @@ class LatentFigures:
         """Density at the threshold relative to its surroundings; 1 where nothing is known."""
         return 2 * self.at_threshold / self.beside if self.beside else 1.0
 
-    def looks_trained(self, grid: str) -> bool:
+    def looks_trained(self, grid: Grid) -> bool:
         """Whether the weights show a training on their grid."""
-        return grid == "ternary" and (self.error < SMALL_ERROR or self.crowding >= CROWDING)
+        return grid.is_ternary and (self.error < SMALL_ERROR or self.crowding >= CROWDING)
 
-    def describe(self, grid: str) -> str:
+    def describe(self, grid: Grid) -> str:
         """Return the figures in words, and what they are to be compared with."""
         text = f"relative quantisation error {self.error:.3f}"
-        if grid != "ternary":
+        if not grid.is_ternary:
             return f"{text}, which tells nothing about a training on this grid"
         return (
             f"{text} (Gaussian weights 0.263), density at the rounding threshold "
@@ -107,115 +107,79 @@ class LatentFigures:
         )
 
 
-def measure_latents(
-    shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], torch.Tensor],
-    num_layers: int,
-    stamp: QuantizerStamp,
-) -> LatentFigures:
-    """Measure the first, the middle and the last layer of a model.
-
-    Args:
-        shapes: name -> shape of its tensors.
-        read: returns one of them, the latent weight.
-        num_layers: layers of the model.
-        stamp: the quantiser.
-
-    Raises:
-        CheckpointError: damaged files.
-    """
-    figures = LatentFigures()
-    for name, projection in _iter_sample(shapes, num_layers, stamp):
-        w_OI = read(name)
-        wq_OI = fake_quantize_projection(w_OI, projection, stamp)
-        figures.add(w_OI, wq_OI, stamp.weights_per_scale(projection, shapes[name]))
+def measure_latents(source: TensorSource) -> LatentFigures:
+    """Measure the first, the middle and the last layer of a latent model."""
+    figures, groups = LatentFigures(), source.quantized_tensors()
+    for name in _sample(source):
+        figures.add(source.tensor(name), source.forward_tensor(name), groups[name])
     return figures
 
 
-def _iter_sample(
-    shapes: Mapping[str, tuple[int, ...]], num_layers: int, stamp: QuantizerStamp
-) -> Iterator[tuple[str, Projection]]:
+def _sample(source: TensorSource) -> Iterator[str]:
     """Yield the quantised tensors of the first, the middle and the last layer."""
-    layers = {0, num_layers // 2, num_layers - 1}
-    for name in shapes:
-        projection = find_projection(name)
-        if projection is None or projection.layer not in layers:
-            continue
-        if stamp.quantizes(projection, num_layers):
-            yield name, projection
+    layers = {0, source.num_layers // 2, source.num_layers - 1}
+    for name in source.quantized_tensors():
+        place = find_projection(name)
+        if place is not None and place.layer in layers:
+            yield name
 
 
-def check_trained(
-    shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], torch.Tensor],
-    num_layers: int,
-    stamp: QuantizerStamp,
-    place: tuple[str, Path],
-    force: bool,
-) -> list[str]:
-    """Refuse weights without a stamp that show no training on their grid, unless forced.
+def check_trained(source: TensorSource, field: str, force: bool) -> list[str]:
+    """Refuse latents without a stamp that show no training on their grid, unless forced.
 
     Args:
-        shapes, read, num_layers, stamp: as for `measure_latents`.
-        place: the argument that named the weights, and its value; for messages.
+        source: a latent model with the quantiser that was named.
+        field: the argument that named it, for messages.
         force: return the message as a warning.
 
     Raises:
         CheckpointError: see above; also a NaN, or weights that were quantised already.
     """
-    check_latents(shapes, read, num_layers, stamp, place)
-    grid, figures = stamp.quant.grid, measure_latents(shapes, read, num_layers, stamp)
+    check_latents(source, field)
+    assert source.quantizer is not None
+    grid, figures = source.quantizer.grid, measure_latents(source)
     if figures.looks_trained(grid):
         return []
-    rule = f"holds weights that show no training on the {grid} grid: {figures.describe(grid)}"
+    rule = f"holds weights that show no training on the {grid.name} grid: {figures.describe(grid)}"
     if not force:
         raise CheckpointError(
-            f"{place[0]}={place[1]}: {rule}, and no stamp says otherwise. Add --force if a "
+            f"{field}={source.path}: {rule}, and no stamp says otherwise. Add --force if a "
             "quantiser did train them; any other model is destroyed."
         )
-    return [f"{place[1]} {rule}"]
+    return [f"{source.path} {rule}"]
 
 
-def check_latents(
-    shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], torch.Tensor],
-    num_layers: int,
-    stamp: QuantizerStamp,
-    place: tuple[str, Path],
-) -> None:
-    """Refuse weights that were quantised already: their scales would become other ones.
-
-    Args:
-        shapes, read, num_layers, stamp: as for `measure_latents`.
-        place: as for `check_trained`.
+def check_latents(source: TensorSource, field: str) -> None:
+    """Refuse latents that were quantised already: their scales would become other ones.
 
     Raises:
-        CheckpointError: see above; also a NaN; names the tensor.
+        CheckpointError: names the tensor; also of a NaN.
     """
-    for name, _ in _iter_sample(shapes, num_layers, stamp):
-        w_OI = read(name)
-        check_finite(name, w_OI, place)
-        if lies_on_grid(w_OI, stamp.quant.eps):
+    assert source.quantizer is not None
+    for name in _sample(source):
+        w_OI = source.tensor(name)
+        check_finite(name, w_OI, f"{field}={source.path}")
+        if lies_on_grid(w_OI, source.quantizer.config.eps):
             raise CheckpointError(
-                f"{place[0]}={place[1]}: {name} lies on a grid already: it was quantised before, "
+                f"{field}={source.path}: {name} lies on a grid already: it was quantised before, "
                 "and quantising again changes it. Name the latent weights."
             )
 
 
-def check_finite(name: str, tensor: torch.Tensor, place: tuple[str, Path]) -> None:
+def check_finite(name: str, tensor: torch.Tensor, place: str) -> None:
     """Refuse a tensor that holds a NaN or an infinity.
 
     Args:
         name: of the tensor.
         tensor: of any type; only floating-point numbers are looked at.
-        place: as for `check_trained`.
+        place: ``field=value`` of the argument that named the model.
 
     Raises:
         CheckpointError: names the tensor and its first bad row.
     """
-    if tensor.dtype.is_floating_point and not is_finite(tensor):
+    if tensor.dtype.is_floating_point and count_not_finite(tensor):
         row = int((~tensor.isfinite()).nonzero()[0][0]) if tensor.ndim else 0
         raise CheckpointError(
-            f"{place[0]}={place[1]}: {name} holds a NaN or an infinity, first in row {row}. The "
-            "training had diverged; use an earlier checkpoint."
+            f"{place}: {name} holds a NaN or an infinity, first in row {row}. The training had "
+            "diverged; use an earlier checkpoint."
         )

@@ -17,17 +17,121 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.arch.folding import Folding
+from megatron_bitcpm.arch.model import ModelConfig, shapes_of
+from megatron_bitcpm.arch.tensors import Place, Shape, find_projection
+from megatron_bitcpm.conversion.codes import read_scales
 from megatron_bitcpm.conversion.difference import list_first
-from megatron_bitcpm.conversion.names import find_projection, hf_shapes
-from megatron_bitcpm.conversion.stamp import (
-    QuantizerStamp,
-    fake_quantize_projection,
-    list_quantized_tensors,
-)
+from megatron_bitcpm.quantizer import Quantizer
 
 Form = Literal["latent", "pseudo", "plain"]
-Kind = Literal["torch_dist", "legacy", "hf"]
+Kind = Literal["torch_dist", "legacy", "hf", "file"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSource(ABC):
+    """Tensors on disk, of a whole model or of one file.
+
+    Attributes:
+        path: what was opened.
+        kind: torch_dist or legacy (Megatron), hf, or file.
+        form: see the module.
+        quantizer: the one that trained a latent or pseudo model.
+        folding: set when the model is a folded MiniCPM.
+        facts: what is known of the training: iteration, tokens, seq_length, valid_loss, ...
+    """
+
+    path: Path
+    kind: Kind
+    form: Form
+    quantizer: Quantizer | None = None
+    folding: Folding | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    @abstractmethod
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, Shape]:
+        """Return Hugging Face name -> shape of every tensor, in the order of the layers."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a stored tensor."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read a stored tensor; it may lie in a mapped file: never write to it.
+
+        Args:
+            name: one of `shapes`.
+
+        Raises:
+            CheckpointError: absent, or its file is damaged; names the file and the tensor.
+        """
+
+    def quantized_tensors(self) -> dict[str, int]:
+        """Return the tensors on a grid, or to be quantised: name -> weights per scale."""
+        if self.quantizer is None:
+            return {}
+        return self.quantizer.tensors(self.shapes(), self.num_layers)
+
+    def forward_tensor(self, name: str) -> torch.Tensor:
+        """Read what the forward multiplies with: the values on the grid, for a latent model too."""
+        tensor, place = self.tensor(name), self._quantized(name)
+        if place is None or self.form != "latent" or self.quantizer is None:
+            return tensor
+        return self.quantizer.values(tensor.contiguous(), place.spec)
+
+    def codes_scales(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return codes, int8 [O, I], and scales, float32 [O, G], of a quantised tensor.
+
+        Of a pseudo-quantised model they are read out of the values, the scales as these were
+        rounded; its values must be on the grid.
+        """
+        tensor, place = self.tensor(name), self._quantized(name)
+        assert place is not None and self.quantizer is not None, name
+        if self.form == "latent":
+            return self.quantizer.codes_scales(tensor.contiguous(), place.spec)
+        size = self.quantizer.weights_per_scale(place, tuple(tensor.shape))
+        return read_scales(tensor, size, self.quantizer.grid, self.quantizer.config.eps)
+
+    def _quantized(self, name: str) -> Place | None:
+        place = find_projection(name)
+        if place is None or self.quantizer is None:
+            return None
+        return place if self.quantizer.quantizes(place, self.num_layers) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource(TensorSource):
+    """A model on disk; opened by `open_source`.
+
+    Attributes:
+        model: the architecture; of a folded MiniCPM that of the plain Llama.
+        vocab_size: ids, without rows that only pad.
+        side_files: folder whose tokenizer, chat template and generation settings belong to the
+            model; None where there is none.
+    """
+
+    model: ModelConfig
+    vocab_size: int
+    side_files: Path | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return self.model.num_layers
+
+    def shapes(self) -> dict[str, Shape]:
+        """Return Hugging Face name -> shape of every tensor, in the order of the layers."""
+        return shapes_of(self.model, self.vocab_size)
+
+    def padded_tensor(self, name: str) -> torch.Tensor:
+        """Read the embedding or the output layer with the rows that only pad it, if it has any."""
+        return self.tensor(name)
 
 
 def find_mixed_types(dtypes: Mapping[str, torch.dtype]) -> str | None:
@@ -49,89 +153,3 @@ def find_mixed_types(dtypes: Mapping[str, torch.dtype]) -> str | None:
         f"{list_first(names[few], 'tensors')}: of type {str(few).removeprefix('torch.')} among "
         f"{len(names[many])} of {str(many).removeprefix('torch.')}"
     )
-
-
-@dataclass(frozen=True)
-class Folding:
-    """MiniCPM's constants that were multiplied into the weights of a plain Llama; see `fold`.
-
-    Attributes:
-        scale_emb: factor of the embedding's rows.
-        residual: factor of o_proj and down_proj, scale_depth / sqrt(layers).
-        output: factor of lm_head, dim_model_base / hidden_size.
-        scale_depth, dim_model_base: what the last two were made of.
-    """
-
-    scale_emb: float
-    residual: float
-    output: float
-    scale_depth: float
-    dim_model_base: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource(ABC):
-    """A model on disk; opened by `open_source`.
-
-    Attributes:
-        path: what was opened.
-        kind: torch_dist or legacy (Megatron), hf.
-        form: see the module.
-        model: the architecture; of a folded MiniCPM that of the plain Llama.
-        vocab_size: ids, without rows that only pad.
-        stamp: the quantiser that trained a latent or pseudo model.
-        folding: set when the model is a folded MiniCPM.
-        facts: what is known of the training: iteration, tokens, seq_length, valid_loss, ...
-        side_files: folder whose tokenizer, chat template and generation settings belong to the
-            model; None where there is none.
-    """
-
-    path: Path
-    kind: Kind
-    form: Form
-    model: ModelConfig
-    vocab_size: int
-    stamp: QuantizerStamp | None = None
-    folding: Folding | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    side_files: Path | None = None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return Hugging Face name -> shape of every tensor, in the order of the layers."""
-        return hf_shapes(self.model, self.vocab_size)
-
-    @abstractmethod
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of a stored tensor."""
-
-    @abstractmethod
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read a stored tensor; it may lie in a mapped file: never write to it.
-
-        Args:
-            name: one of `shapes`.
-
-        Raises:
-            CheckpointError: absent, or its file is damaged; names the file and the tensor.
-        """
-
-    def padded_tensor(self, name: str) -> torch.Tensor:
-        """Read the embedding or the output layer with the rows that only pad it, if it has any."""
-        return self.tensor(name)
-
-    def quantized_tensors(self) -> dict[str, int]:
-        """Return the tensors on a grid, or to be quantised: name -> weights per scale."""
-        return list_quantized_tensors(self.shapes(), self.model.num_layers, self.stamp)
-
-    def forward_tensor(self, name: str) -> torch.Tensor:
-        """Read what the forward multiplies with: the values on the grid, for a latent model too."""
-        tensor = self.tensor(name)
-        projection = find_projection(name)
-        if (
-            self.form != "latent"
-            or projection is None
-            or self.stamp is None
-            or not self.stamp.quantizes(projection, self.model.num_layers)
-        ):
-            return tensor
-        return fake_quantize_projection(tensor, projection, self.stamp)

@@ -167,14 +167,6 @@ def equal_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*views)
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity: one pass, no copy."""
-    if not tensor.numel():
-        return True
-    low, high = torch.aminmax(tensor)  # both keep NaN
-    return bool(low.isfinite() & high.isfinite())
-
-
 def count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of a tensor."""
     return torch.Size(shape).numel() * dtype.itemsize

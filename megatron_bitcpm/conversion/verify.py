@@ -19,19 +19,19 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.conversion.comparison import (
-    Comparison,
-    compare_architectures,
-    fold_alike,
-    share_stamp,
-)
-from megatron_bitcpm.conversion.difference import KINDS, list_first, markdown_table
-from megatron_bitcpm.conversion.grid_reading import (
+from megatron_bitcpm.conversion.codes import (
     CodeCount,
     count_not_finite,
     describe_group,
     read_codes,
 )
+from megatron_bitcpm.conversion.comparison import (
+    Comparison,
+    compare_architectures,
+    fold_alike,
+    share_quantizer,
+)
+from megatron_bitcpm.conversion.difference import KINDS, list_first, markdown_table
 from megatron_bitcpm.conversion.hf.config import QUANTIZER_FILE
 from megatron_bitcpm.conversion.hf.modeling.writer import MODELING_FILE, trusted_modeling_files
 from megatron_bitcpm.conversion.hf.source import HfSource
@@ -41,10 +41,7 @@ from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES, read_tokenizer_ids
 from megatron_bitcpm.errors import BitcpmError, CheckpointError, one_line
 from megatron_bitcpm.files import read_json
-from megatron_bitcpm.quant.grids import find_grid
 
-SCALE_BITS = 32
-"""Bits of a packed scale (float32)."""
 _SHOWN = 3
 """Unsound tensors that the line names."""
 
@@ -190,7 +187,7 @@ def compare(
         if problems := compare_architectures(found, wanted):
             report.problems += [f"not the model of {wanted.path}: {'; '.join(problems)}"]
             return report
-        *shared, note = share_stamp(*originals)
+        *shared, note = share_quantizer(*originals)
         if note is not None:
             report.content["notes"] = [note]
             found, wanted = fold_alike(*shared)
@@ -230,8 +227,7 @@ class _Count:
         self.source = source
         self.shapes = source.shapes()
         self.groups = source.quantized_tensors()
-        stamp = source.stamp
-        self.codes = None if stamp is None else CodeCount(find_grid(stamp.quant.grid))
+        self.codes = None if source.quantizer is None else CodeCount(source.quantizer.grid)
         self.other = 0
 
     def add(self, name: str, value: torch.Tensor) -> str | None:
@@ -239,22 +235,29 @@ class _Count:
         shape = self.shapes[name]
         if tuple(value.shape) != shape:
             return f"{name} has shape {list(value.shape)}, the architecture calls for {list(shape)}"
-        on_grid = name in self.groups
-        if not on_grid:
+        if name not in self.groups:
             self.other += value.numel()
         if bad := count_not_finite(value):
             return f"{name} holds {bad} NaN or infinite values"
-        stamp = self.source.stamp
-        if not on_grid or stamp is None or self.codes is None:
+        if name in self.groups and self.codes is not None:
+            return self._add_codes(name, value, self.codes)
+        return None
+
+    def _add_codes(self, name: str, value: torch.Tensor, total: CodeCount) -> str | None:
+        size, quantizer = self.groups[name], self.source.quantizer
+        assert quantizer is not None
+        if self.source.form == "latent":  # its quantiser knows the codes
+            codes_OI, _ = self.source.codes_scales(name)
+            count = CodeCount(total.grid, 1, value.numel() // size, value.numel())
+            count.add_codes(codes_OI.numpy())
+            total.add(count)
             return None
-        size, folded = self.groups[name], self.source.folding is not None
-        count, odd = read_codes(value, size, stamp.quant.grid, stamp.quant.eps, folded)
-        self.codes.add(count)
+        folded = self.source.folding is not None
+        count, odd = read_codes(value, size, total.grid, quantizer.config.eps, folded)
+        total.add(count)
         if odd is None:
             return None
-        grid = stamp.quant.grid
-        what = "ternary" if grid == "ternary" else f"on the grid {grid}"
-        return f"{name} is not {what}: {describe_group(value, size, odd)}"
+        return f"{name} is not on the {total.grid.name} grid: {describe_group(value, size, odd)}"
 
     def content(self) -> dict[str, Any]:
         """Return the totals for the report."""
@@ -266,26 +269,19 @@ class _Count:
             "weights": codes.weights if codes else 0,
             "other_parameters": self.other,
         }
-        if codes and codes.weights:
-            found |= {
-                "zero_fraction": codes.codes.get(0, 0) / codes.weights,
-                "entropy_bits_per_weight": codes.entropy_bits(),
-                "packed_bits_per_weight": codes.code_bits()
-                + SCALE_BITS * codes.groups / codes.weights,
-            }
-        return found
+        return found | (codes.describe() if codes and codes.weights else {})
 
 
 def _describe(found: ModelSource, wanted: ModelSource | None) -> dict[str, Any]:
-    stamp = found.stamp
+    quantizer = found.quantizer
     content: dict[str, Any] = {
         "folder": str(found.path),
         "kind": found.kind,
         "form": found.form,
         "architecture": found.model.architecture,
-        "grid": None if stamp is None else stamp.quant.grid,
-        "numerics": None if stamp is None else stamp.numerics,
-        "activation": "none" if stamp is None else stamp.quant.activation,
+        "grid": None if quantizer is None else quantizer.grid.name,
+        "numerics": None if quantizer is None else quantizer.numerics,
+        "activation": "none" if quantizer is None else quantizer.config.activation,
         "checkpoint": None,
     }
     if wanted is not None:

@@ -31,7 +31,8 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import BitcpmError
 
 SHAPES = {
@@ -106,13 +107,13 @@ class _Case:
 
 
 CASES = (
-    _Case("hf_to_hf", "hf", {"to": "plain"}),
-    _Case("hf_to_hf_quantizing", "hf_latent", {"to": "pseudo"}, "quantizing"),
-    _Case("hf_to_bin", "hf", {"to": "plain", "weights": "bin"}),
-    _Case("hf_to_bin_quantizing", "hf_latent", {"to": "pseudo", "weights": "bin"}, "quantizing"),
-    _Case("hf_to_torch_dist", "hf", {"to": "torch_dist", "pipeline_parallel_size": 2}),
-    _Case("hf_to_legacy", "hf", {"to": "legacy", "pipeline_parallel_size": 2}),
-    _Case("torch_dist_to_hf", "torch_dist", {"to": "plain"}),
+    _Case("hf_to_hf", "hf", {}),
+    _Case("hf_to_hf_quantizing", "hf_latent", {}, "quantizing"),
+    _Case("hf_to_bin", "hf", {"weights": "bin"}),
+    _Case("hf_to_bin_quantizing", "hf_latent", {"weights": "bin"}, "quantizing"),
+    _Case("hf_to_torch_dist", "hf", {"format": "torch_dist", "pipeline_parallel_size": 2}),
+    _Case("hf_to_legacy", "hf", {"format": "legacy", "pipeline_parallel_size": 2}),
+    _Case("torch_dist_to_hf", "torch_dist", {}),
 )
 
 
@@ -179,7 +180,7 @@ class _Bench:
 
     def _summarize(self, case: _Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
         shard = max(run.pop("largest_file_bytes") for run in runs)
-        megatron = case.settings["to"] in ("torch_dist", "legacy")
+        megatron = "format" in case.settings
         return {
             "runs": runs,
             **{
@@ -254,21 +255,20 @@ def make_model(plain: Path, latent: Path, model: ModelConfig, vocab_size: int) -
     Returns:
         Bytes of the largest tensor, and of all.
     """
-    from megatron_bitcpm.conversion.hf.config import hf_config
+    from megatron_bitcpm.arch.hf_config import hf_config
+    from megatron_bitcpm.arch.model import shapes_of
     from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
     from megatron_bitcpm.conversion.hf.safetensors_writer import write_safetensors
-    from megatron_bitcpm.conversion.names import hf_shapes
-    from megatron_bitcpm.conversion.stamp import QuantizerStamp
+    from megatron_bitcpm.quantizer import Quantizer
 
-    shapes = hf_shapes(model, vocab_size)
+    shapes = shapes_of(model, vocab_size)
     plain.mkdir(parents=True)
     latent.mkdir(parents=True)
     layout = {name: (shape, torch.bfloat16) for name, shape in shapes.items()}
     write_safetensors(plain / "model.safetensors", layout, _random_tensors(shapes))
     os.link(plain / "model.safetensors", latent / "model.safetensors")
-    config = hf_config(model, torch.bfloat16, vocab_size)
-    stamp = QuantizerStamp(QuantConfig(), 1)
-    additions = write_modeling_files(latent, model, "latent", stamp)
+    config = hf_config(model, "bfloat16", vocab_size)
+    additions = write_modeling_files(latent, model, "latent", Quantizer(QuantConfig()))
     words = {"<s>": 0, "</s>": 1, "a": 2}
     tokenizer = {"model": {"type": "WordLevel", "vocab": words, "unk_token": "a"}}
     for folder, content in ((plain, config), (latent, config | additions)):
@@ -316,7 +316,7 @@ def run_sampled(source: str, output: str, settings: dict[str, Any]) -> tuple[dic
     printed, errors = process.communicate()
     if process.returncode:
         reason = (errors.strip().splitlines() or ["the process died"])[-1]
-        raise BitcpmError(f"convert={settings['to']}: {reason.rstrip('.')}. See the message.")
+        raise BitcpmError(f"output={output}: {reason.rstrip('.')}. See the message.")
     report: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return report, peak
 

@@ -20,27 +20,12 @@ from typing import Any
 import torch
 
 from megatron_bitcpm import ops
+from megatron_bitcpm.arch.tensors import EMBEDDING, Place, find_tensor
 from megatron_bitcpm.config import ParallelConfig
 from megatron_bitcpm.conversion.megatron.source import MegatronSource
-from megatron_bitcpm.conversion.names import (
-    EMBEDDING,
-    FINAL_NORM,
-    HF_EMBEDDING,
-    HF_OUTPUT,
-    LINEARS,
-    OUTPUT,
-    FusedLinear,
-    Projection,
-)
 from megatron_bitcpm.conversion.open import open_source
-from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
 from megatron_bitcpm.errors import CheckpointError
-
-# Megatron stores the norm in front of a linear under the linear's name.
-_STORED_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
+from megatron_bitcpm.quantizer import Quantizer
 
 
 @contextmanager
@@ -67,16 +52,16 @@ def megatron_model(
     with start_runtime(ParallelConfig(), seed=0) as runtime:
         from megatron_bitcpm.models.decoder import build_model, build_transformer_config
 
-        model, stamp = source.model, source.stamp
+        model, quantizer = source.model, source.quantizer
         built = build_model(
             build_transformer_config(model, ParallelConfig(), torch.float32),
             model,
-            source.padded_tensor(HF_EMBEDDING).shape[0],
+            source.padded_tensor(EMBEDDING.hf).shape[0],
             source.facts.get("seq_length") or model.max_position_embeddings,
         )
         _fill(built, source)
-        if stamp is not None and stamp.quant.activation == "int8_per_token":
-            _round_inputs(built, stamp)
+        if quantizer is not None and quantizer.config.activation == "int8_per_token":
+            _round_inputs(built, quantizer)
         yield built.to(runtime.device).eval()
 
 
@@ -85,7 +70,7 @@ def open_megatron(checkpoint: str | Path, tokenizer: str | Path | None = None) -
     source = open_source(checkpoint, tokenizer)
     if not isinstance(source, MegatronSource):
         raise CheckpointError(
-            f"checkpoint={checkpoint}: is no Megatron checkpoint. Name one, or compare Hugging "
+            f"checkpoint={checkpoint}: is not a Megatron checkpoint. Name one, or compare Hugging "
             "Face folders with bitcpm verify --logits."
         )
     return source
@@ -93,54 +78,42 @@ def open_megatron(checkpoint: str | Path, tokenizer: str | Path | None = None) -
 
 @torch.no_grad()
 def _fill(built: torch.nn.Module, source: MegatronSource) -> None:
-    linears = {f"{linear.name}.weight": linear for linear in LINEARS}
-    outside = {EMBEDDING: HF_EMBEDDING, OUTPUT: HF_OUTPUT}
     for name, parameter in built.named_parameters():
-        if name.startswith("decoder.layers."):
-            number, _, local = name.removeprefix("decoder.layers.").partition(".")
-            stored = _STORED_NORMS.get(local, local)
-            value = source.tensors.layer_tensor(stored, int(number))
-            if local in linears:
-                value = _fake_quantize_fused(value, linears[local], int(number), source)
-        elif name in outside:
-            value = source.padded_tensor(outside[name])
-        else:
-            assert name == FINAL_NORM, name
-            value = source.tensors.tensor(name)
+        place = find_tensor(name, "megatron")
+        assert place is not None, name
+        value = source.tensors.tensor(place.spec, place.layer)
+        if place.spec.role == "projection":
+            value = _fake_quantize_fused(value, place, source)
         assert value.shape == parameter.shape, name
         parameter.copy_(value)
 
 
-def _fake_quantize_fused(
-    w_OI: torch.Tensor, linear: FusedLinear, layer: int, source: MegatronSource
-) -> torch.Tensor:
+def _fake_quantize_fused(w_OI: torch.Tensor, place: Place, source: MegatronSource) -> torch.Tensor:
     """Return what the forward multiplies with, rows in Megatron's order.
 
     A scale never spans rows, except with one scale per projection: so this does not depend on which
     rows are taken for which projection's.
     """
-    stamp, model = source.stamp, source.model
-    first = Projection(layer, linear.hf_names[0], linear)
-    if source.form != "latent" or stamp is None or not stamp.quantizes(first, model.num_layers):
+    quantizer, spec = source.quantizer, place.spec
+    is_latent = source.form == "latent"
+    if not is_latent or quantizer is None or not quantizer.quantizes(place, source.num_layers):
         return w_OI
     wq_OI = torch.empty_like(w_OI)
-    rows = linear.split(torch.arange(w_OI.shape[0]), model)
-    for hf_name, rows_N in zip(linear.hf_names, rows, strict=True):
-        projection = Projection(layer, hf_name, linear)
-        wq_OI[rows_N] = fake_quantize_projection(w_OI[rows_N], projection, stamp)
+    for rows_N in spec.split(torch.arange(w_OI.shape[0]), source.model.dimensions()):
+        wq_OI[rows_N] = quantizer.values(w_OI[rows_N], spec)
     return wq_OI
 
 
-def _round_inputs(built: Any, stamp: QuantizerStamp) -> None:
+def _round_inputs(built: Any, quantizer: Quantizer) -> None:
     """Round what enters the ternary linears, in the slices that the ranks of the training held."""
-    layers = built.decoder.layers
-    for number, layer in enumerate(layers):
-        for linear in LINEARS:
-            projection = Projection(number, linear.hf_names[0], linear)
-            if stamp.quantizes(projection, len(layers)):
-                slices = stamp.tp_size if linear.row_parallel else 1
-                hook = functools.partial(_round_input, slices)
-                layer.get_submodule(linear.name).register_forward_pre_hook(hook)
+    num_layers = len(built.decoder.layers)
+    for name, module in built.named_modules():
+        place = find_tensor(f"{name}.weight", "megatron")
+        if place is None or place.spec.role != "projection":
+            continue
+        if quantizer.quantizes(place, num_layers):
+            slices = quantizer.tp_size if place.spec.row_parallel else 1
+            module.register_forward_pre_hook(functools.partial(_round_input, slices))
 
 
 def _round_input(slices: int, _: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -13,10 +13,10 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_bitcpm.config import ModelConfig, ParallelConfig
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.config import ParallelConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.models.rope import RotaryAngles, softmax_scale
-from megatron_bitcpm.models.size import layers_per_chunk
 from megatron_bitcpm.models.spec import build_block_spec
 from megatron_bitcpm.parallel.megatron_api import megatron_version
 
@@ -113,7 +113,7 @@ def build_model(
     Args:
         config: from `build_transformer_config`.
         model: the architecture.
-        padded_vocab_size: rows of the embedding, see `size.pad_vocab_size`.
+        padded_vocab_size: rows of the embedding, see `arch.layout.pad_rows`.
         seq_length: of the run, in tokens; chooses between LongRoPE's two arrays.
         pre_process: the chunk holds the embedding.
         post_process: the chunk holds the output layer.
@@ -142,13 +142,11 @@ class Decoder(GPTModel):
         vp_stage: int | None,
     ) -> None:
         """See `build_model`."""
-        layout = ParallelConfig(
-            pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
-        )
+        vpp = config.virtual_pipeline_model_parallel_size or 1
+        num_layers = model.num_layers // (config.pipeline_model_parallel_size * vpp)
         super().__init__(
             config,
-            build_block_spec(model, layers_per_chunk(model, layout)),
+            build_block_spec(model, num_layers),
             vocab_size=padded_vocab_size,
             max_sequence_length=model.max_position_embeddings,
             pre_process=pre_process,

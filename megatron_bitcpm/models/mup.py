@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.arch.model import ModelConfig
 
 XWithBias = tuple[torch.Tensor, torch.Tensor | None]
 

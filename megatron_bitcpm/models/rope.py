@@ -20,20 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.config import ModelConfig
-
-
-def attention_factor(model: ModelConfig) -> float:
-    """Return the number by which LongRoPE multiplies cos and sin; 1 without LongRoPE."""
-    rope = model.rope_scaling
-    if rope is None:
-        return 1.0
-    if rope.attention_factor is not None:
-        return rope.attention_factor
-    original = rope.original_max_position_embeddings
-    assert original is not None
-    growth = model.max_position_embeddings / original
-    return math.sqrt(1 + math.log(growth) / math.log(original)) if growth > 1 else 1.0
+from megatron_bitcpm.arch.model import ModelConfig, attention_factor
 
 
 def softmax_scale(model: ModelConfig) -> float:

@@ -10,7 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.models.attention import CausalAttention
 from megatron_bitcpm.models.mup import logits_divisor, residual_scale, scaled_bias_dropout_add
 from megatron_bitcpm.models.norm import RMSNorm

@@ -33,8 +33,7 @@ from megatron_bitcpm.parallel.projections import ProjectionRows
 from megatron_bitcpm.parallel.requantize import Requantizer
 from megatron_bitcpm.parallel.version import check_megatron_version
 from megatron_bitcpm.quant.groups import resolve_sharded_groups
-from megatron_bitcpm.quant.selection import is_excluded
-from megatron_bitcpm.version import __version__
+from megatron_bitcpm.quantizer import Quantizer
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +94,7 @@ class TernaryModel:
 
     def stamp(self) -> dict[str, Any]:
         """Return what a checkpoint must record to reproduce these codes exactly."""
-        return {
-            **self.quant.model_dump(mode="json", exclude={"enabled", "backend", "requantize"}),
-            "numerics": "fp32",
-            "tensor_model_parallel_size": self.tp_size,
-            "megatron_bitcpm": __version__,
-        }
+        return Quantizer(self.quant, self.tp_size).stamp()
 
 
 def ternarize_(
@@ -167,7 +161,7 @@ def _plan(
     if matrices:
         _check_patterns(quant, matrices)
     for name, module, layer, num_layers in matrices:
-        if is_excluded(name, layer, num_layers, quant):
+        if quant.excludes(name, layer, num_layers):
             excluded.append(name)
         else:
             sites.append(_make_site(name, module, quant, requantizer))

@@ -101,7 +101,7 @@ def _count_up(
     scales_OG1 = scales_OG.unsqueeze(-1)
     codes_OGI = torch.full_like(magnitude_OGI, side[0], dtype=torch.int8)
     for code, midpoint in zip(side[1:], grid.find_midpoints(side), strict=True):
-        if grid.name == TERNARY:
+        if grid.is_ternary:
             # Doubling is exact where half of a subnormal scale would round.
             above_OGI = magnitude_OGI * 2 > scales_OG1
         else:

@@ -57,6 +57,21 @@ class Grid:
         """Codes of weights < 0 by magnitude, starting with 0 where the grid has it."""
         return tuple(code for code in reversed(self.codes) if code <= 0)
 
+    @property
+    def is_ternary(self) -> bool:
+        """Whether the levels are -1, 0 and 1."""
+        return self.codes == (-1, 0, 1)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a packed code."""
+        return (len(self.codes) - 1).bit_length()
+
+    @property
+    def magnitudes(self) -> tuple[int, ...]:
+        """Magnitudes of the codes besides 0, ascending: what a group can hold."""
+        return tuple(sorted({abs(code) for code in self.codes if code}))
+
     def find_midpoints(self, side: tuple[int, ...]) -> tuple[float, ...]:
         """Magnitudes, in scales, above which the next code of `side` is nearer; exact in float32.
 

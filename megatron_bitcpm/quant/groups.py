@@ -9,6 +9,7 @@ Shape legend: O out, I in (local shard unless `full`), G groups per row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,9 +17,13 @@ from typing import Literal
 import torch
 
 from megatron_bitcpm.errors import BitcpmError
-from megatron_bitcpm.quant.sums import sum_abs_canonical
+from megatron_bitcpm.quant.granularity import WHOLE_ROW
 
-WHOLE_ROW = -1
+
+def list_divisors(number: int) -> list[int]:
+    """Return all divisors, ascending; none when number < 1."""
+    small = [d for d in range(1, math.isqrt(max(number, 0)) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def find_nearest_divisors(number: int, wanted: int) -> list[int]:
@@ -26,10 +31,7 @@ def find_nearest_divisors(number: int, wanted: int) -> list[int]:
 
     Both are at least 1; the list is ascending and empty only when number < 1.
     """
-    if number < 1:
-        return []
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    divisors = sorted({*small, *(number // d for d in small)})
+    divisors = list_divisors(number)
     below = [d for d in divisors if d < wanted]
     above = [d for d in divisors if d >= wanted]
     return below[-1:] + above[:1]
@@ -158,31 +160,3 @@ def add_in_rank_order(sums_per_rank: Sequence[torch.Tensor]) -> torch.Tensor:
     for sums in sums_per_rank[1:]:
         total += sums
     return total
-
-
-def abs_sums_sliced(w_full_OI: torch.Tensor, tp_size: int) -> torch.Tensor:
-    """Sum each full row as row-parallel training at `tp_size` does.
-
-    Each of the tp equal slices along I has its canonical sum; the slices are added in rank order.
-    Merging and exporting a checkpoint use it with the tp the checkpoint was trained at.
-
-    Args:
-        w_full_OI: full weight, [O, I].
-        tp_size: row-parallel ranks, a divisor of I.
-    Returns:
-        sums_OG: float32, [O, 1], bitwise what the ranks computed together.
-    Raises:
-        BitcpmError: I is not a multiple of tp_size.
-    """
-    in_features = w_full_OI.shape[1]
-    if tp_size < 1 or in_features % tp_size:
-        choices = find_nearest_divisors(in_features, tp_size)
-        raise BitcpmError(
-            f"tp={tp_size}: in_features {in_features} is not a multiple. Use tp "
-            f"{_list_choices(choices)}."
-        )
-    local = in_features // tp_size
-    starts = range(0, in_features, local)
-    return add_in_rank_order(
-        [sum_abs_canonical(w_full_OI[:, start : start + local], local) for start in starts]
-    )

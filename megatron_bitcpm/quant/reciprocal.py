@@ -28,10 +28,10 @@ from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.quant.scales import check_eps
 
 
-def fake_quantize_reciprocal(
+def quantize_reciprocal(
     w_OI: torch.Tensor, sums_OG: torch.Tensor, n: int, eps: float
-) -> torch.Tensor:
-    """Return wq_OI, ternary codes times means, in the dtype of w.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return codes_OI, int8, 0 in groups that are not finite, and scales_OG, float32, NaN there.
 
     Args:
         w_OI: latent weight, [O, I], bfloat16 or float32.
@@ -43,6 +43,26 @@ def fake_quantize_reciprocal(
     Raises:
         BitcpmError: another dtype; float16 has no room for the reciprocal of a small mean.
     """
+    codes_OGI, mean_OG, bad_OG = _quantize(w_OI, sums_OG, n, eps)
+    codes_OGI = codes_OGI.masked_fill_(bad_OG.unsqueeze(-1), 0)
+    scales_OG = mean_OG.to(torch.float32).masked_fill_(bad_OG, math.nan)
+    return codes_OGI.to(torch.int8).reshape(w_OI.shape), scales_OG
+
+
+def fake_quantize_reciprocal(
+    w_OI: torch.Tensor, sums_OG: torch.Tensor, n: int, eps: float
+) -> torch.Tensor:
+    """Return wq_OI, codes times means, in the dtype of w; as `quantize_reciprocal`."""
+    wq_OGI, mean_OG, bad_OG = _quantize(w_OI, sums_OG, n, eps)
+    # Adding 0 turns -0 into +0.
+    wq_OGI.add_(0.0).mul_(mean_OG.unsqueeze(-1))
+    return wq_OGI.masked_fill_(bad_OG.unsqueeze(-1), math.nan).reshape(w_OI.shape)
+
+
+def _quantize(
+    w_OI: torch.Tensor, sums_OG: torch.Tensor, n: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return codes in the dtype of w, [O, G, inputs], means, and which groups are not finite."""
     if w_OI.dtype not in (torch.bfloat16, torch.float32):
         raise BitcpmError(
             f"numerics=bf16_reciprocal: needs bfloat16 or float32 weights, not {w_OI.dtype}. Use "
@@ -55,7 +75,5 @@ def fake_quantize_reciprocal(
     mean_OG = torch.maximum(mean_OG, torch.full_like(mean_OG, eps))
     bad_OG = ~(sums_OG.isfinite() & mean_OG.isfinite())
     w_OGI = w_OI.reshape(w_OI.shape[0], sums_OG.shape[1], -1)
-    wq_OGI = w_OGI * mean_OG.reciprocal().unsqueeze(-1)
-    # Adding 0 turns -0 into +0.
-    wq_OGI.round_().clamp_(-1, 1).add_(0.0).mul_(mean_OG.unsqueeze(-1))
-    return wq_OGI.masked_fill_(bad_OG.unsqueeze(-1), math.nan).reshape(w_OI.shape)
+    codes_OGI = w_OGI * mean_OG.reciprocal().unsqueeze(-1)
+    return codes_OGI.round_().clamp_(-1, 1), mean_OG, bad_OG

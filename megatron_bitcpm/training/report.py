@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megatron_bitcpm.arch.counts import tflops_per_device, training_flops_per_token
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.parallel.weight_stats import CodeSampler
-from megatron_bitcpm.training.flops import tflops_per_device, training_flops_per_token
 from megatron_bitcpm.training.memory import measure_memory
 from megatron_bitcpm.training.metrics import MetricsWriter, format_duration
 from megatron_bitcpm.training.progress import Progress

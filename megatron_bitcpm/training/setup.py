@@ -17,9 +17,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_bitcpm.arch.counts import count_ternary_linears
+from megatron_bitcpm.arch.layout import pad_rows
 from megatron_bitcpm.config import ParallelConfig, RunConfig
 from megatron_bitcpm.models.decoder import build_model, build_transformer_config
-from megatron_bitcpm.models.size import count_ternary_linears, layers_of_stage, pad_vocab_size
 from megatron_bitcpm.parallel.convert import TernaryModel, ternarize_
 from megatron_bitcpm.parallel.megatron_api import (
     build_pipeline_chunks,
@@ -63,7 +64,7 @@ def build_train_state(config: RunConfig, runtime: Runtime, vocab_size: int) -> T
         vocab_size: ids of the tokenizer.
     """
     dtype = DTYPES[config.training.precision]
-    padded_vocab_size = pad_vocab_size(vocab_size, config.model)
+    padded_vocab_size = pad_rows(vocab_size, config.model.make_vocab_size_divisible_by)
     transformer = build_transformer_config(
         config.model, config.parallel, dtype, config.training.recompute
     )
@@ -71,8 +72,8 @@ def build_train_state(config: RunConfig, runtime: Runtime, vocab_size: int) -> T
     models = build_model_chunks(config, transformer, runtime, padded_vocab_size)
     ternary = None
     if config.quant.enabled:
-        layers = layers_of_stage(config.model, config.parallel, runtime.pp_rank)
-        expected = count_ternary_linears(config.model, config.quant, layers)
+        layers = config.parallel.layout.layers_of_stage(config.model, runtime.pp_rank)
+        expected = count_ternary_linears(config.model, config.quant.excludes, layers)
         ternary = ternarize_(models, config.quant, expected)
     chunks = wrap_chunks(models, transformer, config.parallel)
     optimizer = build_optimizer(config, dtype, chunks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.conversion.source import ModelSource
 
 BASE = {

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from megatron_bitcpm.conversion.stamp import QuantizerStamp
 
-from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.megatron.source import MegatronSource, MegatronTensors
 from megatron_bitcpm.conversion.source import ModelSource
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 
 LAYERS, HIDDEN, FFN, VOCAB = 3, 64, 96, 50
 LLAMA = ModelConfig(

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_bitcpm.conversion.names import find_projection, shapes_of
+from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
 from safetensors.torch import save_file
 
-from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
-from megatron_bitcpm.conversion.names import find_projection, hf_shapes
-from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
 
 VOCAB = 96
 MUP = {"architecture": "minicpm", "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16}
@@ -41,7 +42,7 @@ def random_tensors(model: ModelConfig, dtype: torch.dtype, seed: int = 0) -> dic
     generator = torch.Generator().manual_seed(seed)
     return {
         name: (torch.randn(shape, generator=generator) * 0.1 + (len(shape) == 1)).to(dtype)
-        for name, shape in hf_shapes(model, VOCAB).items()
+        for name, shape in shapes_of(model, VOCAB).items()
     }
 
 

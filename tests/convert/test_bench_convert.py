@@ -32,10 +32,10 @@ def test_the_model_is_sound(models):
 
 def test_the_shape_of_the_default_is_the_released_one():
     model, vocab_size = SHAPES["1B"]
-    from megatron_bitcpm.conversion.names import hf_shapes
+    from megatron_bitcpm.arch.model import shapes_of
 
     sizes = [1, 1]
-    for shape in hf_shapes(model, vocab_size).values():
+    for shape in shapes_of(model, vocab_size).values():
         sizes[0] += shape[0] * (shape[1] if len(shape) > 1 else 1)
     assert round(sizes[0] / 1e9, 3) == 1.622
 

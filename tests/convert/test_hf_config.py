@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_bitcpm.conversion.stamp import QuantizerStamp
 
-from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.config import (
     hf_config,
     parse_architecture,
     read_hf_config,
 )
 from megatron_bitcpm.conversion.hf.modeling.writer import describe_quantizer
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.data.tokenizer_ids import TokenizerIds
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.models.rope import RotaryAngles, attention_factor

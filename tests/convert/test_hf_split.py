@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
-from megatron_bitcpm import ops
-from megatron_bitcpm.config import ModelConfig, QuantConfig
-from megatron_bitcpm.conversion.megatron.source import megatron_shapes
-from megatron_bitcpm.conversion.names import LINEARS, find_projection, hf_shapes
+from megatron_bitcpm.conversion.names import LINEARS, find_projection, shapes_of
 from megatron_bitcpm.conversion.stamp import (
     QuantizerStamp,
     fake_quantize_projection,
     list_quantized_tensors,
 )
-from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.quant.selection import is_excluded
+
+from megatron_bitcpm import ops
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.conversion.megatron.source import megatron_shapes
+from megatron_bitcpm.errors import CheckpointError
 
 
 def model_config(**changes):
@@ -62,7 +63,7 @@ def test_counted_rows_are_those_of_the_split(heads, groups):
 
 def test_counting_rows_needs_no_memory():
     large = model_config(ffn_hidden_size=2**60, num_layers=1)
-    assert hf_shapes(large, 9)["model.layers.0.mlp.up_proj.weight"] == (2**60, 8)
+    assert shapes_of(large, 9)["model.layers.0.mlp.up_proj.weight"] == (2**60, 8)
 
 
 def test_more_layers_than_can_be_named():
@@ -148,7 +149,7 @@ def test_one_scale_of_whole_rows_does_not_depend_on_the_layout():
 
 def test_filters():
     quant = QuantConfig(full_precision_last_layers=1, exclude=("*.0.mlp.*",))
-    names = list_quantized_tensors(hf_shapes(model_config(), 300), 4, QuantizerStamp(quant))
+    names = list_quantized_tensors(shapes_of(model_config(), 300), 4, QuantizerStamp(quant))
     assert len(names) == 4 + 7 + 7
     assert "model.layers.0.self_attn.q_proj.weight" in names
     assert "model.layers.0.mlp.up_proj.weight" not in names

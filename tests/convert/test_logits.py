@@ -8,7 +8,7 @@ from helpers.ranks import run_ranks
 from memory_source import LLAMA, MINICPM, make_latent, make_stamp
 from trained_checkpoints import SEQ
 
-from megatron_bitcpm.config import RopeScalingConfig
+from megatron_bitcpm.arch.model import RopeScalingConfig
 from megatron_bitcpm.errors import CheckpointError
 
 

@@ -82,7 +82,8 @@ def test_an_extra_magnitude(damaged):
 
     edit_tensors(folder, add)
     refuse(
-        rf"{re.escape(DOWN)} is not ternary: row 7, group 0 of 160 inputs holds .*0\.125", folder
+        rf"{re.escape(DOWN)} is not on the ternary grid: row 7, group 0 of 160 inputs .*0\.125",
+        folder,
     )
 
 
@@ -348,7 +349,10 @@ def test_a_tensor_has_one_scale(damaged, trained):
         tensors[DOWN][7] *= 2
 
     edit_tensors(folder, double_a_row)
-    refuse(rf"{re.escape(DOWN)} is not ternary: the one group of 7680 weights holds ", folder)
+    refuse(
+        rf"{re.escape(DOWN)} is not on the ternary grid: the one group of 7680 weights holds ",
+        folder,
+    )
 
 
 def test_another_grid_of_the_same_values_needs_the_checkpoint(damaged, trained):

@@ -248,7 +248,9 @@ def test_one_damaged_tensor_does_not_make_latents(pseudo, latent):
     bare = unstamped(pseudo, "bare")
     bare.tensors[QUERY] = latent.tensors[QUERY].clone()
     refuse(
-        rf"{re.escape(QUERY)} is not ternary: .*; bare carries no .* values, which", bare, pseudo
+        rf"{re.escape(QUERY)} is not on the ternary grid: .*; bare carries no .* values, which",
+        bare,
+        pseudo,
     )
 
 
@@ -314,7 +316,8 @@ def test_a_value_off_the_grid_is_placed(pseudo, latent):
     found = copy_of(pseudo)
     row = found.tensors[DOWN][17]
     row[3] = 1.0
-    message = rf"{re.escape(DOWN)} is not ternary: row 17, group 0 of 96 inputs holds -.*, 0, .*, 1"
+    message = rf"{re.escape(DOWN)} is not on the ternary grid: row 17, group 0 of 96 inputs holds "
+    message += "-.*, 0, .*, 1"
     refuse(message, found)
     report = compare(found, latent)
     assert len(report.problems) == 2

@@ -37,7 +37,7 @@ def test_each_verifies_against_the_run(models, model):
 @pytest.mark.parametrize("model", ["run", "latent", "legacy"])
 @pytest.mark.parametrize("form", ["latent", "pseudo"])
 def test_converting_gives_the_old_bits(models, model, form):
-    convert(model, "again", form)
+    convert(model, "again", form=form)
     old, new = load_file(f"{form}/model.safetensors"), load_file("again/model.safetensors")
     assert old.keys() == new.keys()
     for name, tensor in old.items():

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.config import ModelConfig, QuantConfig
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.platforms import current_platform
 
 current_platform().prepare()

@@ -9,7 +9,7 @@ from helpers.tiny_models import model_parallel  # noqa: F401  prepares the platf
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.arch.model import ModelConfig
 
 VOCAB = 96
 SHORT = (1.0, 1.1, 1.3, 1.7, 2.0, 2.5, 3.0, 4.0)

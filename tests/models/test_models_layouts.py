@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.ranks import run_ranks
+from megatron_bitcpm.models.size import count_ternary_linears, layers_of_stage
 from model_cases import LONGROPE, MUP, VOCAB, batch, fill_by_name_, global_name, model_config, shard
 
-from megatron_bitcpm.config import ModelConfig, ParallelConfig, QuantConfig
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.config import ParallelConfig, QuantConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.models import context_parallel
 from megatron_bitcpm.models.context_parallel import slice_for_context_parallel
 from megatron_bitcpm.models.decoder import build_model, build_transformer_config
-from megatron_bitcpm.models.size import count_ternary_linears, layers_of_stage
 from megatron_bitcpm.parallel.megatron_api import (
     build_pipeline_chunks,
     megatron_version,

@@ -5,13 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from megatron_bitcpm.config import (
-    BlendEntry,
-    RopeScalingConfig,
-    RunConfig,
-    load_config,
-    parse_config,
-)
+from megatron_bitcpm.arch.model import RopeScalingConfig
+from megatron_bitcpm.config import BlendEntry, RunConfig, load_config, parse_config
 from megatron_bitcpm.errors import ConfigError
 
 BASE = {

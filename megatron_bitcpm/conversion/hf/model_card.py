@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_bitcpm.arch.model import iter_places
 from megatron_bitcpm.conversion.source import Form, ModelSource
-from megatron_bitcpm.conversion.stamp import BF16_RECIPROCAL, QuantizerStamp
 from megatron_bitcpm.quant.grids import find_grid
+from megatron_bitcpm.quantizer import BF16_RECIPROCAL, Quantizer
 from megatron_bitcpm.version import __version__
 
 _PSEUDO = """\
@@ -86,7 +87,7 @@ the quantiser and the modelling file.
 
 ## Convert afterwards
 
-    bitcpm convert --input FINE-TUNED --output SERVED --to pseudo
+    bitcpm convert --input FINE-TUNED --output SERVED
 
 writes the folder that serves the fine-tuned model, with the codes that its forward used. A weight
 file alone is converted by
@@ -112,22 +113,24 @@ def write_model_card(
         report: of `verify_sources`.
         folding: factors and largest_relative_rounding of a folded MiniCPM.
     """
-    stamp = source.stamp if form != "plain" else None
+    quantizer = source.quantizer if form != "plain" else None
     family = {"llama": "Llama", "minicpm": "MiniCPM"}[source.model.architecture]
-    kind = "" if stamp is None else f"{'Ternary' if _is_ternary(stamp) else 'Quantised'} "
+    kind = ""
+    if quantizer is not None:
+        kind = "Ternary " if quantizer.grid.is_ternary else "Quantised "
     what = ", latent weights" if form == "latent" else ""
-    lines = [*_front_matter(source, stamp), f"# {kind}{family}{what}", ""]
-    lines.append(_describe(source, form, config, report, stamp))
-    if stamp is not None and stamp.quant.activation != "none":
+    lines = [*_front_matter(source, quantizer), f"# {kind}{family}{what}", ""]
+    lines.append(_describe(source, form, config, report, quantizer))
+    if quantizer is not None and quantizer.config.activation != "none":
         then = "So does `modeling_bitcpm.py`." if form == "latent" else _NO_ACTIVATION
         lines.append(_ACTIVATION.format(then=then))
-    if stamp is not None and stamp.numerics == BF16_RECIPROCAL:
+    if quantizer is not None and quantizer.numerics == BF16_RECIPROCAL:
         lines.append(_NUMERICS)
     if folding is not None:
         lines.append(_describe_folding(folding))
-    lines.append(_describe_use(source, form, stamp))
+    lines.append(_describe_use(source, form, quantizer))
     lines += ["## Facts", "", "| | |", "|---|---|"]
-    rounded = form == "pseudo" and stamp is not None and stamp.quant.activation != "none"
+    rounded = form == "pseudo" and quantizer is not None and quantizer.config.activation != "none"
     facts_rows = _list_facts(config, source.facts, report, rounded)
     lines += [f"| {name} | {value} |" for name, value in facts_rows]
     if source.kind != "hf":
@@ -145,14 +148,10 @@ def write_model_card(
     return "\n".join(lines) + "\n"
 
 
-def _is_ternary(stamp: QuantizerStamp) -> bool:
-    return stamp.quant.grid == "ternary"
-
-
-def _front_matter(source: ModelSource, stamp: QuantizerStamp | None) -> list[str]:
+def _front_matter(source: ModelSource, quantizer: Quantizer | None) -> list[str]:
     tags = [source.model.architecture, "megatron-bitcpm"]
-    if stamp is not None:
-        tags += ["ternary", "1.58-bit"] if _is_ternary(stamp) else [stamp.quant.grid]
+    if quantizer is not None:
+        tags += ["ternary", "1.58-bit"] if quantizer.grid.is_ternary else [quantizer.grid.name]
     return [
         "---",
         "library_name: transformers",
@@ -167,18 +166,20 @@ def _describe(
     form: Form,
     config: Mapping[str, Any],
     report: Mapping[str, Any],
-    stamp: QuantizerStamp | None,
+    quantizer: Quantizer | None,
 ) -> str:
     minicpm = source.model.architecture == "minicpm"
     loads = "a MiniCPM" if minicpm else "a plain Llama"
-    if stamp is None:
+    if quantizer is None:
         return _FULL_PRECISION.format(dtype=config["torch_dtype"], loads=loads, version=__version__)
-    left_out = 7 * source.model.num_layers - report["ternary_tensors"]
+    projections = sum(place.spec.role == "projection" for place in iter_places(source.model))
+    left_out = projections - report["ternary_tensors"]
+    grid = quantizer.grid
     return (_LATENT if form == "latent" else _PSEUDO).format(
-        bits="ternary (1.58-bit)" if _is_ternary(stamp) else f"quantised ({stamp.quant.grid})",
+        bits="ternary (1.58-bit)" if grid.is_ternary else f"quantised ({grid.name})",
         tensors=report["ternary_tensors"],
-        levels=_list_levels(stamp),
-        groups=_describe_groups(report["group_sizes"], stamp),
+        levels=_list_levels(quantizer),
+        groups=_describe_groups(report["group_sizes"], quantizer),
         dtype=config["torch_dtype"],
         loads=loads,
         excluded=f" {left_out} projections were kept in full precision too." if left_out else "",
@@ -186,16 +187,16 @@ def _describe(
     )
 
 
-def _list_levels(stamp: QuantizerStamp) -> str:
+def _list_levels(quantizer: Quantizer) -> str:
     def word(level: float) -> str:
         factor = "" if abs(level) == 1 else f"{abs(level):g} "
         return "0" if level == 0 else f"{'-' if level < 0 else ''}{factor}s"
 
-    return ", ".join(word(level) for level in find_grid(stamp.quant.grid).levels)
+    return ", ".join(word(level) for level in quantizer.grid.levels)
 
 
-def _describe_groups(sizes: list[int], stamp: QuantizerStamp) -> str:
-    if stamp.quant.group_size == "tensor":
+def _describe_groups(sizes: list[int], quantizer: Quantizer) -> str:
+    if quantizer.per_projection:
         return "the whole matrix"
     return f"its group of inputs ({', '.join(map(str, sizes))} inputs)"
 
@@ -206,14 +207,14 @@ def _describe_folding(folding: Mapping[str, Any]) -> str:
     return _FOLDED.format(**dict(folding) | {"rounding": rounding})
 
 
-def _describe_use(source: ModelSource, form: Form, stamp: QuantizerStamp | None) -> str:
+def _describe_use(source: ModelSource, form: Form, quantizer: Quantizer | None) -> str:
     if form == "latent":
-        assert stamp is not None
-        other = stamp.numerics == BF16_RECIPROCAL
+        assert quantizer is not None
+        other = quantizer.numerics == BF16_RECIPROCAL
         return _FINE_TUNE.format(
-            quant_type=stamp.quant.grid,
-            group_size=stamp.quant.group_size,
-            numerics=f" --numerics {stamp.numerics}" if other else "",
+            quant_type=quantizer.grid.name,
+            group_size=quantizer.config.group_size,
+            numerics=f" --numerics {quantizer.numerics}" if other else "",
         )
     minicpm = source.model.architecture == "minicpm"
     return _USE.format(
@@ -245,16 +246,15 @@ def _list_facts(
     loss = facts.get("valid_loss")
     rows.append((loss_name, "not measured" if loss is None else f"{loss:.4f} nats per token"))
     if report["ternary_tensors"]:
-        grid_name = "ternary" if report.get("grid") in (None, "ternary") else "quantised"
+        ternary = find_grid(report["grid"]).is_ternary
+        grid_name = "ternary" if ternary else "quantised"
         rows += [
             (f"{grid_name} weights", f"{report['weights']:,} in {report['groups']:,} groups"),
             ("other parameters", f"{report['other_parameters']:,}"),
             (f"zeros among {grid_name} weights", f"{report['zero_fraction']:.2%}"),
             ("entropy of the codes", f"{report['entropy_bits_per_weight']:.4f} bits per weight"),
             (
-                "packed in 2 bits with float32 scales"
-                if grid_name == "ternary"
-                else "packed with float32 scales",
+                "packed in 2 bits with float32 scales" if ternary else "packed with float32 scales",
                 f"{report['packed_bits_per_weight']:.4f} bits per weight",
             ),
         ]

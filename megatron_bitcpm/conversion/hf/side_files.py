@@ -8,17 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_bitcpm.arch.hf_config import CONFIG_FILE, FOLDING_KEY, QUANTIZER_KEY, hf_config
+from megatron_bitcpm.arch.tensors import EMBEDDING
 from megatron_bitcpm.checkpoint.model_file import SIDE_FOLDER
-from megatron_bitcpm.conversion.hf.config import (
-    CONFIG_FILE,
-    FOLDING_KEY,
-    GENERATION_FILE,
-    QUANTIZER_FILE,
-    hf_config,
-)
+from megatron_bitcpm.conversion.hf.config import GENERATION_FILE, QUANTIZER_FILE
 from megatron_bitcpm.conversion.hf.fold import FoldedSource
-from megatron_bitcpm.conversion.hf.modeling.writer import QUANTIZER_KEY, write_modeling_files
-from megatron_bitcpm.conversion.names import HF_EMBEDDING
+from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
 from megatron_bitcpm.conversion.output_folder import write_json
 from megatron_bitcpm.conversion.source import Form, ModelSource
 from megatron_bitcpm.data.tokenizer_ids import (
@@ -106,10 +101,12 @@ def write_side_files(
         copy_companions(tokenizer, folder)
     path = find_original_config(source)
     original = None if path is None else read_json(path)
-    # Values on the grid must not be rounded in loading; see `_check_types` of `verify`.
-    dtype = source.dtype(next(iter(source.quantized_tensors()), HF_EMBEDDING))
-    config = hf_config(source.model, dtype, source.vocab_size, ids, original)
-    config |= write_modeling_files(folder, source.model, form, source.stamp)
+    # Values on the grid must not be rounded in loading; see `verify`.
+    dtype = source.dtype(next(iter(source.quantized_tensors()), EMBEDDING.hf))
+    dtype_name = str(dtype).removeprefix("torch.")
+    special_ids = None if ids is None else dataclasses.asdict(ids)
+    config = hf_config(source.model, dtype_name, source.vocab_size, special_ids, original)
+    config |= write_modeling_files(folder, source.model, form, source.quantizer)
     folding = describe_folding(source)
     if form == "plain" and folding is not None:
         config[FOLDING_KEY] = folding
@@ -169,7 +166,7 @@ def describe_folding(source: ModelSource) -> dict[str, Any] | None:
     """Return the factors and, when they were applied here, what they rounded."""
     if source.folding is None:
         return None
-    described = dataclasses.asdict(source.folding)
+    described = source.folding.model_dump()
     if isinstance(source, FoldedSource):
         described["largest_relative_rounding"] = max(source.rounding.values(), default=0.0)
     return described
@@ -177,12 +174,12 @@ def describe_folding(source: ModelSource) -> dict[str, Any] | None:
 
 def _describe_quantizer(source: ModelSource, folding: dict[str, Any] | None) -> dict[str, Any]:
     """Return ``bitcpm_quantizer.json``: what reproduces the values, and where they are."""
-    assert source.stamp is not None
+    assert source.quantizer is not None
     content = {
         "format_version": FORMAT_VERSION,
         "format": "pseudo-quantized",
         "megatron_bitcpm": __version__,
-        "quantizer": source.stamp.content(),
+        "quantizer": source.quantizer.stamp(),
         "source": _describe_origin(source),
         "ternary_tensors": source.quantized_tensors(),
     }

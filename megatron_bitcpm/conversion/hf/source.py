@@ -9,16 +9,18 @@ whether a model is what it says (an output layer beside tied embeddings, checksu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_bitcpm.arch.model import shapes_of
+from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Shape
+from megatron_bitcpm.conversion.difference import compare_shapes, list_first
 from megatron_bitcpm.conversion.hf.config import HfConfig, read_hf_config
 from megatron_bitcpm.conversion.hf.tensor_files import TensorFile, open_tensor_file
-from megatron_bitcpm.conversion.names import HF_EMBEDDING, HF_OUTPUT, hf_shapes
 from megatron_bitcpm.conversion.source import ModelSource, find_mixed_types
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
@@ -63,7 +65,7 @@ class HfSource(ModelSource):
         return self.files[name].tensor(name)
 
 
-def open_hf(folder: str | Path) -> HfSource:
+def open_hf(folder: Path) -> HfSource:
     """Open a Hugging Face folder: latent, pseudo-quantised or plain, Llama or MiniCPM.
 
     Args:
@@ -73,29 +75,19 @@ def open_hf(folder: str | Path) -> HfSource:
         CheckpointError: files, index and config.json do not belong together, a file is damaged, or
             the architecture is none that this package computes.
     """
-    folder = Path(folder)
     config = read_hf_config(folder)
     files = open_weights(folder)
-    wanted = hf_shapes(config.model, config.vocab_size)
+    wanted = shapes_of(config.model, config.vocab_size)
     files = _settle_output_layer(folder, config, files)
-    _check_names(folder, set(wanted), set(files))
-    wrong = [(n, files[n].shape(n), s) for n, s in wanted.items() if files[n].shape(n) != s]
-    if wrong:
-        shown = "; ".join(f"{n} is {list(found)}, not {list(s)}" for n, found, s in wrong[:5])
-        raise _folder_error(
-            folder, f"{len(wrong)} tensors contradict config.json: {shown}", _INSPECT
-        )
+    _check_shapes(folder, {name: file.shape(name) for name, file in files.items()}, wanted)
     if mixed := find_mixed_types({name: files[name].dtype(name) for name in wanted}):
         raise _folder_error(folder, mixed)
     return HfSource(
         path=folder,
         kind="hf",
-        form=config.form,
+        **vars(config.origin),
         model=config.model,
         vocab_size=config.vocab_size,
-        stamp=config.stamp,
-        folding=config.folding,
-        facts=config.facts,
         side_files=folder,
         config=config,
         files=files,
@@ -145,7 +137,6 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
                 raise _folder_error(
                     folder,
                     f"tensor {tensor} is in {opened[tensor].path.name} and in {name}",
-                    _COPY_AGAIN,
                 )
             opened[tensor] = file
     if weight_map:
@@ -177,10 +168,8 @@ def _check_index(path: Path, weight_map: dict[str, str], opened: Mapping[str, Te
         if said != found:
             problems.append(f"{tensor}: index says {said or 'nothing'}, it is in {found or 'none'}")
     if problems:
-        more = f" ({len(problems)} tensors)" if len(problems) > 5 else ""
-        raise _folder_error(
-            path.parent, f"{path.name} is wrong: {'; '.join(problems[:5])}{more}", _COPY_AGAIN
-        )
+        rule = f"{path.name} is wrong: {list_first(problems, 'tensors')}"
+        raise _folder_error(path.parent, rule)
 
 
 def _settle_output_layer(
@@ -188,36 +177,26 @@ def _settle_output_layer(
 ) -> dict[str, TensorFile]:
     """Drop a stored output layer that is the tied embedding once more; refuse another one."""
     tied = config.model.share_embeddings_and_output_weights
-    if not tied or HF_OUTPUT not in files or HF_EMBEDDING not in files:
+    if not tied or OUTPUT.hf not in files or EMBEDDING.hf not in files:
         return files
-    output, embedding = (files[name].tensor(name) for name in (HF_OUTPUT, HF_EMBEDDING))
+    output, embedding = (files[name].tensor(name) for name in (OUTPUT.hf, EMBEDDING.hf))
     same_place = output.data_ptr() == embedding.data_ptr() and output.shape == embedding.shape
     if not same_place and not torch.equal(output, embedding):
         raise _folder_error(
             folder,
-            f"config.json ties the embeddings, but {HF_OUTPUT} differs from {HF_EMBEDDING}",
+            f"config.json ties the embeddings, but {OUTPUT.hf} differs from {EMBEDDING.hf}",
             "Set tie_word_embeddings to false if the output layer is meant",
         )
-    return {name: file for name, file in files.items() if name != HF_OUTPUT}
+    return {name: file for name, file in files.items() if name != OUTPUT.hf}
 
 
-def _check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
-    problems = []
-    for names, kind in ((wanted - found, "missing"), (found - wanted, "unknown")):
-        if names:
-            problems.append(f"{len(names)} {kind} tensors: {_list_names(names)}")
-    if not problems:
+def _check_shapes(folder: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
+    misfits = compare_shapes(found, wanted)
+    names = misfits.names()
+    if not names:
         return
     # A layer has nine tensors. Fewer are lost ones, of the number of layers that config.json says.
-    fix = _INSPECT if len(wanted ^ found) >= 9 else _COPY_AGAIN
-    if wanted - found == {HF_OUTPUT} and not found - wanted:
+    fix = _INSPECT if len(names) >= 9 or misfits.misshapen else _COPY_AGAIN
+    if names == [OUTPUT.hf] and misfits.missing:
         fix = "Set tie_word_embeddings to true if the embedding is the output layer"
-    raise _folder_error(folder, "; ".join(problems), fix)
-
-
-def _list_names(names: Iterable[str]) -> str:
-    # Layer 2 before layer 10.
-    ordered = sorted(
-        names, key=lambda name: [p.zfill(6) if p.isdigit() else p for p in name.split(".")]
-    )
-    return ", ".join(ordered[:5]) + (", ..." if len(ordered) > 5 else "")
+    raise _folder_error(folder, f"contradicts config.json: {misfits.describe()}", fix)

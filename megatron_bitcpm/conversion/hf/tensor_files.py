@@ -26,6 +26,8 @@ from megatron_bitcpm.errors import CheckpointError, describe
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights; all others (integers, fp8, float64) are of models this package cannot hold."""
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+"""What files of tensors end in."""
 _REPLACE = "Copy the file from its source again"
 
 
@@ -54,6 +56,12 @@ class TensorFile(ABC):
     @abstractmethod
     def dtype_name(self, name: str) -> str:
         """Type of a tensor as the file calls it, of unsupported types too."""
+
+    def torch_dtype_name(self, name: str) -> str:
+        """Type of a tensor as torch calls it, where torch has it."""
+        written = self.dtype_name(name)
+        known = _SAFETENSORS_DTYPES.get(written)
+        return written if known is None else str(known).removeprefix("torch.")
 
     @abstractmethod
     def raw_tensor(self, name: str) -> torch.Tensor:
@@ -200,7 +208,7 @@ def open_tensor_file(path: str | Path) -> TensorFile:
         raise file_error(path, "no such file", "Name a .safetensors, .bin or .pt file")
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
-    if path.suffix in (".bin", ".pt", ".pth"):
+    if path.suffix in SUFFIXES:
         return BinFile(path)
     raise file_error(
         path, "is no file of tensors by its name", "Name a .safetensors, .bin or .pt file"

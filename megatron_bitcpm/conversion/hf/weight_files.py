@@ -22,7 +22,6 @@ from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.quantization_error import check_finite
 from megatron_bitcpm.conversion.source import Form, ModelSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, cut_shards, read_ahead
-from megatron_bitcpm.errors import CheckpointError
 
 _FILES = {
     "safetensors": (WEIGHTS_FILE, INDEX_FILE, write_safetensors),
@@ -48,8 +47,6 @@ def write_weight_files(
         CheckpointError: bad settings, a damaged source, or a NaN.
         OSError: a file cannot be written; a part of it is left.
     """
-    if weights not in _FILES:
-        raise CheckpointError(f"weights={weights}: is unknown. Use {' or '.join(_FILES)}.")
     single, index_name, write = _FILES[weights]
     layout = {name: (shape, source.dtype(name)) for name, shape in source.shapes().items()}
     sizes = {name: count_bytes(*entry) for name, entry in layout.items()}
@@ -83,6 +80,6 @@ def _iter_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name in track_tensors(sizes, "write"):
         tensor = source.tensor(name) if form == "latent" else source.forward_tensor(name)
-        check_finite(name, tensor, ("checkpoint", source.path))
+        check_finite(name, tensor, f"checkpoint={source.path}")
         yield name, tensor
         del tensor

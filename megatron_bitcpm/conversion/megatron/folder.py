@@ -13,10 +13,9 @@ from megatron_bitcpm.checkpoint.store import (
     find_checkpoint,
     find_tracked_folder,
 )
-from megatron_bitcpm.conversion.source import Folding
-from megatron_bitcpm.conversion.stamp import parse_stamp
 from megatron_bitcpm.data.tokenizer_ids import read_run_tokenizer, read_tokenizer_ids
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.quantizer import Quantizer
 
 SHARD_FILE = "model_optim_rng.pt"
 RELEASE = "release"
@@ -108,20 +107,13 @@ def converted_fields(folder: Path, tokenizer: str | Path | None) -> dict[str, An
     if tokenizer is not None:
         read_run_tokenizer(tokenizer, found.vocab_size, found.facts.get("tokenizer_sha256"))
     side_files = Path(tokenizer) if tokenizer is not None else folder / SIDE_FOLDER
-    try:
-        folding = None if found.folding is None else Folding(**found.folding)
-        if not all(isinstance(value, int | float) for value in (found.folding or {}).values()):
-            raise TypeError("holds something else than numbers")
-    except TypeError as error:
-        raise CheckpointError(
-            f"folding={folder}: cannot be read: {error}. Convert the checkpoint again."
-        ) from error
+    stamp = found.quantizer
     return {
         "form": found.form,
         "model": found.model,
         "vocab_size": found.vocab_size,
-        "stamp": None if found.quantizer is None else parse_stamp(found.quantizer, folder),
-        "folding": folding,
+        "quantizer": None if stamp is None else Quantizer.from_stamp(stamp, folder),
+        "folding": found.folding,
         "facts": found.facts,
         "side_files": side_files if side_files.is_dir() else None,
     }

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from megatron_bitcpm.config import ModelConfig
+from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.conversion.megatron.source import MAX_LAYERS
 from megatron_bitcpm.errors import CheckpointError
 

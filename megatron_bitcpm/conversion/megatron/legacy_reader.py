@@ -18,6 +18,16 @@ from typing import Any
 
 import torch
 
+from megatron_bitcpm.arch.model import megatron_shapes
+from megatron_bitcpm.arch.tensors import (
+    EMBEDDING,
+    OUTPUT,
+    Dimensions,
+    Shape,
+    TensorSpec,
+    find_tensor,
+    name_of,
+)
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.conversion.difference import list_first
@@ -29,27 +39,23 @@ from megatron_bitcpm.conversion.megatron.folder import (
     resolve_vocab_size,
 )
 from megatron_bitcpm.conversion.megatron.legacy_args import StockModel, read_args
-from megatron_bitcpm.conversion.megatron.legacy_writer import LOCAL_NORMS
 from megatron_bitcpm.conversion.megatron.source import (
+    DAMAGED,
     MegatronSource,
     MegatronTensors,
-    compare_shapes,
-    megatron_shapes,
+    check_shapes,
     refuse_dtype,
 )
-from megatron_bitcpm.conversion.names import EMBEDDING, OUTPUT
+from megatron_bitcpm.conversion.tensor_stream import equal_bytes
 from megatron_bitcpm.errors import CheckpointError, describe
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_FUSED_NORMS = {local: fused for fused, local in LOCAL_NORMS.items()}
-_COLUMNS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _IGNORED = ("_extra_state", "rotary_pos_emb.inv_freq")
 _LEAST_VERSION = 3.0
-_DAMAGED = "The checkpoint is damaged; use another one"
 
 
-def _refusal(path: Path, rule: str, fix: str = _DAMAGED) -> CheckpointError:
+def _refusal(path: Path, rule: str, fix: str = DAMAGED) -> CheckpointError:
     return CheckpointError(f"checkpoint={path}: {rule}. {fix}.")
 
 
@@ -203,6 +209,7 @@ class LegacyTensors(MegatronTensors):
         self.folder = folder
         self._shards = _find_shards(folder)
         self._tied_copy: list[_Part] = []
+        self._dims: Dimensions | None = None
         self._parts = self._collect()
 
     @property
@@ -226,49 +233,28 @@ class LegacyTensors(MegatronTensors):
     def _read_args(shard: _Shard) -> StockModel:
         return read_args(shard.content.get("args"), shard.iteration, shard.path)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape of a tensor; layers are numbered."""
-        parts = [part.stored.shape for part in self._find(name)]
-        axis = _axis_of(name)
-        if axis is None or len(parts[0]) <= axis:
-            return parts[0]
-        return (*parts[0][:axis], sum(part[axis] for part in parts), *parts[0][axis + 1 :])
+    def dtype(self, spec: TensorSpec, layer: int | None) -> torch.dtype:
+        """Type of a tensor."""
+        return self._find(spec, layer)[0].stored.dtype
 
-    def dtype(self, name: str, layer: int | None) -> torch.dtype:
-        """Type of a tensor; of a layer's tensor by its name below ``decoder.layers.N``."""
-        full = name if layer is None else f"decoder.layers.{layer}.{name}"
-        return self._find(full)[0].stored.dtype
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read a full tensor; layers are numbered.
+    def tensor(self, spec: TensorSpec, layer: int | None) -> torch.Tensor:
+        """Read a full tensor.
 
         Raises:
             CheckpointError: absent, damaged, or copies on several ranks differ.
         """
-        parts = self._find(name)
+        parts = self._find(spec, layer)
         tensors = [part.read() for part in parts]
-        for copy, tensor in zip(
-            self._tied_copy, tensors if name == EMBEDDING else (), strict=False
-        ):
-            if not _equal(copy.read(), tensor):
-                rule = f"{OUTPUT} differs from the embedding that it is tied to"
-                raise _refusal(copy.shard.path, rule)
-        if len(tensors) == 1:
-            return tensors[0]
-        axis = _axis_of(name)
-        if axis is None:
-            _refuse_unlike(
-                [part.shard for part in parts], tensors, f"values of {name}", alike=_equal
-            )
-            return tensors[0]
-        if name.endswith("linear_fc1.weight"):
-            halves = [tensor.chunk(2) for tensor in tensors]
-            return torch.cat([half[side] for side in (0, 1) for half in halves])
-        return torch.cat(tensors, axis)
-
-    def layer_tensor(self, name: str, layer: int) -> torch.Tensor:
-        """Read a full tensor of a layer."""
-        return self.tensor(f"decoder.layers.{layer}.{name}")
+        if spec == EMBEDDING:
+            for copy, tensor in zip(self._tied_copy, tensors, strict=False):
+                if not equal_bytes(copy.read(), tensor):
+                    rule = f"{OUTPUT.name} differs from the embedding that it is tied to"
+                    raise _refusal(copy.shard.path, rule)
+        if spec.sharded is None:
+            shards, what = [part.shard for part in parts], f"values of {name_of(spec, layer)}"
+            _refuse_unlike(shards, tensors, what, alike=equal_bytes)
+        assert self._dims is not None
+        return spec.join_ranks(tensors, self._dims)
 
     def check(self, stock: StockModel) -> int:
         """Compare layout, names and shapes with the arguments; return the embedding's rows.
@@ -285,20 +271,25 @@ class LegacyTensors(MegatronTensors):
                     f"{axis} {stock.layout[axis]}",
                     "Restore missing folders, or their names",
                 )
-        tied = stock.model.share_embeddings_and_output_weights
-        if tied:
-            self._tied_copy = self._parts.pop(OUTPUT, [])
-        rows = self.shape(EMBEDDING)[0]
-        shapes = {name: self.shape(name) for name in self._parts}
-        compare_shapes(shapes, megatron_shapes(stock.model, rows), self.folder)
+        if stock.model.share_embeddings_and_output_weights:
+            self._tied_copy = self._parts.pop(OUTPUT.name, [])
+        rows = sum(part.stored.shape[0] for part in self._find(EMBEDDING, None))
+        self._dims = stock.model.dimensions(rows)
+        check_shapes(self.shapes(), megatron_shapes(stock.model, rows), self.folder)
         if stock.padded_vocab_size not in (None, rows):
             raise _refusal(
                 self.folder,
-                f"{EMBEDDING} has {rows} rows, args.padded_vocab_size is {stock.padded_vocab_size}",
+                f"{EMBEDDING.name} has {rows} rows, args.padded_vocab_size is "
+                f"{stock.padded_vocab_size}",
             )
         return rows
 
-    def _find(self, name: str) -> list[_Part]:
+    def shapes(self) -> dict[str, Shape]:
+        """Return Megatron's name -> full shape of every tensor, layers numbered."""
+        return {name: _full_shape(name, parts) for name, parts in self._parts.items()}
+
+    def _find(self, spec: TensorSpec, layer: int | None) -> list[_Part]:
+        name = name_of(spec, layer)
         if name not in self._parts:
             fix = "Use a checkpoint of a Llama or MiniCPM model"
             raise _refusal(self.folder, f"has no tensor {name}", fix)
@@ -332,11 +323,22 @@ class LegacyTensors(MegatronTensors):
 
 
 def _full_name(name: str, first_layer: int) -> str:
-    match = _LAYER.fullmatch(name)
+    """Return the global name of a tensor whose layer is numbered within its stage."""
+    match, place = _LAYER.fullmatch(name), find_tensor(name, "megatron")
     if match is None:
         return name
-    local = _FUSED_NORMS.get(match[2], match[2])
-    return f"decoder.layers.{first_layer + int(match[1])}.{local}"
+    layer = first_layer + int(match[1])
+    return f"decoder.layers.{layer}.{match[2]}" if place is None else name_of(place.spec, layer)
+
+
+def _full_shape(name: str, parts: list[_Part]) -> Shape:
+    shapes, place = [part.stored.shape for part in parts], find_tensor(name, "megatron")
+    if place is None or place.spec.sharded is None:
+        return shapes[0]
+    axis = 1 if place.spec.row_parallel else 0
+    if len(shapes[0]) <= axis:
+        return shapes[0]
+    return (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
 
 
 def _check_same_tensors(ranks: list[_Shard], chunk: int) -> None:
@@ -390,21 +392,6 @@ def _refuse_unlike(
     raise _refusal(shards[odd].path.parent.parent, rule, fix)
 
 
-def _axis_of(name: str) -> int | None:
-    """Return the dimension in which tensor ranks share a tensor, None for copies."""
-    if "norm" in name:
-        return None
-    return 1 if name.endswith(_COLUMNS) else 0
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether all bits are equal; NaN equals itself."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    views = (x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
-    return torch.equal(*views)
-
-
 def open_legacy(path: str | Path, tokenizer: str | Path | None = None) -> MegatronSource:
     """Open legacy shards.
 
@@ -423,11 +410,7 @@ def open_legacy(path: str | Path, tokenizer: str | Path | None = None) -> Megatr
     rows = tensors.check(stock)
     if (folder / MODEL_FILE).is_file():
         fields = converted_fields(folder, tokenizer)
-        compare_shapes(
-            {name: tensors.shape(name) for name in megatron_shapes(stock.model, rows)},
-            megatron_shapes(fields["model"], rows),
-            folder,
-        )
+        check_shapes(tensors.shapes(), megatron_shapes(fields["model"], rows), folder)
         resolve_vocab_size(folder, rows, fields["vocab_size"], None)
     else:
         fields = {

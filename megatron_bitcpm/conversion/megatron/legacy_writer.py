@@ -14,30 +14,29 @@ from typing import Any
 
 import torch
 
+from megatron_bitcpm.arch.layout import Layout, pad_rows
+from megatron_bitcpm.arch.tensors import LAYER_PREFIXES
 from megatron_bitcpm.checkpoint.model_file import ModelFile
 from megatron_bitcpm.conversion.megatron.folder import SHARD_FILE
 from megatron_bitcpm.conversion.megatron.legacy_args import make_args
-from megatron_bitcpm.conversion.megatron.output import Check, describe_model, write_megatron
-from megatron_bitcpm.conversion.megatron.shards import MegatronLayout, Piece, Shards, pad_rows
-from megatron_bitcpm.conversion.names import LAYER_NORMS
+from megatron_bitcpm.conversion.megatron.output import (
+    Check,
+    describe_model,
+    main_dtype,
+    write_megatron,
+)
+from megatron_bitcpm.conversion.megatron.shards import Piece, Shards
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
 from megatron_bitcpm.conversion.torch_file_writer import LateTensor, write_torch_file
 from megatron_bitcpm.errors import CheckpointError
 
-LOCAL_NORMS = dict(
-    zip(LAYER_NORMS, ("input_layernorm.weight", "pre_mlp_layernorm.weight"), strict=True)
-)
-"""Name of a layer's norm with Transformer Engine -> with Megatron's own modules."""
-
-TRANSFORMER_IMPLS = ("local", "transformer_engine")
-
 
 def write_legacy(
     source: ModelSource,
     output: str | Path,
-    layout: MegatronLayout | None = None,
+    layout: Layout | None = None,
     *,
     overwrite: bool = False,
     check: Check | None = None,
@@ -59,17 +58,12 @@ def write_legacy(
     Raises:
         CheckpointError: the output exists or cannot be written, or the layout does not fit.
     """
-    layout, model = layout or MegatronLayout(), source.model
-    if transformer_impl not in TRANSFORMER_IMPLS:
-        raise CheckpointError(
-            f"transformer_impl={transformer_impl}: is unknown. Use "
-            f"{' or '.join(TRANSFORMER_IMPLS)}."
-        )
+    layout, model = layout or Layout(), source.model
     if model.num_query_groups % layout.tp:
         raise CheckpointError(
             f"tensor_parallel_size={layout.tp}: {model.num_query_groups} key/value heads cannot be "
             "shared out, which megatron-core 0.12.1, the reader of this format, needs. Use a size "
-            f"that divides {model.num_query_groups}, or --to torch_dist."
+            f"that divides {model.num_query_groups}, or --format torch_dist."
         )
     # Megatron's own rule for the padding.
     rows = pad_rows(source.vocab_size, model.make_vocab_size_divisible_by * layout.tp)
@@ -80,14 +74,14 @@ def write_legacy(
             model,
             vocab_size=source.vocab_size,
             padded_vocab_size=rows,
-            dtype=source.dtype("model.layers.0.mlp.down_proj.weight"),
-            layout=(layout.tp, layout.pp, layout.chunks),
+            dtype=main_dtype(source),
+            layout=(layout.tp, layout.pp, layout.vpp),
             ckpt_format="torch",
             transformer_impl=transformer_impl,
             seq_length=source.facts.get("seq_length"),
         )
         _write_shards(shards, folder, args)
-        return describe_model(source, model, rows, layout.to_json())
+        return describe_model(source, model, rows, layout.sizes())
 
     return write_megatron(source, output, fill, overwrite=overwrite, check=check)
 
@@ -98,7 +92,7 @@ def _write_shards(shards: Shards, folder: Path, args: argparse.Namespace) -> Non
         (pp_rank, tp_rank, chunk): _chunk_tensors(shards, tp_rank, pp_rank, chunk, local)
         for pp_rank in range(layout.pp)
         for tp_rank in range(layout.tp)
-        for chunk in range(layout.chunks)
+        for chunk in range(layout.vpp)
     }
     sizes = {
         f"{place}.{name}": count_bytes(late.shape, late.dtype)
@@ -108,10 +102,10 @@ def _write_shards(shards: Shards, folder: Path, args: argparse.Namespace) -> Non
     bar = track_tensors(sizes, "write")
     for pp_rank in range(layout.pp):
         for tp_rank in range(layout.tp):
-            models = [chunks[pp_rank, tp_rank, chunk] for chunk in range(layout.chunks)]
+            models = [chunks[pp_rank, tp_rank, chunk] for chunk in range(layout.vpp)]
             content: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
             for chunk, tensors in enumerate(models):
-                key = "model" if layout.chunks == 1 else f"model{chunk}"
+                key = "model" if layout.vpp == 1 else f"model{chunk}"
                 content[key] = OrderedDict(
                     (name, _counted(late, bar)) for name, late in tensors.items()
                 )
@@ -138,13 +132,13 @@ def _chunk_tensors(
     layers = shards.layout.layers(shards.source.model, pp_rank, chunk)
     parts: dict[str, list[Piece]] = {}
     for piece in shards.pieces(tp_rank, pp_rank, chunk):
-        name = LOCAL_NORMS.get(piece.name, piece.name) if local else piece.name
+        name = (piece.spec.local_name if local else None) or piece.spec.name
         if piece.layer is not None:
-            name = f"decoder.layers.{piece.layer - layers.start}.{name}"
+            name = LAYER_PREFIXES["megatron"].format(piece.layer - layers.start) + name
         parts.setdefault(name, []).append(piece)
     tensors = {name: _join(pieces) for name, pieces in parts.items()}
     output = shards.tied_output(tp_rank, pp_rank, chunk)
-    return tensors if output is None else {**tensors, output.name: output.tensor}
+    return tensors if output is None else {**tensors, output.spec.name: output.tensor}
 
 
 def _join(pieces: list[Piece]) -> LateTensor:

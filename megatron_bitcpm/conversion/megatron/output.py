@@ -14,14 +14,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_bitcpm.arch.hf_config import CONFIG_FILE
+from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.arch.tensors import find_projection
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, ModelFile
 from megatron_bitcpm.checkpoint.store import TRACKER
-from megatron_bitcpm.config import ModelConfig
-from megatron_bitcpm.conversion.hf.config import CONFIG_FILE
 from megatron_bitcpm.conversion.hf.side_files import copy_companions, find_original_config
 from megatron_bitcpm.conversion.megatron.folder import RELEASE
 from megatron_bitcpm.conversion.output_folder import new_folder
@@ -105,8 +107,14 @@ def describe_model(
         model=model,
         vocab_size=source.vocab_size,
         padded_vocab_size=rows,
-        quantizer=None if source.stamp is None else source.stamp.content(),
-        folding=None if source.folding is None else asdict(source.folding),
+        quantizer=None if source.quantizer is None else source.quantizer.stamp(),
+        folding=source.folding,
         facts=source.facts,
         layout=layout,
     )
+
+
+def main_dtype(source: ModelSource) -> torch.dtype:
+    """Return the type that a run would have said: that of the projections."""
+    names = source.quantized_tensors() or [n for n in source.shapes() if find_projection(n)]
+    return source.dtype(next(iter(names)))

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megatron_bitcpm.arch.model import ModelConfig, megatron_shapes
+from megatron_bitcpm.arch.tensors import EMBEDDING, TensorSpec, name_of
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, load_common, read_metadata
 from megatron_bitcpm.checkpoint.store import STATE_FILE, read_config, read_state
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
-from megatron_bitcpm.config import ModelConfig
 from megatron_bitcpm.conversion.megatron.folder import (
     converted_fields,
     find_megatron_folder,
@@ -31,19 +32,17 @@ from megatron_bitcpm.conversion.megatron.folder import (
 )
 from megatron_bitcpm.conversion.megatron.legacy_args import read_args
 from megatron_bitcpm.conversion.megatron.source import (
+    DAMAGED,
     MegatronSource,
     MegatronTensors,
-    compare_shapes,
-    megatron_shapes,
+    check_shapes,
     refuse_dtype,
 )
-from megatron_bitcpm.conversion.names import EMBEDDING
-from megatron_bitcpm.conversion.stamp import parse_stamp
 from megatron_bitcpm.data.tokenizer_ids import read_run_tokenizer
 from megatron_bitcpm.errors import CheckpointError, describe
+from megatron_bitcpm.quantizer import Quantizer
 
 _LAYERS = "decoder.layers."
-_DAMAGED = "The checkpoint is damaged; use another one"
 
 
 class TorchDistTensors(MegatronTensors):
@@ -71,54 +70,23 @@ class TorchDistTensors(MegatronTensors):
         }
         self._files: dict[str, memoryview] = {}
 
-    def names(self) -> list[str]:
-        """Names of the model's tensors; those of layers may be stacked in dimension 0."""
-        return sorted(self._entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape of a tensor as stored."""
-        return tuple(self._entry(name).size)
-
-    def dtype(self, name: str, layer: int | None) -> torch.dtype:
-        """Type of a tensor; of a layer's tensor by its name below ``decoder.layers.N``."""
-        if layer is not None:
-            numbered = f"{_LAYERS}{layer}.{name}"
-            name = numbered if numbered in self._entries else _LAYERS + name
-        dtype: torch.dtype = self._entry(name).properties.dtype
+    def dtype(self, spec: TensorSpec, layer: int | None) -> torch.dtype:
+        """Type of a tensor."""
+        dtype: torch.dtype = self._entry(self._stored_name(spec, layer)).properties.dtype
         return dtype
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one full tensor as stored.
-
-        Args:
-            name: one of `names`.
-
-        Raises:
-            CheckpointError: absent, or its files are missing or damaged.
-        """
-        shape = self.shape(name)
-        return self._read(name, (0,) * len(shape), shape)
-
-    def layer_tensor(self, name: str, layer: int) -> torch.Tensor:
-        """Read one layer's tensor, without the layer dimension.
-
-        Args:
-            name: name without the layer number, for example ``mlp.linear_fc2.weight``.
-            layer: global layer number, from 0.
-
-        Raises:
-            CheckpointError: absent, or its files are missing or damaged.
-        """
-        stacked, numbered = _LAYERS + name, f"{_LAYERS}{layer}.{name}"
-        if numbered in self._entries:
-            return self.tensor(numbered)
-        shape = self.shape(stacked)
-        if not 0 <= layer < shape[0]:
+    def tensor(self, spec: TensorSpec, layer: int | None) -> torch.Tensor:
+        """Read a full tensor, without the layer dimension."""
+        name = self._stored_name(spec, layer)
+        shape = tuple(self._entry(name).size)
+        if layer is None or name == name_of(spec, layer):
+            return self._read(name, (0,) * len(shape), shape)
+        if not layer < shape[0]:
             raise CheckpointError(
-                f"layer={layer}: {stacked} has layers 0 to {shape[0] - 1}. Use one of those."
+                f"checkpoint={self.folder}: {name} has {shape[0]} layers, none of number {layer}. "
+                f"{DAMAGED}."
             )
-        start = (layer,) + (0,) * (len(shape) - 1)
-        return self._read(stacked, start, (1, *shape[1:]))[0]
+        return self._read(name, (layer,) + (0,) * (len(shape) - 1), (1, *shape[1:]))[0]
 
     def check_shapes(self, model: ModelConfig) -> int:
         """Compare names and shapes with those of a model; return the rows of its embedding.
@@ -126,30 +94,31 @@ class TorchDistTensors(MegatronTensors):
         Raises:
             CheckpointError: a tensor is absent, too many, or of another shape.
         """
-        rows = self.shape(EMBEDDING)[0]
-        wanted = megatron_shapes(model, rows)
+        rows = self._entry(EMBEDDING.name).size[0]
         found = {}
-        for name in self._entries:
+        for name, entry in self._entries.items():
             if name.endswith("_extra_state"):
                 continue
-            shape, dtype = self.shape(name), self._entries[name].properties.dtype
-            refuse_dtype(dtype, name, self.folder)
+            shape = tuple(entry.size)
+            refuse_dtype(entry.properties.dtype, name, self.folder)
             number, _, rest = name.removeprefix(_LAYERS).partition(".")
             if not name.startswith(_LAYERS) or number.isdigit():
                 found[name] = shape
             else:
                 found |= {f"{_LAYERS}{n}.{number}.{rest}": shape[1:] for n in range(shape[0])}
-        compare_shapes(found, wanted, self.folder)
+        check_shapes(found, megatron_shapes(model, rows), self.folder)
         return rows
+
+    def _stored_name(self, spec: TensorSpec, layer: int | None) -> str:
+        """Return the name of a tensor, layers numbered where the checkpoint numbers them."""
+        name = name_of(spec, layer)
+        return name if layer is None or name in self._entries else _LAYERS + spec.name
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._entries:
-            raise self._absent(name)
+            fix = "Use a checkpoint of a Llama or MiniCPM model"
+            raise self._refusal(f"has no tensor {name}", fix)
         return self._entries[name]
-
-    def _absent(self, name: str) -> CheckpointError:
-        fix = "Use a checkpoint of a Llama or MiniCPM model"
-        return self._refusal(f"has no tensor {name}", fix)
 
     def _refusal(self, rule: str, fix: str) -> CheckpointError:
         return CheckpointError(f"checkpoint={self.folder}: {rule}. {fix}.")
@@ -174,12 +143,12 @@ class TorchDistTensors(MegatronTensors):
                 result = torch.empty(shape, dtype=stored.dtype)
             result[_box(low, high, start)] = part
             if any(_overlap(low, high, *other) for other in covered):
-                raise self._refusal(f"tensor {name}: some values are listed twice", _DAMAGED)
+                raise self._refusal(f"tensor {name}: some values are listed twice", DAMAGED)
             covered.append((low, high))
         count = sum(math.prod(b - a for a, b in zip(*box, strict=True)) for box in covered)
         if result is None or count != result.numel():
             rule = f"tensor {name}: {count} of {math.prod(shape)} values are listed"
-            raise self._refusal(rule, _DAMAGED)
+            raise self._refusal(rule, DAMAGED)
         return result
 
     def _read_chunk(
@@ -206,7 +175,7 @@ class TorchDistTensors(MegatronTensors):
         # A damaged file can raise nearly anything while its pickle is decoded.
         except Exception as error:
             rule = f"tensor {name} in {file or 'no file'} cannot be read: {describe(error)}"
-            raise self._refusal(rule, _DAMAGED) from error
+            raise self._refusal(rule, DAMAGED) from error
 
 
 def _box(low: Any, high: Any, origin: Any) -> tuple[slice, ...]:
@@ -251,10 +220,7 @@ def _trained_fields(
     rows = tensors.check_shapes(config.model)
     size = state.get("vocab_size")
     if type(size) is not int:
-        raise CheckpointError(
-            f"vocab_size={size}: is no size, in {folder}. The checkpoint is damaged; use another "
-            "one."
-        )
+        raise CheckpointError(f"vocab_size={size}: must be a whole number, in {folder}. {DAMAGED}.")
     if tokenizer is not None:
         read_run_tokenizer(tokenizer, size, state.get("tokenizer_sha256"))
     stamp = state.get("quantizer")
@@ -264,7 +230,7 @@ def _trained_fields(
         "form": "plain" if stamp is None else "latent",
         "model": config.model,
         "vocab_size": resolve_vocab_size(folder, rows, size, None),
-        "stamp": None if stamp is None else parse_stamp(stamp, folder),
+        "quantizer": None if stamp is None else Quantizer.from_stamp(stamp, folder),
         "facts": {
             "iteration": state.get("iteration", 0),
             "tokens": state.get("consumed_samples", 0) * seq_length,

@@ -25,13 +25,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_bitcpm.arch.layout import Layout, pad_rows
+from megatron_bitcpm.arch.model import ModelConfig, iter_tensors
 from megatron_bitcpm.checkpoint.model_file import ModelFile
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, METADATA_FILE
-from megatron_bitcpm.config import ModelConfig
 from megatron_bitcpm.conversion.megatron.legacy_args import make_args
-from megatron_bitcpm.conversion.megatron.output import Check, describe_model, write_megatron
-from megatron_bitcpm.conversion.megatron.shards import MegatronLayout, Piece, Shards, pad_rows
-from megatron_bitcpm.conversion.names import LINEARS
+from megatron_bitcpm.conversion.megatron.output import (
+    Check,
+    describe_model,
+    main_dtype,
+    write_megatron,
+)
+from megatron_bitcpm.conversion.megatron.shards import Piece, Shards
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
@@ -41,12 +46,13 @@ from megatron_bitcpm.errors import CheckpointError
 _CONFIG = """{"sharded_backend": "torch_dist", "sharded_backend_version": 1, \
 "common_backend": "torch", "common_backend_version": 1}"""
 _ALIGNMENT = 64
+_LAYERS = "decoder.layers."
 
 
 def write_torch_dist(
     source: ModelSource,
     output: str | Path,
-    layout: MegatronLayout | None = None,
+    layout: Layout | None = None,
     *,
     overwrite: bool = False,
     check: Check | None = None,
@@ -66,7 +72,7 @@ def write_torch_dist(
     Raises:
         CheckpointError: the output exists or cannot be written, or the layout does not fit.
     """
-    layout = layout or MegatronLayout()
+    layout = layout or Layout()
     # Every tensor rank must hold as many rows; the multiple is recorded with the model.
     multiple = math.lcm(source.model.make_vocab_size_divisible_by, layout.tp)
     model = source.model.model_copy(update={"make_vocab_size_divisible_by": multiple})
@@ -77,7 +83,7 @@ def write_torch_dist(
         with FlushedFile(folder / COMMON_FILE) as file:
             write_torch_file(file, _common_state(shards, model))
         (folder / "metadata.json").write_text(_CONFIG, encoding="utf-8")
-        return describe_model(source, model, shards.rows, layout.to_json())
+        return describe_model(source, model, shards.rows, layout.sizes())
 
     return write_megatron(source, output, fill, overwrite=overwrite, check=check)
 
@@ -88,7 +94,7 @@ def _write_tensors(shards: Shards, folder: Path) -> None:
     pieces = {
         (pp_rank, tp_rank): [
             piece
-            for chunk in range(layout.chunks)
+            for chunk in range(layout.vpp)
             for piece in shards.pieces(tp_rank, pp_rank, chunk)
             # What all tensor ranks hold alike is written once.
             if tp_rank == 0 or piece.full != piece.tensor.shape
@@ -107,7 +113,7 @@ def _write_tensors(shards: Shards, folder: Path) -> None:
             for piece, _ in zip(rank_pieces, bar, strict=False):
                 index.write(file, name, piece, num_layers)
             if rank == 0:
-                index.write_extra_states(file, name, num_layers)
+                index.write_extra_states(file, name, shards.source.model)
     (folder / METADATA_FILE).write_bytes(pickle.dumps(index.metadata(), protocol=4))
 
 
@@ -117,8 +123,8 @@ def _common_state(shards: Shards, model: ModelConfig) -> dict[str, Any]:
         model,
         vocab_size=source.vocab_size,
         padded_vocab_size=shards.rows,
-        dtype=source.dtype("model.layers.0.mlp.down_proj.weight"),
-        layout=(layout.tp, layout.pp, layout.chunks),
+        dtype=main_dtype(source),
+        layout=(layout.tp, layout.pp, layout.vpp),
         ckpt_format="torch_dist",
         transformer_impl="local",
         seq_length=source.facts.get("seq_length"),
@@ -138,19 +144,20 @@ class _Index:
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
-    def write_extra_states(self, file: SeekableFile, file_name: str, num_layers: int) -> None:
+    def write_extra_states(self, file: SeekableFile, file_name: str, model: ModelConfig) -> None:
         """Write the empty states that Megatron's linears ask for (of FP8, in other models)."""
-        for layer in range(num_layers):
-            for linear in LINEARS:
-                name = f"decoder.layers.{linear.name}._extra_state/shard_{layer}_{num_layers}"
-                self._entries[name] = BytesStorageMetadata()
-                self._places[MetadataIndex(name)] = _append(file, file_name, [None])
+        for spec, layer in iter_tensors(model):
+            if spec.role != "projection":
+                continue
+            name = f"{_LAYERS}{spec.module}._extra_state/shard_{layer}_{model.num_layers}"
+            self._entries[name] = BytesStorageMetadata()
+            self._places[MetadataIndex(name)] = _append(file, file_name, [None])
 
     def write(self, file: SeekableFile, file_name: str, piece: Piece, num_layers: int) -> None:
         tensor = piece.tensor
-        name, full, start = piece.name, piece.full, piece.start
+        name, full, start = piece.spec.name, piece.full, piece.start
         if piece.layer is not None:
-            name, full = f"decoder.layers.{name}", (num_layers, *full)
+            name, full = _LAYERS + name, (num_layers, *full)
             start = (piece.layer, *start)
             tensor = LateTensor(
                 (1, *tensor.shape), tensor.dtype, lambda: piece.tensor.read().unsqueeze(0)

@@ -11,27 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_bitcpm.config import ModelConfig
-from megatron_bitcpm.conversion.names import LINEARS, find_projection, hf_shapes
+from megatron_bitcpm.arch.hf_config import CONFIG_FILE, LATENT_TYPE, QUANTIZER_KEY
+from megatron_bitcpm.arch.model import ModelConfig, iter_places
 from megatron_bitcpm.conversion.source import Form
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
+from megatron_bitcpm.quantizer import Quantizer
 
-CONFIG_FILE = "config.json"
 MODELING_FILE = "modeling_bitcpm.py"
-QUANTIZER_KEY = "bitcpm_quantizer"
-"""Key of a latent model's config.json: the quantiser's stamp and what follows from it."""
 FORMAT_VERSION = 1
-LATENT_TYPE, LATENT_CLASS = "bitcpm", "BitCPMForCausalLM"
-MINICPM_TYPE, MINICPM_CLASS = "minicpm", "MiniCPMForCausalLM"
-_CONFIG_CLASS = {LATENT_TYPE: "BitCPMConfig", MINICPM_TYPE: "MiniCPMConfig"}
-_CLASS = {LATENT_TYPE: LATENT_CLASS, MINICPM_TYPE: MINICPM_CLASS}
+_CLASSES = {
+    LATENT_TYPE: ("BitCPMConfig", "BitCPMForCausalLM"),
+    "minicpm": ("MiniCPMConfig", "MiniCPMForCausalLM"),
+}
+"""Model type -> classes of the modelling file."""
 _SOURCE = Path(__file__).with_name(MODELING_FILE)
 
 
 def write_modeling_files(
-    folder: Path, model: ModelConfig, form: Form, stamp: QuantizerStamp | None = None
+    folder: Path, model: ModelConfig, form: Form, quantizer: Quantizer | None = None
 ) -> dict[str, Any]:
     """Copy the modelling file into a folder when its model needs it.
 
@@ -39,37 +37,28 @@ def write_modeling_files(
         folder: the Hugging Face folder, which exists.
         model: the architecture.
         form: of the tensors in the folder.
-        stamp: the quantiser; needed for latent.
+        quantizer: needed for latent.
     Returns:
         What config.json must say beside Llama's keys; empty for a plain Llama, which gets no file.
     """
-    if form != "latent" and model.architecture == "llama":
+    model_type = LATENT_TYPE if form == "latent" else model.architecture
+    if model_type not in _CLASSES:
         return {}
     (folder / MODELING_FILE).write_bytes(_SOURCE.read_bytes())
-    model_type = LATENT_TYPE if form == "latent" else MINICPM_TYPE
     additions: dict[str, Any] = {
-        "architectures": [_CLASS[model_type]],
+        "architectures": [_CLASSES[model_type][1]],
         "model_type": model_type,
         "auto_map": _auto_map(model_type),
     }
-    if model.architecture == "minicpm":
-        additions |= {
-            "scale_emb": model.scale_emb,
-            "scale_depth": model.scale_depth,
-            "dim_model_base": model.dim_model_base,
-        }
     if form == "latent":
-        assert stamp is not None, "a latent model has a quantiser"
-        additions[QUANTIZER_KEY] = describe_quantizer(model, stamp)
+        assert quantizer is not None, "a latent model has a quantiser"
+        additions[QUANTIZER_KEY] = describe_quantizer(model, quantizer)
     return additions
 
 
-def describe_quantizer(model: ModelConfig, stamp: QuantizerStamp) -> dict[str, Any]:
+def describe_quantizer(model: ModelConfig, quantizer: Quantizer) -> dict[str, Any]:
     """Return ``bitcpm_quantizer`` of a latent config.json.
 
-    Args:
-        model: the architecture.
-        stamp: the quantiser.
     Returns:
         JSON. ``quantizer`` is the stamp; the rest is what it means for this model: by projection
         the inputs per scale (or "tensor") and the slices of a row that training kept apart, and
@@ -79,41 +68,42 @@ def describe_quantizer(model: ModelConfig, stamp: QuantizerStamp) -> dict[str, A
         BitcpmError: the groups do not fit the model.
     """
     projections: dict[str, Any] = {}
-    for linear in LINEARS:
-        groups = stamp.groups_of(linear, linear.shape(model)[1])
-        for name in linear.hf_names:
-            projections[name] = {
-                "group_size": "tensor" if groups is None else groups.scale_len,
-                "slices": stamp.tp_size if linear.row_parallel else 1,
-            }
     full_precision = []
-    for name in hf_shapes(model, vocab_size=1):
-        projection = find_projection(name)
-        if projection is not None and not stamp.quantizes(projection, model.num_layers):
-            full_precision.append(name.removesuffix(".weight"))
+    dims = model.dimensions()
+    for place in iter_places(model):
+        if place.spec.role != "projection":
+            continue
+        if not quantizer.quantizes(place, model.num_layers):
+            full_precision.append(place.name("hf").removesuffix(".weight"))
+        if place.layer == 0:
+            groups = quantizer.groups_of(place.spec, place.shape(dims)[1])
+            projections[place.local_hf] = {
+                "group_size": quantizer.config.group_size if groups is None else groups.scale_len,
+                "slices": quantizer.tp_size if place.spec.row_parallel else 1,
+            }
     return {
         "format_version": FORMAT_VERSION,
         "form": "latent",
-        "quantizer": stamp.content(),
+        "quantizer": quantizer.stamp(),
         "projections": projections,
         "full_precision": full_precision,
     }
 
 
 def check_quantizer_block(
-    block: dict[str, Any], model: ModelConfig, stamp: QuantizerStamp, source: Path
+    block: dict[str, Any], model: ModelConfig, quantizer: Quantizer, source: Path
 ) -> None:
     """Refuse a latent config.json whose forward pass is not the one that its stamp describes.
 
     Args:
         block: ``bitcpm_quantizer``.
-        model, stamp: what was read out of the same file.
+        model, quantizer: what was read out of the same file.
         source: the file, for the message.
 
     Raises:
         CheckpointError: names the key.
     """
-    wanted = describe_quantizer(model, stamp)
+    wanted = describe_quantizer(model, quantizer)
     for key in ("format_version", "form", "projections", "full_precision"):
         if block.get(key) != wanted[key]:
             raise CheckpointError(
@@ -146,7 +136,7 @@ def trusted_modeling_files(folder: str | Path) -> bool:
             and any(
                 (config.get("model_type"), config.get("auto_map"))
                 == (model_type, _auto_map(model_type))
-                for model_type in _CLASS
+                for model_type in _CLASSES
             )
         )
     except (CheckpointError, OSError):
@@ -174,6 +164,6 @@ def _iter_code(folder: Path) -> Iterator[Path]:
 def _auto_map(model_type: str) -> dict[str, str]:
     module = MODELING_FILE.removesuffix(".py")
     return {
-        "AutoConfig": f"{module}.{_CONFIG_CLASS[model_type]}",
-        "AutoModelForCausalLM": f"{module}.{_CLASS[model_type]}",
+        "AutoConfig": f"{module}.{_CLASSES[model_type][0]}",
+        "AutoModelForCausalLM": f"{module}.{_CLASSES[model_type][1]}",
     }

@@ -9,27 +9,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from megatron_bitcpm.config import ModelConfig
-from megatron_bitcpm.models.rope import attention_factor
+from megatron_bitcpm.arch.model import ModelConfig, attention_factor
+from megatron_bitcpm.errors import CheckpointError
 
 DEFAULT_THETA = 10000.0
 _PLAIN_TYPES = (None, "default")
 _ONE = "rope_scaling"
 
 
-class RopeProblem(ValueError):
-    """A rotary setting that the decoder does not have.
+class HfProblem(ValueError):
+    """Something in a config.json that this package does not read.
 
-    Attributes:
-        key, value: what config.json says.
-        rule, fix: the two sentences of the message.
+    Args:
+        key, value: what the file says.
+        text: what is wrong with it and what to do, two sentences.
     """
 
-    def __init__(self, key: str, value: Any, rule: str, fix: str) -> None:
-        super().__init__(rule)
-        self.key, self.value, self.rule, self.fix = key, value, rule, fix
+    def __init__(self, key: str, value: Any, text: str) -> None:
+        super().__init__(text)
+        self.key, self.value, self.text = key, value, text
+
+    def locate(self, path: Path) -> CheckpointError:
+        """Return the error for the user."""
+        shown, (rule, fix) = str(self.value), self.text.split(". ", 1)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        return CheckpointError(f"{self.key}={shown}: {rule} ({path}). {fix}")
 
 
 def read_rope(
@@ -43,31 +50,29 @@ def read_rope(
         head_dim: channels of a head.
 
     Raises:
-        RopeProblem: another kind of scaling, or settings that readers understand differently.
+        HfProblem: another kind of scaling, or settings that readers understand differently.
     """
     rope, key = _find_settings(config)
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if rope.get("rope_theta") is not None and config.get("rope_theta") not in (None, theta):
-        raise RopeProblem(
-            "rope_theta", config["rope_theta"], f"{key} says {theta}", "Remove one of the two"
+        raise HfProblem(
+            "rope_theta", config["rope_theta"], f"{key} says {theta}. Remove one of the two."
         )
     partial = rope.get("partial_rotary_factor")
     if partial not in (None, 1):
-        raise RopeProblem(
+        raise HfProblem(
             "partial_rotary_factor",
             partial,
-            "every head channel is rotated here",
-            "Use a model without it",
+            "every head channel is rotated here. Use a model without it.",
         )
     kind = rope.get("rope_type") or rope.get("type")
     if kind in _PLAIN_TYPES:
         return _read_theta(theta), None
     if kind != "longrope":
-        raise RopeProblem(
+        raise HfProblem(
             f"{key}.rope_type",
             kind,
-            "has no counterpart in this decoder",
-            "Use a model with plain RoPE or longrope",
+            "has no counterpart in this decoder. Use a model with plain RoPE or longrope.",
         )
     return _read_theta(theta), _read_longrope(rope, key, config, max_positions, head_dim)
 
@@ -77,13 +82,10 @@ def _find_settings(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
     found = {k: config[k] for k in ("rope_parameters", _ONE) if config.get(k)}
     for key, value in found.items():
         if not isinstance(value, Mapping):
-            raise RopeProblem(key, value, "is not an object", "Correct config.json")
+            raise HfProblem(key, value, "is not an object. Correct config.json.")
         if any(isinstance(inner, Mapping) for inner in value.values()):
-            raise RopeProblem(
-                key,
-                "{...}",
-                "differs between layers, which this decoder has not",
-                "Use a model with one setting for all layers",
+            raise HfProblem(
+                key, "{...}", "differs between layers. Use a model with one setting for all layers."
             )
     if len(found) == 2:
         shared = [
@@ -92,8 +94,8 @@ def _find_settings(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
         ]
         kinds = {value.get("rope_type") or value.get("type") for value in found.values()}
         if shared[0] != shared[1] or len(kinds) > 1:
-            raise RopeProblem(
-                "rope_parameters", "{...}", f"differs from {_ONE}", "Remove one of the two"
+            raise HfProblem(
+                "rope_parameters", "{...}", f"differs from {_ONE}. Remove one of the two."
             )
     for key, value in found.items():
         return value, key
@@ -103,11 +105,10 @@ def _find_settings(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 def _read_theta(theta: Any) -> int:
     theta = DEFAULT_THETA if theta is None else theta
     if isinstance(theta, bool) or not isinstance(theta, int | float) or theta % 1:
-        raise RopeProblem(
+        raise HfProblem(
             "rope_theta",
             theta,
-            "Megatron takes whole numbers only",
-            "Use a model with a whole rope_theta",
+            "Megatron takes whole numbers only. Use a model with a whole rope_theta.",
         )
     return int(theta)
 
@@ -122,18 +123,17 @@ def _read_longrope(
     for name in ("short_factor", "long_factor"):
         factors = rope.get(name)
         if not isinstance(factors, list) or not all(_is_positive(f) for f in factors):
-            raise RopeProblem(
+            raise HfProblem(
                 f"{key}.{name}",
                 factors,
-                "longrope needs a list of positive numbers",
-                "Complete config.json from its source",
+                "longrope needs a list of positive numbers. Complete config.json from its source.",
             )
         if len(factors) != head_dim // 2:
-            raise RopeProblem(
+            raise HfProblem(
                 f"{key}.{name}",
                 f"({len(factors)} numbers)",
-                f"one for each pair of the {head_dim} head channels is needed, {head_dim // 2}",
-                "Correct it, or head_dim (bitcpm inspect)",
+                f"one for each pair of the {head_dim} head channels is needed, {head_dim // 2}. "
+                "Correct it, or head_dim (bitcpm inspect).",
             )
     original = _read_original(rope, key, config, max_positions)
     result = {
@@ -152,15 +152,14 @@ def _read_original(
     name = "original_max_position_embeddings"
     values = [v for v in (rope.get(name), config.get(name)) if v is not None]
     if len(values) > 1 and values[0] != values[1]:
-        raise RopeProblem(name, config[name], f"{key} says {rope[name]}", "Remove one of the two")
+        raise HfProblem(name, config[name], f"{key} says {rope[name]}. Remove one of the two.")
     original = values[0] if values else max_positions
     if type(original) is not int or not 2 <= original <= max_positions:
-        raise RopeProblem(
+        raise HfProblem(
             f"{key}.{name}",
             original,
             f"must be a whole number up to max_position_embeddings {max_positions}: readers "
-            "disagree about others",
-            "Correct config.json",
+            "disagree about others. Correct config.json.",
         )
     return original
 
@@ -172,23 +171,22 @@ def _read_attention_factor(
     given, factor = rope.get("attention_factor"), rope.get("factor")
     for name, value in (("attention_factor", given), ("factor", factor)):
         if value is not None and not _is_positive(value):
-            raise RopeProblem(f"{key}.{name}", value, "must be a positive number", "Correct it")
+            raise HfProblem(f"{key}.{name}", value, "must be a positive number. Correct it.")
     growth = max_positions / original
     if given is None and factor is not None and not math.isclose(factor, growth, rel_tol=1e-9):
         # With an original length of their own, transformers 4 takes the ratio and 5 the factor.
-        raise RopeProblem(
+        raise HfProblem(
             f"{key}.factor",
             factor,
-            f"max / original position embeddings is {growth:g}, and readers disagree which counts",
-            "Set attention_factor to what the training used",
+            f"max / original position embeddings is {growth:g}, and readers disagree which counts. "
+            "Set attention_factor to what the training used.",
         )
     for name in ("short_mscale", "long_mscale"):
         if rope.get(name) is not None and rope[name] != given:
-            raise RopeProblem(
+            raise HfProblem(
                 f"{key}.{name}",
                 rope[name],
-                f"attention_factor is {given}",
-                "Set both to what the training used",
+                f"attention_factor is {given}. Set both to what the training used.",
             )
     return None if given is None else float(given)
 

@@ -1,0 +1,305 @@
+"""What `convert` and `qat_convert` are told, checked once, and which wishes can be granted.
+
+An output has a format, hf (a Hugging Face folder), torch_dist or legacy (Megatron), and a form, see
+`conversion.source`. What an input can become stands in `REFUSALS`, which docs/conversion.md prints.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from megatron_bitcpm.arch.layout import Layout
+from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.conversion.difference import markdown_table
+from megatron_bitcpm.conversion.source import Form, TensorSource
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.quant.granularity import parse_group_size
+from megatron_bitcpm.quant.scales import DEFAULT_EPS, SMALLEST_EPS
+from megatron_bitcpm.quantizer import FP32, NUMERICS, Quantizer
+from megatron_bitcpm.records import Record, explain
+
+Format = Literal["hf", "torch_dist", "legacy"]
+MEGATRON = ("torch_dist", "legacy")
+MAX_SHARD_BYTES = 5_000_000_000
+
+_PLAIN = "plain, --quant-type"
+_FOLDED = "latent, --architecture llama"
+INPUTS = ("latent", _FOLDED, "pseudo", "plain", _PLAIN)
+OUTPUTS = ("hf latent", "hf pseudo", "hf plain", "Megatron")
+REFUSALS: dict[tuple[str, str], tuple[str, str]] = {
+    ("latent", "hf plain"): (
+        "a plain folder would not name the quantiser of a latent model",
+        "Use --form pseudo or --form latent",
+    ),
+    (_FOLDED, "hf latent"): (
+        "latent weights are not folded: training would continue with other step sizes",
+        "Use --form pseudo, or --architecture minicpm",
+    ),
+    (_FOLDED, "hf plain"): (
+        "a plain folder would not name the quantiser of a latent model",
+        "Use --form pseudo",
+    ),
+    ("pseudo", "hf latent"): (
+        "a pseudo-quantised model has lost its latent weights",
+        "Convert the checkpoint or the latent folder that it was made from",
+    ),
+    ("pseudo", "hf plain"): (
+        "a plain folder would not name the quantiser of a pseudo-quantised model",
+        "Use --form pseudo",
+    ),
+    ("plain", "hf latent"): (
+        "the input does not say which quantiser trained it",
+        "Name it with --quant-type and --group-size, or use --form plain",
+    ),
+    (_PLAIN, "hf plain"): (
+        "a quantiser has no effect on weights that are stored as they are",
+        "Leave it out, or use --form latent or --form pseudo",
+    ),
+}
+REFUSALS["plain", "hf pseudo"] = REFUSALS["plain", "hf latent"]
+REFUSALS[_PLAIN, "Megatron"] = REFUSALS[_PLAIN, "hf plain"]
+_KEPT = "architecture has no effect on Megatron, which keeps the constants"
+REFUSALS[_FOLDED, "Megatron"] = (_KEPT, "Leave it out")
+"""(input, output) -> rule and fix; every other pair is possible."""
+
+
+def describe_conversions() -> str:
+    """Return the table of what an input can become, as Markdown."""
+    rows = []
+    for given in INPUTS:
+        refused = (REFUSALS.get((given, output)) for output in OUTPUTS)
+        rows.append((given, *("yes" if r is None else f"refused: {r[0]}" for r in refused)))
+    return markdown_table(("input", *OUTPUTS), rows)
+
+
+def _check_path(value: object) -> object:
+    if isinstance(value, str | Path) and (not str(value) or "\0" in str(value)):
+        raise ValueError("must be a path")
+    return Path(value) if isinstance(value, str) else value
+
+
+def _to_group_size(value: object) -> object:
+    return None if value is None else parse_group_size(value)
+
+
+def _to_bytes(value: object) -> int:
+    """Return bytes: of a number, or of a text such as ``5GB`` (10^9) or ``5GiB`` (2^30)."""
+    try:
+        if isinstance(value, str) or type(value) is int:
+            return int(_BYTES.validate_python(value))
+    except (ValidationError, OverflowError):
+        pass
+    raise ValueError("must be the size of a file, for example 5GB or 500MB")
+
+
+PathOption = Annotated[Path, BeforeValidator(_check_path)]
+_Size = Annotated[int, Field(ge=1)]
+_BYTES = TypeAdapter(ByteSize)
+R = TypeVar("R", bound="Options")
+
+
+class Options(Record):
+    """Base of a command's options; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @classmethod
+    def read(cls: type[R], **given: Any) -> R:
+        """Check options.
+
+        Raises:
+            CheckpointError: names the first that is wrong, and its rule.
+        """
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise CheckpointError(f"{explain(error)}. Correct the option.") from error
+
+
+class QuantizerOptions(Options):
+    """The quantiser that trained unstamped latents; None: the stamp's, or the default."""
+
+    quant_type: str | None = Field(
+        None, description="Grid that trained unstamped latents, for example ternary."
+    )
+    group_size: Annotated[int | str | None, BeforeValidator(_to_group_size)] = Field(
+        None, description="... its inputs per scale; -1 is the row, or tensor."
+    )
+    eps: Annotated[float, Field(ge=SMALLEST_EPS)] | None = Field(
+        None, description="... its smallest scale; default 1e-5."
+    )
+    numerics: Literal[NUMERICS] | None = Field(  # type: ignore[valid-type]
+        None, description="... its arithmetic: fp32 (default) or bf16_reciprocal."
+    )
+
+    @model_validator(mode="after")
+    def _check_quantizer(self) -> QuantizerOptions:
+        if self.quant_type is not None:
+            QuantConfig(grid=self.quant_type)  # refuses an unknown one
+            Quantizer(QuantConfig(grid=self.quant_type), 1, self.numerics or FP32).check_numerics()
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """Return the settings that were named."""
+        named = ("quant_type", "group_size", "numerics", "eps")
+        return {name: value for name in named if (value := getattr(self, name)) is not None}
+
+    def quantizer(self) -> Quantizer:
+        """Return the quantiser of a model without a stamp.
+
+        Raises:
+            CheckpointError: quant_type or group_size was not named.
+        """
+        for name in ("quant_type", "group_size"):
+            if getattr(self, name) is None:
+                raise CheckpointError(
+                    f"{name}=None: must be named with the other settings of the quantiser. Use "
+                    "the one of the training, for example --quant-type ternary --group-size -1."
+                )
+        eps = DEFAULT_EPS if self.eps is None else self.eps
+        content: dict[str, Any] = {"grid": self.quant_type, "group_size": self.group_size}
+        return Quantizer(QuantConfig(**content, eps=eps), 1, self.numerics or FP32)
+
+    def check_agrees(self, quantizer: Quantizer) -> None:
+        """Refuse settings that are not those of the training.
+
+        Raises:
+            CheckpointError: names the first that contradicts the stamp.
+        """
+        config = quantizer.config
+        stamped = {
+            "quant_type": config.grid,
+            "group_size": config.group_size,
+            "numerics": quantizer.numerics,
+            "eps": config.eps,
+        }
+        for name, value in self.given().items():
+            if value != stamped[name]:
+                raise CheckpointError(
+                    f"{name}={value}: the model was trained with {stamped[name]}, says its stamp. "
+                    f"Use {stamped[name]}."
+                )
+
+
+class ConvertOptions(QuantizerOptions):
+    """Options of `convert`; the command line is made of them."""
+
+    input: PathOption = Field(description="Hugging Face folder, Megatron checkpoint, or run.")
+    output: PathOption = Field(
+        description="Folder to write; of a Megatron format the folder above release."
+    )
+    format: Format = Field("hf", description="hf, torch_dist or legacy.")
+    form: Form | None = Field(
+        None,
+        description="latent, pseudo or plain; default pseudo for a quantised model in hf, "
+        "otherwise that of the input.",
+    )
+    tensor_parallel_size: _Size = Field(1, description="Megatron: shards of each layer.")
+    pipeline_parallel_size: _Size = Field(1, description="Megatron: pipeline stages.")
+    virtual_pipeline_parallel_size: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Megatron: chunks on each stage (interleaved)."
+    )
+    transformer_impl: Literal["local", "transformer_engine"] = Field(
+        "local", description="legacy: names of the norms; local or transformer_engine."
+    )
+    architecture: Literal["llama", "minicpm"] | None = Field(
+        None, description="hf, of a MiniCPM: minicpm (default) or llama, which folds its constants."
+    )
+    tokenizer: PathOption | None = Field(
+        None, description="Tokenizer folder, where the input has none."
+    )
+    max_shard_size: Annotated[int, BeforeValidator(_to_bytes), Field(ge=1, lt=2**63)] = Field(
+        MAX_SHARD_BYTES, description="hf: largest weight file, for example 5GB or 500MB."
+    )
+    weights: Literal["safetensors", "bin"] = Field(
+        "safetensors", description="hf: safetensors or bin."
+    )
+    force: bool = Field(False, description="Continue with latents that look untrained.")
+    overwrite: bool = Field(False, description="Replace the output, if it is a model.")
+    to: Literal["torch_dist", "legacy", "plain", "latent", "pseudo"] | None = Field(
+        None, description="Old name of --format and --form; goes with the next release."
+    )
+
+    @property
+    def layout(self) -> Layout:
+        """Shards of a Megatron format."""
+        vpp = self.virtual_pipeline_parallel_size or 1
+        return Layout(self.tensor_parallel_size, self.pipeline_parallel_size, vpp)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _translate_to(cls, given: dict[str, Any]) -> dict[str, Any]:
+        to = given.get("to")
+        if to is None:
+            return given
+        if given.get("format") or given.get("form"):
+            raise ValueError("--to is the old name of --format and --form: use only those")
+        return {**given, **({"format": to} if to in MEGATRON else {"format": "hf", "form": to})}
+
+    @model_validator(mode="after")
+    def _check_effect(self) -> ConvertOptions:
+        hf_only = ("architecture", "max_shard_size", "weights", "force")
+        sizes = (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "virtual_pipeline_parallel_size",
+        )
+        idle = hf_only if self.format in MEGATRON else sizes
+        for name in (*idle, *(() if self.format == "legacy" else ("transformer_impl",))):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: has no effect on format {self.format}"
+                )
+        return self
+
+    def warnings(self) -> list[str]:
+        """Return the line that names the new options for an old one."""
+        if self.to is None:
+            return []
+        new = f"--format {self.to}" if self.to in MEGATRON else f"--form {self.to}"
+        return [f"--to {self.to} is now {new}; --to goes with the next release"]
+
+
+def choose_form(options: ConvertOptions, source: TensorSource) -> Form:
+    """Return the form of the output.
+
+    Raises:
+        CheckpointError: the input cannot become that; an option that has no effect on it.
+    """
+    is_megatron, named = options.format in MEGATRON, bool(options.given())
+    form = options.form
+    if form is None:
+        form = source.form if is_megatron or (source.form == "plain" and not named) else "pseudo"
+    if is_megatron and form != source.form:
+        raise CheckpointError(
+            f"form={form}: a Megatron checkpoint keeps the form of its input, which is "
+            f"{source.form} ({source.path}). Leave it out."
+        )
+    given: str = source.form
+    if source.quantizer is not None:
+        options.check_agrees(source.quantizer)
+    elif named:
+        given = _PLAIN
+    if source.form == "latent" and options.architecture == "llama":
+        given = _FOLDED
+    output = "Megatron" if is_megatron else f"hf {form}"
+    if refusal := REFUSALS.get((given, output)):
+        rule, fix = refusal
+        raise CheckpointError(f"form={form}: {rule} ({source.path}). {fix}.")
+    if options.force and given != _PLAIN:
+        raise CheckpointError(
+            "force=True: has no effect: only latents whose quantiser is named are looked at. Leave "
+            "it out."
+        )
+    return form
