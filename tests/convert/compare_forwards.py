@@ -73,7 +73,7 @@ def compare_with_transformers(
         "int8_per_token", which Megatron's side alone rounds with).
     """
     source = open_megatron(checkpoint)
-    stamp, vocab_size = source.stamp, source.vocab_size
+    stamp, vocab_size = source.quantizer, source.vocab_size
     length = min(source.model.max_position_embeddings, longest)
     generator = torch.Generator().manual_seed(seed)
     tokens_BS = torch.randint(vocab_size, (1, length), generator=generator)
@@ -102,5 +102,5 @@ def compare_with_transformers(
         "largest_logit": float(ours.abs().max()),
         "greedy_tokens": new_tokens,
         "greedy_tokens_equal": equal.index(False) if False in equal else new_tokens,
-        "activation": "none" if stamp is None else stamp.quant.activation,
+        "activation": "none" if stamp is None else stamp.config.activation,
     }

@@ -54,14 +54,14 @@ def trained(data, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported(trained, tmp_path_factory):
     """Function: name of a case -> its exported folder; do not change it, see `damaged`."""
-    from megatron_bitcpm.conversion.hf.writer import export_hf
+    from megatron_bitcpm.conversion.convert import convert
 
     done = {}
 
     def get(name):
         if name not in done:
             output = tmp_path_factory.mktemp("hf") / name
-            export_hf(trained(name).directory, output)
+            convert(trained(name).directory, output)
             done[name] = output
         return done[name]
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 
 from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.arch.tensors import TensorSpec
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.megatron.source import MegatronSource, MegatronTensors
 from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.quantizer import Quantizer
 
 LAYERS, HIDDEN, FFN, VOCAB = 3, 64, 96, 50
 LLAMA = ModelConfig(
@@ -58,26 +59,20 @@ class FusedTensors(MegatronTensors):
 
     tensors: dict[str, torch.Tensor]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
+    def dtype(self, spec: TensorSpec, layer: int | None) -> torch.dtype:
+        return self.tensor(spec, layer).dtype
 
-    def dtype(self, name: str, layer: int | None) -> torch.dtype:
-        return next(t.dtype for key, t in self.tensors.items() if key.endswith(name))
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
-    def layer_tensor(self, name: str, layer: int) -> torch.Tensor:
-        return self.tensors[f"{layer}.{name}"]
+    def tensor(self, spec: TensorSpec, layer: int | None) -> torch.Tensor:
+        return self.tensors[spec.name if layer is None else f"{layer}.{spec.name}"]
 
 
-def make_stamp(tp_size: int = 1, numerics: str = "fp32", **quant) -> QuantizerStamp:
+def make_stamp(tp_size: int = 1, numerics: str = "fp32", **quant) -> Quantizer:
     """A quantiser: settings of `QuantConfig`."""
-    return QuantizerStamp(QuantConfig(**quant), tp_size, numerics)
+    return Quantizer(QuantConfig(**quant), tp_size, numerics)
 
 
 def make_latent(
-    stamp: QuantizerStamp | None = None,
+    stamp: Quantizer | None = None,
     model: ModelConfig = LLAMA,
     dtype=torch.bfloat16,
     vocab_size: int = VOCAB,
@@ -91,7 +86,7 @@ def make_latent(
         form=form,
         model=model,
         vocab_size=vocab_size,
-        stamp=stamp,
+        quantizer=stamp,
         tensors={},
         side_files=side_files,
     )
@@ -155,6 +150,6 @@ def make_megatron(latent: MemorySource, rows: int) -> MegatronSource:
         form=latent.form,
         model=model,
         vocab_size=VOCAB,
-        stamp=latent.stamp,
+        quantizer=latent.quantizer,
         tensors=FusedTensors(tensors),
     )

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_bitcpm.conversion.names import find_projection, shapes_of
-from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
 from safetensors.torch import save_file
 
 from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.arch.tensors import find_projection, shapes_of
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
+from megatron_bitcpm.quantizer import Quantizer
 
 VOCAB = 96
 MUP = {"architecture": "minicpm", "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16}
@@ -34,8 +34,8 @@ def tiny_model(**changes) -> ModelConfig:
     return ModelConfig(**fields | changes)
 
 
-def quantizer(tp_size: int = 1, numerics: str = "fp32", **quant) -> QuantizerStamp:
-    return QuantizerStamp(QuantConfig(**quant), tp_size, numerics)
+def quantizer(tp_size: int = 1, numerics: str = "fp32", **quant) -> Quantizer:
+    return Quantizer(QuantConfig(**quant), tp_size, numerics)
 
 
 def random_tensors(model: ModelConfig, dtype: torch.dtype, seed: int = 0) -> dict:
@@ -46,13 +46,13 @@ def random_tensors(model: ModelConfig, dtype: torch.dtype, seed: int = 0) -> dic
     }
 
 
-def forward_tensors(tensors: dict, stamp: QuantizerStamp, num_layers: int) -> dict:
+def forward_tensors(tensors: dict, stamp: Quantizer, num_layers: int) -> dict:
     """The values that a training forward multiplies with."""
     found = {}
     for name, tensor in tensors.items():
         projection = find_projection(name)
         on_grid = projection is not None and stamp.quantizes(projection, num_layers)
-        found[name] = fake_quantize_projection(tensor, projection, stamp) if on_grid else tensor
+        found[name] = stamp.values(tensor, projection.spec) if on_grid else tensor
     return found
 
 

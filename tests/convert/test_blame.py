@@ -28,19 +28,19 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def latent(plain):
-    convert(plain, plain.parent / "latent", "latent", **QUANTIZER)
+    convert(plain, plain.parent / "latent", form="latent", **QUANTIZER)
     return plain.parent / "latent"
 
 
 @pytest.fixture(scope="module")
 def pseudo(latent):
-    convert(latent, latent.parent / "pseudo", "pseudo")
+    convert(latent, latent.parent / "pseudo", form="pseudo")
     return latent.parent / "pseudo"
 
 
 @pytest.fixture(scope="module")
 def megatron(latent):
-    convert(latent, latent.parent / "megatron", "torch_dist")
+    convert(latent, latent.parent / "megatron", format="torch_dist")
     return latent.parent / "megatron"
 
 
@@ -68,7 +68,7 @@ def test_a_stamp_of_other_groups_is_not_carried_over(pseudo, tmp_path):
     content["quantizer"]["group_size"] = 16
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="lists other tensors or groups"):
-        convert(folder, tmp_path / "out", "torch_dist")
+        convert(folder, tmp_path / "out", format="torch_dist")
 
 
 @pytest.mark.parametrize("to", ["latent", "torch_dist"])
@@ -92,8 +92,8 @@ def test_companions_and_facts_come_back(latent, megatron, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["bitcpm_quantizer"]["source"] = {"iteration": 70, "tokens": 8, "valid_loss": 2.5}
     (folder / "config.json").write_text(json.dumps(config))
-    convert(folder, tmp_path / "megatron", "legacy")
-    convert(tmp_path / "megatron", tmp_path / "back", "latent")
+    convert(folder, tmp_path / "megatron", format="legacy")
+    convert(tmp_path / "megatron", tmp_path / "back", form="latent")
     for name in ("bitcpm_tokenizer.json", "additional_chat_templates/tool.jinja"):
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
     facts = open_source(tmp_path / "back").facts

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_bitcpm.conversion.quantizer_settings import parse_quantizer_settings
 from released_models import TINY, make_tensors, write_hf_folder
 
 from megatron_bitcpm.conversion import convert as convert_module
 from megatron_bitcpm.conversion.convert import convert, parse_size
-from megatron_bitcpm.conversion.quantizer_settings import parse_quantizer_settings
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ class Models(dict):
             shape = TINY["8B" if name == "minicpm" else "1B"]
             write_hf_folder(path, shape, make_tensors(shape))
         elif name == "folded":
-            convert(self["minicpm"], path, "pseudo", architecture="llama", **QUANTIZER)
+            convert(self["minicpm"], path, form="pseudo", architecture="llama", **QUANTIZER)
         elif name == "torch_dist":
             convert(self["plain"], path, name)
         else:
@@ -175,23 +175,23 @@ def test_quantizer_settings_of_wrong_types(setting):
 
 
 def test_settings_equal_to_the_stamp_are_no_mistake(models, tmp_path):
-    report = convert(models["latent"], tmp_path / "out", "pseudo", group_size="-1", eps=1e-5)
+    report = convert(models["latent"], tmp_path / "out", form="pseudo", group_size="-1", eps=1e-5)
     assert (report["input_form"], report["to"], report["input_kind"]) == ("latent", "pseudo", "hf")
 
 
 def test_input_and_output_may_not_contain_each_other(models, tmp_path):
     run = models["torch_dist"]
     with pytest.raises(CheckpointError, match=r"output=.*: is the input. Name another folder"):
-        convert(run, run, "plain", overwrite=True)
+        convert(run, run, form="plain", overwrite=True)
     with pytest.raises(CheckpointError, match=r"output=.*: lies in the input"):
-        convert(run, run / "hf", "plain")
+        convert(run, run / "hf", form="plain")
     with pytest.raises(CheckpointError, match=r"output=.*: holds the input"):
-        convert(run / "release", run, "plain", overwrite=True)
+        convert(run / "release", run, form="plain", overwrite=True)
     (tmp_path / "link").symlink_to(run)
     with pytest.raises(CheckpointError, match=r"output=.*link: is the input"):
-        convert(run, tmp_path / "link", "plain", overwrite=True)
+        convert(run, tmp_path / "link", form="plain", overwrite=True)
     # An equal beginning of the name is no containment.
-    convert(run, Path(f"{run}-plain"), "plain")
+    convert(run, Path(f"{run}-plain"), form="plain")
 
 
 @pytest.mark.parametrize("to", ["torch_dist", "plain"])
@@ -240,7 +240,7 @@ class TestProof:
 
 
 def test_report(models, tmp_path, capsys):
-    report = convert(models["plain"], tmp_path / "out", "torch_dist", tensor_parallel_size=2)
+    report = convert(models["plain"], tmp_path / "out", format="torch_dist", tensor_parallel_size=2)
     assert capsys.readouterr().out == ""
     assert report["tensors"] == 4 * 9 + 3
     assert report["layout"] == {"tp": 2, "pp": 1, "vpp": 1}

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from trained_checkpoints import SEQ, open_tensors
 
-from megatron_bitcpm.conversion.hf.writer import export_hf
+from megatron_bitcpm.conversion.convert import convert
 from megatron_bitcpm.conversion.verify import verify
 from megatron_bitcpm.data.tokenizer import load_tokenizer
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
@@ -74,7 +74,7 @@ def test_record_of_the_quantizer(exported):
 
 
 def test_shards(trained, tmp_path, exported):
-    report = export_hf(trained(CASE).directory, tmp_path / "out", max_shard_bytes=40_000)
+    report = convert(trained(CASE).directory, tmp_path / "out", max_shard_bytes=40_000)
     assert report["activation"] == "none"
     assert len(report["files"]) > 3
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
@@ -109,14 +109,14 @@ def test_output_is_not_replaced_unless_asked(trained, tmp_path):
     output.mkdir()
     (output / "mine.txt").write_text("x")
     with pytest.raises(CheckpointError, match=r"output=.*out: exists"):
-        export_hf(trained(CASE).directory, output)
+        convert(trained(CASE).directory, output)
     with pytest.raises(CheckpointError, match="is no converted model, so it is not replaced"):
-        export_hf(trained(CASE).directory, output, overwrite=True)
+        convert(trained(CASE).directory, output, overwrite=True)
     assert (output / "mine.txt").read_text() == "x"
     shutil.rmtree(output)
-    export_hf(trained(CASE).directory, output)
+    convert(trained(CASE).directory, output)
     (output / "README.md").write_text("x")
-    export_hf(trained(CASE).directory, output, overwrite=True)
+    convert(trained(CASE).directory, output, overwrite=True)
     assert (output / "README.md").read_text() != "x"
     verify(output)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -129,16 +129,16 @@ def test_bad_tokenizers(trained, changed, tmp_path):
         (tmp_path, "holds no vocabulary"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            export_hf(directory, tmp_path / "out", tokenizer=folder)
+            convert(directory, tmp_path / "out", tokenizer=folder)
     other = shutil.copytree(trained(CASE).tokenizer, tmp_path / "tok")
     content = json.loads((other / "tokenizer.json").read_text())
     content["model"]["vocab"]["zzz"] = 300
     (other / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="its files hold 301 ids, the model has 300"):
-        export_hf(directory, tmp_path / "out", tokenizer=other)
+        convert(directory, tmp_path / "out", tokenizer=other)
     gone = changed(data={"tokenizer": str(tmp_path / "gone")})
     with pytest.raises(CheckpointError, match=r"tokenizer=None: .* not where its training had it"):
-        export_hf(gone, tmp_path / "out")
+        convert(gone, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -163,9 +163,9 @@ def changed(trained, tmp_path):
 
 def test_bad_checkpoints(changed, tmp_path):
     with pytest.raises(CheckpointError, match="holds neither a Hugging Face model nor a Megatron"):
-        export_hf(tmp_path, tmp_path / "out")
+        convert(tmp_path, tmp_path / "out")
     with pytest.raises(CheckpointError, match="has shape"):
-        export_hf(changed(model={"ffn_hidden_size": 80}), tmp_path / "out")
+        convert(changed(model={"ffn_hidden_size": 80}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -182,7 +182,7 @@ def test_bad_checkpoints(changed, tmp_path):
 )
 def test_other_grids_and_numerics(quant, changed, tmp_path):
     checkpoint = changed(quant)
-    report = export_hf(checkpoint, tmp_path / "out")
+    report = convert(checkpoint, tmp_path / "out")
     assert report["differing_codes"] == report["differing_scales"] == 0
     latent = open_tensors(checkpoint).layer_tensor("mlp.linear_fc2.weight", 2)
     stored = load_file(tmp_path / "out" / "model.safetensors")[
@@ -211,7 +211,7 @@ MINICPM = {"architecture": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_
     "model", [MINICPM, {"rope_scaling": LONGROPE}], ids=["minicpm", "longrope"]
 )
 def test_other_architectures(model, changed, tmp_path):
-    report = export_hf(changed(model=model), tmp_path / "out")
+    report = convert(changed(model=model), tmp_path / "out")
     assert report["differing_codes"] == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     if "rope_scaling" in model:

@@ -12,9 +12,9 @@ from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.fold import fold
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.open import open_source
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.quant.fake_quant import fake_quantize
+from megatron_bitcpm.quantizer import Quantizer
 
 FACTORS = {
     "embed_tokens": MUP["scale_emb"],
@@ -59,13 +59,13 @@ def test_every_tensor_has_its_factor(tied, dtype, tmp_path):
 def test_codes_survive(grid, group_size, tmp_path):
     state = make_state()
     folder = make_folder(tmp_path / "in", state, minicpm=True)
-    stamp = QuantizerStamp(QuantConfig(grid=grid, group_size=group_size))
+    stamp = Quantizer(QuantConfig(grid=grid, group_size=group_size))
     report = write_folder(
         open_source(folder),
         tmp_path / "out",
         "pseudo",
         architecture="llama",
-        stamp=stamp,
+        quantizer=stamp,
         force=True,
     )
     assert report["verify"]["ternary_tensors"] == 7 * LAYERS
@@ -114,6 +114,6 @@ def test_latents_are_not_folded(tmp_path):
             tmp_path / "out",
             "latent",
             architecture="llama",
-            stamp=QuantizerStamp(QuantConfig()),
+            stamp=Quantizer(QuantConfig()),
             force=True,
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_bitcpm import ops
-from megatron_bitcpm.conversion.grid_reading import (
+from megatron_bitcpm.conversion.codes import (
     count_differences,
     count_not_finite,
     describe_group,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.config import QuantConfig
@@ -20,6 +19,7 @@ from megatron_bitcpm.conversion.hf.modeling.writer import describe_quantizer
 from megatron_bitcpm.data.tokenizer_ids import TokenizerIds
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.models.rope import RotaryAngles, attention_factor
+from megatron_bitcpm.quantizer import Quantizer
 
 PATH = Path("folder/config.json")
 LLAMA = {
@@ -369,7 +369,7 @@ def test_a_llama_made_of_a_minicpm_has_no_constants():
 # -- the stamp ---------------------------------------------------------------------------------
 
 
-QUANTIZER = QuantizerStamp(QuantConfig(group_size=16, grid="five"), 2)
+QUANTIZER = Quantizer(QuantConfig(group_size=16, grid="five"), 2)
 STAMP = QUANTIZER.content()
 FACTORS = {
     "scale_emb": 12.0,
@@ -393,17 +393,17 @@ def test_the_form_follows_from_the_stamp(tmp_path):
     for kind in ("llama", "bitcpm"):
         write(tmp_path, {**LLAMA, "model_type": kind, "bitcpm_quantizer": block})
         latent = read_hf_config(tmp_path)
-        assert (latent.form, latent.stamp) == ("latent", QUANTIZER)
+        assert (latent.form, latent.quantizer) == ("latent", QUANTIZER)
         assert latent.model == parse()
     source = {"checkpoint": "iter_0000007", "iteration": 7}
     write(tmp_path, LLAMA, {"quantizer": STAMP, "folding": FACTORS, "source": source})
     pseudo = read_hf_config(tmp_path)
-    assert (pseudo.form, pseudo.stamp) == ("pseudo", QUANTIZER)
+    assert (pseudo.form, pseudo.quantizer) == ("pseudo", QUANTIZER)
     assert (pseudo.folding.residual, pseudo.facts) == (0.5, {"iteration": 7})
     (tmp_path / "bitcpm_quantizer.json").unlink()
     write(tmp_path, {**LLAMA, "bitcpm_folding": {**FACTORS, "largest_relative_rounding": 0.004}})
     plain = read_hf_config(tmp_path)
-    assert (plain.form, plain.stamp, plain.folding) == ("plain", None, pseudo.folding)
+    assert (plain.form, plain.quantizer, plain.folding) == ("plain", None, pseudo.folding)
 
 
 def test_a_latent_minicpm_has_the_constants(tmp_path):

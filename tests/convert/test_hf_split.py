@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from megatron_bitcpm.conversion.names import LINEARS, find_projection, shapes_of
-from megatron_bitcpm.conversion.stamp import (
-    QuantizerStamp,
-    fake_quantize_projection,
-    list_quantized_tensors,
-)
 from megatron_bitcpm.quant.selection import is_excluded
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.arch.tensors import LINEARS, find_projection, shapes_of
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.megatron.source import megatron_shapes
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.quantizer import (
+    Quantizer,
+    fake_quantize_projection,
+    list_quantized_tensors,
+)
 
 
 def model_config(**changes):
@@ -93,7 +93,7 @@ def quantize(w, name, tp_size, **quant):
     """Quantise a weight of training as its projection `name` is exported."""
     projection = find_projection(f"model.layers.0.{name}.weight")
     assert projection is not None
-    return fake_quantize_projection(w, projection, QuantizerStamp(QuantConfig(**quant), tp_size))
+    return fake_quantize_projection(w, projection, Quantizer(QuantConfig(**quant), tp_size))
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
@@ -149,7 +149,7 @@ def test_one_scale_of_whole_rows_does_not_depend_on_the_layout():
 
 def test_filters():
     quant = QuantConfig(full_precision_last_layers=1, exclude=("*.0.mlp.*",))
-    names = list_quantized_tensors(shapes_of(model_config(), 300), 4, QuantizerStamp(quant))
+    names = list_quantized_tensors(shapes_of(model_config(), 300), 4, Quantizer(quant))
     assert len(names) == 4 + 7 + 7
     assert "model.layers.0.self_attn.q_proj.weight" in names
     assert "model.layers.0.mlp.up_proj.weight" not in names

@@ -22,12 +22,12 @@ from megatron_bitcpm.conversion.hf import writer as hf_writer
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.output_folder import clean_up_after_killed
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.quant.fake_quant import fake_quantize
+from megatron_bitcpm.quantizer import Quantizer
 
-ROW = QuantizerStamp(QuantConfig())
-G16 = QuantizerStamp(QuantConfig(group_size=16, grid="five"))
+ROW = Quantizer(QuantConfig())
+G16 = Quantizer(QuantConfig(group_size=16, grid="five"))
 
 
 @pytest.fixture
@@ -88,17 +88,17 @@ def test_bin_is_a_whole_archive(folder):
 
 @pytest.mark.parametrize("stamp", [ROW, G16], ids=["ternary", "five"])
 def test_pseudo_holds_the_quantised_values(stamp, folder):
-    report = write(folder, "pseudo", stamp=stamp, force=True)
-    found, groups = load_all(folder.parent / "out"), stamp.quant.group_size
+    report = write(folder, "pseudo", quantizer=stamp, force=True)
+    found, groups = load_all(folder.parent / "out"), stamp.config.group_size
     for name, tensor in make_state().items():
         wanted = (
-            fake_quantize(tensor, groups, 1e-5, stamp.quant.grid) if "_proj" in name else tensor
+            fake_quantize(tensor, groups, 1e-5, stamp.config.grid) if "_proj" in name else tensor
         )
         assert same_bits(found[name], wanted), name
     record = json.loads((folder.parent / "out" / "bitcpm_quantizer.json").read_text())
     assert record["format"] == "pseudo-quantized"
     assert len(record["ternary_tensors"]) == 7 * LAYERS
-    assert record["quantizer"]["grid"] == stamp.quant.grid
+    assert record["quantizer"]["grid"] == stamp.config.grid
     assert "relative quantisation error 0." in report["warnings"][0]
     card = (folder.parent / "out" / "README.md").read_text()
     levels = "-s, 0, s" if stamp is ROW else "-2 s, -s, 0, s, 2 s"
@@ -107,7 +107,7 @@ def test_pseudo_holds_the_quantised_values(stamp, folder):
 
 
 def test_latent_keeps_the_latents_and_says_its_quantiser(folder):
-    write(folder, "latent", stamp=ROW, force=True)
+    write(folder, "latent", quantizer=ROW, force=True)
     output = folder.parent / "out"
     found = load_all(output)
     assert all(same_bits(found[name], tensor) for name, tensor in make_state().items())
@@ -153,7 +153,7 @@ def test_minicpm_in_both_architectures(tied, tmp_path):
 
 def test_untrained_latents_need_force(folder):
     with pytest.raises(CheckpointError, match=r"quantisation error 0\.2\d+ .*--force") as caught:
-        write(folder, "pseudo", stamp=ROW)
+        write(folder, "pseudo", quantizer=ROW)
     assert "\n" not in str(caught.value)
     assert [path.name for path in folder.parent.iterdir()] == ["in"]
 
@@ -166,10 +166,10 @@ def test_a_nan_is_named(value, form, tmp_path):
     folder = make_folder(tmp_path / "in", state)
     stamp = None if form == "plain" else ROW
     with pytest.raises(CheckpointError, match=f"{name} holds a NaN or an infinity, first in row 5"):
-        write(folder, form, stamp=stamp, force=True)
+        write(folder, form, quantizer=stamp, force=True)
     if stamp is not None:  # not taken for weights that show no training
         with pytest.raises(CheckpointError, match=f"{name} holds a NaN or an infinity"):
-            write(folder, form, stamp=stamp)
+            write(folder, form, quantizer=stamp)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -236,13 +236,13 @@ def test_settings(settings, message, folder):
 def test_forms_that_cannot_be_made(folder):
     with pytest.raises(CheckpointError, match=r"form=pseudo: cannot be made of .* which is plain"):
         write(folder, "pseudo")
-    write(folder, "pseudo", stamp=ROW, force=True)
+    write(folder, "pseudo", quantizer=ROW, force=True)
     pseudo = open_source(folder.parent / "out")
     for form in ("latent", "plain"):
         with pytest.raises(CheckpointError, match="which is pseudo"):
             write_folder(pseudo, folder.parent / "other", form)
     with pytest.raises(CheckpointError, match="names its own"):
-        write_folder(pseudo, folder.parent / "other", "pseudo", stamp=ROW)
+        write_folder(pseudo, folder.parent / "other", "pseudo", quantizer=ROW)
 
 
 # -- complete or absent ----------------------------------------------------------------------------
@@ -376,7 +376,7 @@ import sys, threading, time
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.open import open_source
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
+from megatron_bitcpm.quantizer import Quantizer
 def anonymous():
     with open("/proc/self/smaps_rollup") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) * 1024
@@ -389,8 +389,8 @@ def watch():
 thread = threading.Thread(target=watch)
 thread.start()
 source, (form, weights) = open_source(sys.argv[1]), sys.argv[3:]
-stamp = None if form == "plain" else QuantizerStamp(QuantConfig())
-write_folder(source, sys.argv[2], form, weights=weights, stamp=stamp, force=True)
+stamp = None if form == "plain" else Quantizer(QuantConfig())
+write_folder(source, sys.argv[2], form, weights=weights, quantizer=stamp, force=True)
 done = True
 thread.join()
 print(peak - base)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.both_versions
 def latent(trained, tmp_path_factory):
     """A latent Hugging Face folder."""
     folder = tmp_path_factory.mktemp("latent") / "hf"
-    convert(trained("tp2_bf16").directory, folder, "latent")
+    convert(trained("tp2_bf16").directory, folder, form="latent")
     return folder
 
 
@@ -32,7 +32,7 @@ def latent(trained, tmp_path_factory):
 def converted(latent, tmp_path_factory):
     """The folder as a torch_dist checkpoint for two tensor-parallel ranks."""
     run = tmp_path_factory.mktemp("converted") / "run"
-    convert(latent, run, "torch_dist", tensor_parallel_size=2)
+    convert(latent, run, format="torch_dist", tensor_parallel_size=2)
     return run
 
 
@@ -84,7 +84,7 @@ def test_a_converted_checkpoint_cannot_be_resumed(converted):
 
 
 def test_legacy_shards_are_no_beginning(latent, tmp_path):
-    convert(latent, tmp_path / "run", "legacy")
+    convert(latent, tmp_path / "run", format="legacy")
     with pytest.raises(CheckpointError, match=r"not in the torch_dist format\. Convert it"):
         find_origin(tmp_path / "run")
 

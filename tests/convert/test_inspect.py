@@ -21,9 +21,9 @@ from megatron_bitcpm.conversion.infer_grid import infer_grid
 from megatron_bitcpm.conversion.inspect import inspect
 from megatron_bitcpm.conversion.inspect_text import render
 from megatron_bitcpm.conversion.open import open_source
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.quant.grids import GRIDS
+from megatron_bitcpm.quantizer import Quantizer
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def write(folder, tensors, config=RIGHT, stamp=None):
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     if stamp is not None:
-        content = {"quantizer": stamp.content()}
+        content = {"quantizer": stamp.stamp()}
         (folder / "bitcpm_quantizer.json").write_text(json.dumps(content))
     return folder
 
@@ -281,8 +281,8 @@ def test_what_the_decoder_cannot_compute_is_said(tmp_path):
 
 
 def test_a_stamp_of_other_dimensions(tmp_path):
-    stamp = QuantizerStamp(QuantConfig(group_size=7))
-    report = inspect(write(tmp_path / "m", make_tensors(-1), stamp=stamp))
+    stamp = Quantizer(QuantConfig(group_size=7))
+    report = inspect(write(tmp_path / "m", make_tensors(-1), quantizer=stamp))
     assert report["problems"][0].startswith("the stamp does not fit the shapes of 14 tensors")
     assert "quant.group_size=7" in report["problems"][0]
 
@@ -296,8 +296,8 @@ def test_an_empty_tensor(short, tmp_path):
 
 def test_latents_that_were_quantised_already(tmp_path):
     folder = make_folder(tmp_path / "plain")
-    stamp = QuantizerStamp(QuantConfig())
-    write_folder(open_source(folder), tmp_path / "m", "latent", stamp=stamp, force=True)
+    stamp = Quantizer(QuantConfig())
+    write_folder(open_source(folder), tmp_path / "m", "latent", quantizer=stamp, force=True)
     assert inspect(tmp_path / "m")["problems"] == []
     write_folder(open_source(tmp_path / "m"), tmp_path / "pseudo", "pseudo")
     shutil.copy(tmp_path / "pseudo" / "model.safetensors", tmp_path / "m")
@@ -424,14 +424,14 @@ def test_layers_in_full_precision_beside_others(tmp_path):
     assert report["latents"]["tensors"] == 7
     assert report["latents"]["first"].startswith("model.layers.1.")
     quant = QuantConfig(group_size=32, full_precision_last_layers=1)
-    report = inspect(write(tmp_path / "m", tensors, stamp=QuantizerStamp(quant)))
+    report = inspect(write(tmp_path / "m", tensors, stamp=Quantizer(quant)))
     assert report["problems"] == []
 
 
 def test_values_that_are_not_on_the_grid_of_the_stamp(tmp_path):
     for size, fine in ((-1, True), (64, True), (32, False)):
         folder = write(
-            tmp_path / "m", make_tensors(size), stamp=QuantizerStamp(QuantConfig(group_size=64))
+            tmp_path / "m", make_tensors(size), stamp=Quantizer(QuantConfig(group_size=64))
         )
         report = inspect(folder)
         assert (report["form"], report["stamp"]["group_size"]) == ("pseudo", 64)
@@ -443,8 +443,8 @@ def test_values_that_are_not_on_the_grid_of_the_stamp(tmp_path):
 
 
 def test_a_latent_folder(tmp_path):
-    stamp = QuantizerStamp(QuantConfig(group_size=64, grid="five"))
-    block = {"format_version": 1, "form": "latent", "quantizer": stamp.content()}
+    stamp = Quantizer(QuantConfig(group_size=64, grid="five"))
+    block = {"format_version": 1, "form": "latent", "quantizer": stamp.stamp()}
     tensors = make_tensors()
     report = inspect(write(tmp_path / "m", tensors, {**RIGHT, "bitcpm_quantizer": block}))
     assert (report["form"], report["stamp"]["grid"]) == ("latent", "five")

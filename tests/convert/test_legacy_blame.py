@@ -9,10 +9,10 @@ import torch
 from megatron_models import make_source
 from test_legacy_stock import edit, write_stock
 
+from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.conversion.convert import convert
 from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
-from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
 from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 from megatron_bitcpm.errors import CheckpointError
@@ -88,7 +88,7 @@ def test_of_two_both_are_named(tmp_path, damage, rank):
 @pytest.mark.parametrize("name", ["mp_rank_00_000", "mp_rank_01_001"])
 @pytest.mark.parametrize("key", ["model0", "model1"])
 def test_a_virtual_stage_is_missing(tmp_path, name, key):
-    write_legacy(make_source(tmp_path), tmp_path / "out", MegatronLayout(2, 2, 2))
+    write_legacy(make_source(tmp_path), tmp_path / "out", Layout(2, 2, 2))
     path = tmp_path / "out" / "release" / name / "model_optim_rng.pt"
     shard = torch.load(path, weights_only=False)
     del shard[key]
@@ -116,11 +116,11 @@ def test_both_16_bit_types_are_refused_before_anything_is_written(tmp_path, kind
         "legacy": (write_legacy, open_legacy),
         "torch_dist": (write_torch_dist, open_torch_dist),
     }[kind]
-    write(source, tmp_path / "in", MegatronLayout(2, 2))
+    write(source, tmp_path / "in", Layout(2, 2))
     message = r"layers\.3\.mlp\.linear_fc1\.weight: of type float16 among 14 of bfloat16"
     refuse(tmp_path / "in", message, reader)
     with pytest.raises(CheckpointError, match="use another one") as caught:
-        convert(tmp_path / "in", tmp_path / "out", "plain")
+        convert(tmp_path / "in", tmp_path / "out", form="plain")
     assert str(tmp_path / "in") in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -139,7 +139,7 @@ def test_projections_that_are_fused_have_one_type(tmp_path, write):
 def test_the_vocabulary_is_padded_for_each_tensor_rank(tmp_path, tp, rows):
     """Megatron pads to the product; the least common multiple would be 64 rows each time."""
     source = make_source(tmp_path, make_vocab_size_divisible_by=64)
-    assert write_legacy(source, tmp_path / "out", MegatronLayout(tp))["padded_vocab_size"] == rows
+    assert write_legacy(source, tmp_path / "out", Layout(tp))["padded_vocab_size"] == rows
     path = tmp_path / "out" / "release" / "mp_rank_00" / "model_optim_rng.pt"
     shard = torch.load(path, weights_only=False)
     assert shard["args"].padded_vocab_size == rows

@@ -117,8 +117,8 @@ def write_and_compare(rank: int, data: str, folder: str, names: list[str]) -> di
     """Write each case as a Megatron checkpoint and as a folder, from memory; compare logits."""
     from pathlib import Path
 
+    from megatron_bitcpm.arch.layout import Layout
     from megatron_bitcpm.conversion.hf.writer import write_folder
-    from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
     from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
     from megatron_bitcpm.evaluation.generate import load_hf_model
     from megatron_bitcpm.evaluation.logits import (
@@ -136,7 +136,7 @@ def write_and_compare(rank: int, data: str, folder: str, names: list[str]) -> di
         model = model.model_copy(update={"rope_scaling": LONGROPE})
         stamp = None if quant is None else make_stamp(tp_size=2, **quant)
         source = make_latent(stamp, model, vocab_size=300, side_files=Path(data) / "tok")
-        layout = MegatronLayout(2, 1, None)
+        layout = Layout(2, 1, None)
         write_torch_dist(source, Path(folder) / name / "megatron", layout)
         write_folder(source, Path(folder) / name / "hf", form, **options)
         hf = load_hf_model(Path(folder) / name / "hf", torch.float32)

@@ -211,9 +211,9 @@ def test_an_index_of_other_objects(written, change):
 def test_parts_that_overlap(tmp_path):
     """As many values as the tensor has, but half of them twice and half of them never."""
     source = make_source(tmp_path)
-    from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
+    from megatron_bitcpm.arch.layout import Layout
 
-    write_torch_dist(source, tmp_path / "out", MegatronLayout(2, 1))
+    write_torch_dist(source, tmp_path / "out", Layout(2, 1))
     folder, name = tmp_path / "out" / "release", "embedding.word_embeddings.weight"
 
     def double(index):

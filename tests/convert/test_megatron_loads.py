@@ -9,8 +9,8 @@ import torch
 from helpers.ranks import run_ranks
 from megatron_models import VOCAB, cut_layer, make_source
 
+from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
-from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 
 pytestmark = pytest.mark.both_versions
@@ -114,7 +114,7 @@ def load_legacy(rank, folder, case, layout):
     ],
 )
 def test_legacy_shards_load_strictly(tmp_path, case, layout):
-    write_legacy(make_source(tmp_path, case), tmp_path / "out", MegatronLayout(*layout))
+    write_legacy(make_source(tmp_path, case), tmp_path / "out", Layout(*layout))
     run_ranks(layout[0] * layout[1], load_legacy, str(tmp_path), case, layout)
 
 
@@ -143,7 +143,7 @@ def load_torch_dist(rank, folder, case, layout):
     ],
 )
 def test_torch_dist_loads_at_any_layout(tmp_path, case, written, layout):
-    write_torch_dist(make_source(tmp_path, case), tmp_path / "out", MegatronLayout(*written))
+    write_torch_dist(make_source(tmp_path, case), tmp_path / "out", Layout(*written))
     run_ranks(layout[0] * layout[1], load_torch_dist, str(tmp_path), case, layout)
 
 
@@ -172,5 +172,5 @@ def load_decoder(rank, folder, case, layout):
 
 @pytest.mark.parametrize("layout", [pytest.param((2, 2, 2), marks=pytest.mark.slow), (1, 1, None)])
 def test_our_decoder_loads_minicpm(tmp_path, layout):
-    write_torch_dist(make_source(tmp_path, "minicpm"), tmp_path / "out", MegatronLayout(2, 1))
+    write_torch_dist(make_source(tmp_path, "minicpm"), tmp_path / "out", Layout(2, 1))
     run_ranks(layout[0] * layout[1], load_decoder, str(tmp_path), "minicpm", layout)

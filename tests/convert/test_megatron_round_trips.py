@@ -8,14 +8,14 @@ import pytest
 import torch
 from megatron_models import VOCAB, assert_same, make_source
 
+from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
-from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
 from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 from megatron_bitcpm.conversion.source import Folding
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
+from megatron_bitcpm.quantizer import Quantizer
 
 
 @pytest.mark.parametrize(
@@ -32,15 +32,15 @@ from megatron_bitcpm.conversion.stamp import QuantizerStamp
 def test_torch_dist_and_legacy(tmp_path, case, layout, changes):
     """Norms are float32, everything else bfloat16."""
     source = make_source(tmp_path, case, **changes)
-    report = write_torch_dist(source, tmp_path / "a", MegatronLayout(*layout))
+    report = write_torch_dist(source, tmp_path / "a", Layout(*layout))
     tp, pp, _ = layout
     assert sum(name.endswith(".distcp") for name in report["files"]) == tp * pp
     first = open_torch_dist(tmp_path / "a")
     assert_same(first, source)
-    write_legacy(first, tmp_path / "b", MegatronLayout(*layout))
+    write_legacy(first, tmp_path / "b", Layout(*layout))
     second = open_legacy(tmp_path / "b" / "release")
     assert_same(second, source)
-    write_torch_dist(second, tmp_path / "c", MegatronLayout(1, tp if tp != 3 else 1))
+    write_torch_dist(second, tmp_path / "c", Layout(1, tp if tp != 3 else 1))
     assert_same(open_torch_dist(tmp_path / "c"), source)
 
 
@@ -50,7 +50,7 @@ def test_torch_dist_and_legacy(tmp_path, case, layout, changes):
 )
 def test_padding_rows_are_copies_of_the_last(tmp_path, write, read, rows):
     source = make_source(tmp_path)
-    write(source, tmp_path / "o", MegatronLayout(4))
+    write(source, tmp_path / "o", Layout(4))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         padded = read(tmp_path / "o").padded_tensor(name)
         assert padded.shape[0] == rows
@@ -70,7 +70,7 @@ def test_padding_of_a_checkpoint_is_kept(tmp_path):
         def padded_tensor(self, name):
             return table if name == "model.embed_tokens.weight" else self.tensor(name)
 
-    write_legacy(Trained(**vars(source)), tmp_path / "b", MegatronLayout(2))
+    write_legacy(Trained(**vars(source)), tmp_path / "b", Layout(2))
     kept = open_legacy(tmp_path / "b").padded_tensor("model.embed_tokens.weight")
     assert torch.equal(kept, table)
 
@@ -84,14 +84,14 @@ def test_what_stands_beside_the_tensors(tmp_path, write, read):
     (side / "tokenizer_config.json").write_bytes(b'{"chat_template": "\xc3\xa4"}')
     (side / "config.json").write_bytes(b'{"hidden_size":  32}\n')
     (side / "model.safetensors").write_bytes(b"no side file")
-    stamp = QuantizerStamp(QuantConfig(group_size=16, grid="five"), 4, "fp32")
+    stamp = Quantizer(QuantConfig(group_size=16, grid="five"), 4, "fp32")
     folding = Folding(12.0, 0.7, 0.25, 1.4, 8)
     source = dataclasses.replace(
-        make_source(tmp_path), form="pseudo", stamp=stamp, folding=folding, side_files=side
+        make_source(tmp_path), form="pseudo", quantizer=stamp, folding=folding, side_files=side
     )
-    write(source, tmp_path / "o", MegatronLayout(2, 2))
+    write(source, tmp_path / "o", Layout(2, 2))
     found = read(tmp_path / "o")
-    assert (found.form, found.stamp, found.folding) == ("pseudo", stamp, folding)
+    assert (found.form, found.quantizer, found.folding) == ("pseudo", stamp, folding)
     assert found.facts == source.facts
     assert found.side_files is not None
     assert {path.name: path.read_bytes() for path in found.side_files.iterdir()} == {
@@ -111,10 +111,10 @@ def test_names_for_transformer_engine(tmp_path):
 @pytest.mark.parametrize("tp", [1, 4])
 def test_local_scales_keep_the_groups_of_their_training(tmp_path, tp):
     """Two ranks trained: their groups are halves of a row, however many ranks files are cut for."""
-    stamp = QuantizerStamp(QuantConfig(group_size=-1, scale_sync="local"), tp_size=2)
-    source = dataclasses.replace(make_source(tmp_path), form="latent", stamp=stamp)
-    write_torch_dist(source, tmp_path / "a", MegatronLayout(tp))
-    write_legacy(open_torch_dist(tmp_path / "a"), tmp_path / "b", MegatronLayout(4 // tp))
+    stamp = Quantizer(QuantConfig(group_size=-1, scale_sync="local"), tp_size=2)
+    source = dataclasses.replace(make_source(tmp_path), form="latent", quantizer=stamp)
+    write_torch_dist(source, tmp_path / "a", Layout(tp))
+    write_legacy(open_torch_dist(tmp_path / "a"), tmp_path / "b", Layout(4 // tp))
     found = open_legacy(tmp_path / "b")
     model, groups = source.model, found.quantized_tensors()
     assert groups["model.layers.0.mlp.down_proj.weight"] == model.ffn_hidden_size // 2

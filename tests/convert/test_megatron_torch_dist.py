@@ -18,10 +18,10 @@ from megatron_models import assert_same, make_source
 from test_legacy_stock import Payload, stock_args
 from test_megatron_loads import build_stock_chunks
 
+from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.conversion import tensor_stream
 from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
-from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
 from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 from megatron_bitcpm.errors import CheckpointError
@@ -57,7 +57,7 @@ def save_stock(rank, folder, case, stacked):
 @pytest.mark.parametrize(("case", "stacked"), [("untied", True), ("tied", False)])
 def test_stock_checkpoints_load(tmp_path, case, stacked):
     source = make_source(tmp_path, case)
-    write_legacy(source, tmp_path / "legacy", MegatronLayout(2, 1))
+    write_legacy(source, tmp_path / "legacy", Layout(2, 1))
     (tmp_path / "run/iter_0000007").mkdir(parents=True)
     (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("7")
     run_ranks(2, save_stock, str(tmp_path), case, stacked)
@@ -71,7 +71,7 @@ def test_stock_checkpoints_load(tmp_path, case, stacked):
 @pytest.fixture
 def written(tmp_path):
     """A converted checkpoint in two files, `release`."""
-    write_torch_dist(make_source(tmp_path), tmp_path / "out", MegatronLayout(1, 2))
+    write_torch_dist(make_source(tmp_path), tmp_path / "out", Layout(1, 2))
     return tmp_path / "out" / "release"
 
 
@@ -146,19 +146,19 @@ def test_a_tensor_too_few(written):
 def test_layouts_that_do_not_fit(tmp_path, layout, message):
     source = make_source(tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        write_torch_dist(source, tmp_path / "o", MegatronLayout(*layout))
+        write_torch_dist(source, tmp_path / "o", Layout(*layout))
     if layout[0] > 1:
         message = "4 key/value heads cannot be shared out"
     with pytest.raises(CheckpointError, match=message):
-        write_legacy(source, tmp_path / "o", MegatronLayout(*layout))
+        write_legacy(source, tmp_path / "o", Layout(*layout))
     assert not (tmp_path / "o").exists()
 
 
 def test_shared_key_heads(tmp_path):
     source = make_source(tmp_path, num_query_groups=2)
     with pytest.raises(CheckpointError, match=r"2 key/value heads .* megatron-core 0\.12\.1"):
-        write_legacy(source, tmp_path / "o", MegatronLayout(4))
-    write_torch_dist(source, tmp_path / "o", MegatronLayout(4))
+        write_legacy(source, tmp_path / "o", Layout(4))
+    write_torch_dist(source, tmp_path / "o", Layout(4))
     assert_same(open_torch_dist(tmp_path / "o"), source)
 
 

@@ -27,14 +27,13 @@ from modeling_folders import (  # noqa: F401
 )
 from safetensors.torch import load_file
 
+from megatron_bitcpm.arch.tensors import find_projection
 from megatron_bitcpm.conversion.hf.modeling.writer import (
     MODELING_FILE,
     check_quantizer_block,
     describe_quantizer,
     trusted_modeling_files,
 )
-from megatron_bitcpm.conversion.names import find_projection
-from megatron_bitcpm.conversion.stamp import parse_stamp
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.models.mup import logits_divisor, residual_scale
 from megatron_bitcpm.models.rope import attention_factor, rope_factors
@@ -182,7 +181,7 @@ def test_saved_folders_keep_the_quantiser(name, latent, tmp_path):
     check_quantizer_block(
         saved["bitcpm_quantizer"],
         architecture,
-        parse_stamp(saved["bitcpm_quantizer"]["quantizer"], folder),
+        Quantizer.from_stamp(saved["bitcpm_quantizer"]["quantizer"], folder),
         folder,
     )
     assert trusted_modeling_files(tmp_path / "saved")

@@ -9,13 +9,12 @@ import torch
 from modeling_folders import quantizer
 
 from megatron_bitcpm import ops
+from megatron_bitcpm.arch.tensors import find_projection
 from megatron_bitcpm.conversion.hf.modeling.modeling_bitcpm import (
     LinearQuantizer,
     SteActivationQuantizer,
     WeightQuantizer,
 )
-from megatron_bitcpm.conversion.names import find_projection
-from megatron_bitcpm.conversion.stamp import fake_quantize_projection
 
 pytestmark = pytest.mark.both_transformers
 
@@ -75,8 +74,8 @@ def test_slices_of_tensor_parallel_training(group_size, grid, dtype):
         stamp = quantizer(tp_size, grid=grid, group_size=group_size)
         size = 960 if group_size == -1 else "tensor"
         got = WeightQuantizer(grid, "fp32", 1e-5, size, tp_size)
-        assert_same_bits(got(finite), fake_quantize_projection(finite, DOWN, stamp))
-        assert_same_bits(got(w), fake_quantize_projection(w, DOWN, stamp))
+        assert_same_bits(got(finite), stamp.values(finite, DOWN.spec))
+        assert_same_bits(got(w), stamp.values(w, DOWN.spec))
 
 
 def test_half_of_the_smallest_scales_is_not_rounded():
@@ -105,7 +104,7 @@ def test_reciprocal_numerics(group_size, dtype):
     size = 960 if group_size == -1 else group_size
     for weight in (w, w[:24]):
         got = WeightQuantizer("ternary", "bf16_reciprocal", 1e-5, size, 3)(weight)
-        assert_same_bits(got, fake_quantize_projection(weight, DOWN, stamp))
+        assert_same_bits(got, stamp.values(weight, DOWN.spec))
     if dtype == torch.bfloat16 and group_size == -1:
         other = WeightQuantizer("ternary", "fp32", 1e-5, size, 3)(w[:24])
         assert not torch.equal(got, other)

@@ -20,8 +20,8 @@ from modeling_folders import (  # noqa: F401
 )
 from safetensors.torch import load_file
 
+from megatron_bitcpm.arch.tensors import find_projection
 from megatron_bitcpm.conversion.hf.modeling.writer import trusted_modeling_files
-from megatron_bitcpm.conversion.names import find_projection
 from megatron_bitcpm.conversion.open import open_source
 
 pytestmark = pytest.mark.both_transformers
@@ -111,7 +111,7 @@ def test_fine_tuning_learns_on_the_grid(name, tmp_path, monkeypatch):
     source = open_source(saved)
     assert (source.form, source.model, source.vocab_size) == ("latent", architecture, VOCAB)
     # The version in a stamp is that of its writer.
-    assert source.stamp == stamp
+    assert source.quantizer == stamp
     weights = weights_of_forward(model, torch.arange(8)[None], monkeypatch)
     quantized = source.quantized_tensors()
     assert len(quantized) == 14

@@ -9,20 +9,20 @@ import pytest
 import torch
 from tiny_folders import make_folder, make_state
 
+from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.cli import main
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.convert import convert
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.inspect import inspect
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
-from megatron_bitcpm.conversion.megatron.shards import MegatronLayout
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.output_folder import new_file, new_folder
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import TOKENIZER_FILES
+from megatron_bitcpm.quantizer import Quantizer
 
 KEPT = "is no converted model, so it is not replaced"
 
@@ -57,14 +57,14 @@ def assert_replaced(output):
 @pytest.mark.parametrize("form", ["plain", "latent", "pseudo"])
 @pytest.mark.parametrize("limit", [10_000_000, 30_000])
 def test_folders_of_this_package_are_replaced(form, weights, limit, folder, tmp_path):
-    stamp = None if form == "plain" else QuantizerStamp(QuantConfig())
+    stamp = None if form == "plain" else Quantizer(QuantConfig())
     write_folder(
         open_source(folder),
         tmp_path / "out",
         form,
         weights=weights,
         max_shard_bytes=limit,
-        stamp=stamp,
+        quantizer=stamp,
         force=True,
     )
     assert_replaced(tmp_path / "out")
@@ -73,7 +73,7 @@ def test_folders_of_this_package_are_replaced(form, weights, limit, folder, tmp_
 @pytest.mark.parametrize("write", [write_torch_dist, write_legacy])
 def test_checkpoints_of_this_package_are_replaced(write, folder, tmp_path):
     output = tmp_path / "out"
-    write(open_source(folder), output, MegatronLayout(2))
+    write(open_source(folder), output, Layout(2))
     (output / "release" / "notes.md").write_text("mine")
     with pytest.raises(CheckpointError, match=rf"{KEPT} \(it holds release/notes.md, which"):
         replace(output)
@@ -130,10 +130,10 @@ def test_a_project_with_a_config_is_kept(folder, tmp_path):
     project.mkdir()
     (project / "config.json").write_text('{"name": "webapp"}')
     with pytest.raises(CheckpointError, match=KEPT):
-        convert(folder, project, "plain", overwrite=True)
+        convert(folder, project, form="plain", overwrite=True)
     assert (project / "config.json").read_text() == '{"name": "webapp"}'
     with pytest.raises(CheckpointError, match=rf"{KEPT} \(it is a file\)"):
-        convert(folder, project / "config.json", "plain", overwrite=True)
+        convert(folder, project / "config.json", form="plain", overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

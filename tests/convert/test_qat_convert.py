@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_bitcpm.conversion.latent_file import survey
 from safetensors.torch import load_file, save_file
 from tiny_folders import LAYERS, PROJECTIONS, load_all, make_folder, make_state, same_bits
 
@@ -18,14 +19,13 @@ from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.tensor_files import open_tensor_file
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.infer_grid import lies_on_grid
-from megatron_bitcpm.conversion.latent_file import survey
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.qat_convert import qat_convert
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.quant.fake_quant import fake_quantize
 from megatron_bitcpm.quant.reciprocal import fake_quantize_reciprocal
 from megatron_bitcpm.quant.sums import sum_abs_canonical
+from megatron_bitcpm.quantizer import Quantizer
 
 UP = "model.layers.1.mlp.up_proj.weight"
 TOOL = Path(__file__).parents[2] / "tools" / "qat-convert.py"
@@ -105,8 +105,8 @@ def test_the_input_is_not_written_to(tmp_path):
     # A mapped file is private memory of the process: the file alone would not show it.
     folder = make_folder(tmp_path / "in", make_state(dtype=torch.float32))
     source = open_source(folder)
-    stamp = QuantizerStamp(QuantConfig())
-    write_folder(source, tmp_path / "out", "pseudo", stamp=stamp, force=True)
+    stamp = Quantizer(QuantConfig())
+    write_folder(source, tmp_path / "out", "pseudo", quantizer=stamp, force=True)
     for name, tensor in make_state(dtype=torch.float32).items():
         assert same_bits(source.tensor(name), tensor), name
 
@@ -192,9 +192,9 @@ def test_reciprocal_numerics_and_the_count_of_the_others(tmp_path):
 @pytest.fixture
 def latent(tmp_path):
     """A latent folder with a stamp that leaves the first layer in full precision."""
-    stamp = QuantizerStamp(QuantConfig(group_size=16, full_precision_first_layers=1, eps=1e-4))
+    stamp = Quantizer(QuantConfig(group_size=16, full_precision_first_layers=1, eps=1e-4))
     source = open_source(make_folder(tmp_path / "plain"))
-    write_folder(source, tmp_path / "latent", "latent", stamp=stamp, force=True)
+    write_folder(source, tmp_path / "latent", "latent", quantizer=stamp, force=True)
     return tmp_path / "latent"
 
 
@@ -219,9 +219,9 @@ def test_a_stamp_beside_the_file_counts(latent, tmp_path):
 
 def test_the_last_layers_are_those_of_the_model(tmp_path):
     """The first of two shards holds the first layer, which is not the last one."""
-    stamp = QuantizerStamp(QuantConfig(full_precision_last_layers=1))
+    stamp = Quantizer(QuantConfig(full_precision_last_layers=1))
     source = open_source(make_folder(tmp_path / "plain"))
-    write_folder(source, tmp_path / "latent", "latent", stamp=stamp, force=True)
+    write_folder(source, tmp_path / "latent", "latent", quantizer=stamp, force=True)
     state = {name: t for name, t in make_state().items() if "layers.1." not in name}
     path = save(tmp_path / "latent" / "model-00001-of-00002.safetensors", state)
     report = convert(path, tmp_path / "out.bin", force=False)
@@ -275,7 +275,7 @@ def test_weights_that_were_quantised_already(latent, tmp_path):
                 open_source(unstamped),
                 tmp_path / "out",
                 form,
-                stamp=QuantizerStamp(QuantConfig()),
+                stamp=Quantizer(QuantConfig()),
                 force=True,
             )
     save_file(state, latent / "model.safetensors")

@@ -12,8 +12,8 @@ from megatron_bitcpm.conversion.quantization_error import (
     LatentFigures,
     measure_latents,
 )
-from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.quant.fake_quant import fake_quantize
+from megatron_bitcpm.quantizer import Quantizer
 
 
 def gaussian(rows=512, columns=512):
@@ -87,7 +87,7 @@ def test_the_sample_is_first_middle_and_last_layer():
         read.append(int(name.split(".")[2]))
         return gaussian(8, 64)
 
-    figures = measure_latents(shapes, get, 9, QuantizerStamp(QuantConfig(group_size="tensor")))
+    figures = measure_latents(shapes, get, 9, Quantizer(QuantConfig(group_size="tensor")))
     assert read == [0, 4, 8]
     w = gaussian(8, 64)
     scale = w.abs().mean()

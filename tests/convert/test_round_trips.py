@@ -92,7 +92,7 @@ class TestRoundTrip:
             report = convert(here, there, kind, **sizes)
             assert report["verify"]["differing_values"] == 0
             here = there
-        convert(here, tmp_path / "back", "plain")
+        convert(here, tmp_path / "back", form="plain")
         assert_bitwise(load_all(tmp_path / "back"), tensors)
         assert_same_meaning(tmp_path / "back", shape)
         for name in UNTOUCHED:
@@ -101,7 +101,7 @@ class TestRoundTrip:
     def test_more_ranks_than_key_heads_are_refused_in_legacy_shards(self, tmp_path):
         start = write_hf_folder(tmp_path / "start", TINY["3B"], make_tensors(TINY["3B"]))
         with pytest.raises(CheckpointError, match=r"tensor.parallel.size=4: .*2 key"):
-            convert(start, tmp_path / "out", "legacy", **layout(4))
+            convert(start, tmp_path / "out", format="legacy", **layout(4))
         assert not (tmp_path / "out").exists()
 
     def test_weight_files_of_both_kinds_and_any_number(self, tmp_path):
@@ -109,7 +109,7 @@ class TestRoundTrip:
         here = write_hf_folder(tmp_path / "start", TINY["8B"], tensors, "bin", 3)
         for weights in ("safetensors", "bin"):
             there = tmp_path / weights
-            report = convert(here, there, "plain", weights=weights, max_shard_size="300KB")
+            report = convert(here, there, form="plain", weights=weights, max_shard_size="300KB")
             assert len(report["files"]) > 3
             assert_bitwise(load_all(there), tensors)
             here = there
@@ -126,7 +126,7 @@ class TestCodes:
 
     def test_they_are_those_of_the_definition(self, model):
         folder, tensors, start = model
-        convert(start, folder / "pseudo", "pseudo", **QUANTIZER)
+        convert(start, folder / "pseudo", form="pseudo", **QUANTIZER)
         found = codes_of(load_all(folder / "pseudo"))
         assert len(found) == 4 * 7
         for name, codes in found.items():
@@ -134,18 +134,18 @@ class TestCodes:
 
     def test_they_survive_every_way(self, model):
         folder, tensors, start = model
-        convert(start, folder / "latent", "latent", **QUANTIZER)
-        convert(folder / "latent", folder / "dist", "torch_dist", **layout(2, 2, 2))
-        convert(folder / "dist", folder / "legacy", "legacy", **layout(2))
-        convert(folder / "legacy", folder / "latent2", "latent")
+        convert(start, folder / "latent", form="latent", **QUANTIZER)
+        convert(folder / "latent", folder / "dist", format="torch_dist", **layout(2, 2, 2))
+        convert(folder / "dist", folder / "legacy", format="legacy", **layout(2))
+        convert(folder / "legacy", folder / "latent2", form="latent")
         assert_bitwise(load_all(folder / "latent2"), tensors)
-        convert(folder / "legacy", folder / "pseudo2", "pseudo")
+        convert(folder / "legacy", folder / "pseudo2", form="pseudo")
         found = load_all(folder / "pseudo2")
         wanted = {name: reference_codes(tensors[name]) for name in codes_of(tensors)}
         assert all(torch.equal(codes, wanted[name]) for name, codes in codes_of(found).items())
         # A pseudo-quantised model goes through Megatron as it is.
-        convert(folder / "pseudo2", folder / "dist2", "torch_dist", **layout(2))
-        convert(folder / "dist2", folder / "pseudo3", "pseudo")
+        convert(folder / "pseudo2", folder / "dist2", format="torch_dist", **layout(2))
+        convert(folder / "dist2", folder / "pseudo3", form="pseudo")
         assert_bitwise(load_all(folder / "pseudo3"), found)
 
 
@@ -153,8 +153,8 @@ def test_folding_keeps_codes_and_multiplies_the_constants_in(tmp_path):
     shape = TINY["0.5B"]
     tensors = make_tensors(shape)
     start = write_hf_folder(tmp_path / "start", shape, tensors)
-    convert(start, tmp_path / "carried", "pseudo", **QUANTIZER)
-    report = convert(start, tmp_path / "folded", "pseudo", architecture="llama", **QUANTIZER)
+    convert(start, tmp_path / "carried", form="pseudo", **QUANTIZER)
+    report = convert(start, tmp_path / "folded", form="pseudo", architecture="llama", **QUANTIZER)
     carried, folded = load_all(tmp_path / "carried"), load_all(tmp_path / "folded")
     config = json.loads((tmp_path / "folded" / "config.json").read_text())
     assert (config["model_type"], config["tie_word_embeddings"]) == ("llama", False)
@@ -187,12 +187,14 @@ def test_released_shapes(size, tmp_path):
     shape = RELEASED[size]
     tensors = make_tensors(shape)
     start = write_hf_folder(tmp_path / "start", shape, tensors, "safetensors", 2)
-    convert(start, tmp_path / "dist", "torch_dist", **layout(2, 2))
-    convert(tmp_path / "dist", tmp_path / "legacy", "legacy", **layout(1, 2))
-    convert(tmp_path / "legacy", tmp_path / "back", "plain", weights="bin", max_shard_size="300MB")
+    convert(start, tmp_path / "dist", format="torch_dist", **layout(2, 2))
+    convert(tmp_path / "dist", tmp_path / "legacy", format="legacy", **layout(1, 2))
+    convert(
+        tmp_path / "legacy", tmp_path / "back", form="plain", weights="bin", max_shard_size="300MB"
+    )
     assert_bitwise(load_all(tmp_path / "back"), tensors)
     assert_same_meaning(tmp_path / "back", shape)
-    convert(tmp_path / "legacy", tmp_path / "pseudo", "pseudo", **QUANTIZER)
+    convert(tmp_path / "legacy", tmp_path / "pseudo", form="pseudo", **QUANTIZER)
     for name, codes in codes_of(load_all(tmp_path / "pseudo")).items():
         assert torch.equal(codes, reference_codes(tensors[name])), name
 
@@ -201,6 +203,6 @@ def test_released_shapes(size, tmp_path):
 def test_more_ranks_than_key_heads_in_released_shapes(tmp_path):
     tensors = make_tensors(RELEASED["3B"])
     start = write_hf_folder(tmp_path / "start", RELEASED["3B"], tensors)
-    convert(start, tmp_path / "dist", "torch_dist", **layout(8))
-    convert(tmp_path / "dist", tmp_path / "back", "plain")
+    convert(start, tmp_path / "dist", format="torch_dist", **layout(8))
+    convert(tmp_path / "dist", tmp_path / "back", form="plain")
     assert_bitwise(load_all(tmp_path / "back"), tensors)

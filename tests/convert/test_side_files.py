@@ -65,39 +65,41 @@ def test_a_run_takes_no_other_tokenizer(to, trained, tmp_path):
 
 def test_a_tokenizer_saved_anew_goes_with_its_model(trained, tmp_path):
     """Fine-tuning saves the tokenizer again: other bytes, the same ids."""
-    convert(trained(CASE).directory, tmp_path / "latent", "latent")
+    convert(trained(CASE).directory, tmp_path / "latent", form="latent")
     path = tmp_path / "latent" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
-    convert(tmp_path / "latent", tmp_path / "dist", "torch_dist")
-    convert(tmp_path / "dist", tmp_path / "pseudo", "pseudo")
+    convert(tmp_path / "latent", tmp_path / "dist", format="torch_dist")
+    convert(tmp_path / "dist", tmp_path / "pseudo", form="pseudo")
     assert (tmp_path / "pseudo" / "tokenizer.json").read_bytes() == path.read_bytes()
-    convert(tmp_path / "dist", tmp_path / "named", "pseudo", tokenizer=tmp_path / "latent")
+    convert(tmp_path / "dist", tmp_path / "named", form="pseudo", tokenizer=tmp_path / "latent")
     facts = open_source(tmp_path / "dist").facts
     assert facts["tokenizer_sha256"] == hash_files(tmp_path / "latent", TOKENIZER_FILES)
     # Another one than that is refused as before, wherever it lies.
     with pytest.raises(CheckpointError, match="is not the one of the training"):
-        convert(tmp_path / "dist", tmp_path / "no", "pseudo", tokenizer=trained(CASE).tokenizer)
+        convert(
+            tmp_path / "dist", tmp_path / "no", form="pseudo", tokenizer=trained(CASE).tokenizer
+        )
     beside = tmp_path / "dist" / "release" / "hf" / "special_tokens_map.json"
     beside.write_text("{}")
     with pytest.raises(CheckpointError, match="is not the one of the training"):
-        convert(tmp_path / "dist", tmp_path / "no", "pseudo")
+        convert(tmp_path / "dist", tmp_path / "no", form="pseudo")
 
 
 def test_config_json_of_a_tokenizer_is_not_that_of_the_model(tmp_path):
     start = make_folder(tmp_path / "start")
-    convert(start, tmp_path / "dist", "torch_dist")
+    convert(start, tmp_path / "dist", format="torch_dist")
     foreign = shutil.copytree(start, tmp_path / "elsewhere" / "hf")
     edit_json(foreign / "config.json", eos_token_id=17, of_another_model=True)
     (foreign / "model.safetensors").unlink()
-    convert(tmp_path / "dist", tmp_path / "out", "plain", tokenizer=foreign)
+    convert(tmp_path / "dist", tmp_path / "out", form="plain", tokenizer=foreign)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] == 2 and "of_another_model" not in config
     # Nor does it get into another checkpoint, where it would pass for the model's.
-    convert(tmp_path / "dist", tmp_path / "legacy", "legacy", tokenizer=foreign)
+    convert(tmp_path / "dist", tmp_path / "legacy", format="legacy", tokenizer=foreign)
     assert not (tmp_path / "legacy" / "release" / "hf" / "config.json").exists()
     # However the checkpoint's own folder is spelled.
     own = tmp_path / "dist" / "release" / ".." / "release" / "hf"
-    convert(tmp_path / "dist", tmp_path / "own", "plain", tokenizer=own)
+    convert(tmp_path / "dist", tmp_path / "own", form="plain", tokenizer=own)
     config = json.loads((tmp_path / "own" / "config.json").read_text())
     assert config["eos_token_id"] == [2, 39]
 

@@ -199,7 +199,7 @@ def test_slices_of_the_training_matter_where_rows_were_cut(latent):
 
 
 def unstamped(source, path):
-    return dataclasses.replace(copy_of(source), form="plain", stamp=None, path=Path(path))
+    return dataclasses.replace(copy_of(source), form="plain", quantizer=None, path=Path(path))
 
 
 def test_values_without_a_stamp(pseudo, latent):

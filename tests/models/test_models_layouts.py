@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from megatron_bitcpm.models.size import count_ternary_linears, layers_of_stage
 from model_cases import LONGROPE, MUP, VOCAB, batch, fill_by_name_, global_name, model_config, shard
 
+from megatron_bitcpm.arch.counts import count_ternary_linears, layers_of_stage
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.config import ParallelConfig, QuantConfig
 from megatron_bitcpm.errors import ModelError

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_bitcpm.models.size import (
+
+from megatron_bitcpm.arch.counts import (
     count_parameters,
     count_ternary_linears,
     layers_of_stage,
     pad_vocab_size,
 )
-
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.config import ParallelConfig, QuantConfig, load_config
 

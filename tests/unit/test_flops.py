@@ -9,7 +9,7 @@ from helpers.ranks import run_ranks
 from helpers.tiny_models import SEQ, VOCAB, tiny_model_config, tiny_run
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_bitcpm.training.flops import tflops_per_device, training_flops_per_token
+from megatron_bitcpm.arch.counts import tflops_per_device, training_flops_per_token
 from megatron_bitcpm.training.memory import measure_memory
 
 pytestmark = pytest.mark.both_versions
