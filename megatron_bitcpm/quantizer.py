@@ -13,9 +13,6 @@ Neither the division nor the bound of a scale changes an order, so the largest o
 scales is that of the row, bit for bit, and NaN where one of them is. `parallel.scale_sync` calls
 the same functions with the statistics that the ranks exchange.
 
-Two arithmetics: ``fp32``, this package's, and ``bf16_reciprocal``, the one inferred for the
-released latents (`quant.reciprocal`).
-
 Shape legend: O out, I in, G groups per row.
 """
 
@@ -34,15 +31,12 @@ from megatron_bitcpm.arch.tensors import Place, Shape, TensorSpec, find_projecti
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import CheckpointError, one_line
 from megatron_bitcpm.quant.fake_quant import codes_from_scales
-from megatron_bitcpm.quant.granularity import TENSOR
 from megatron_bitcpm.quant.grids import Grid, find_grid
 from megatron_bitcpm.quant.groups import ShardedGroups, add_in_rank_order, resolve_sharded_groups
 from megatron_bitcpm.quant.reciprocal import fake_quantize_reciprocal, quantize_reciprocal
+from megatron_bitcpm.quant.settings import BF16_RECIPROCAL, FP32, NUMERICS, TENSOR
 from megatron_bitcpm.version import __version__
 
-FP32 = "fp32"
-BF16_RECIPROCAL = "bf16_reciprocal"
-NUMERICS = (FP32, BF16_RECIPROCAL)
 _NOT_STAMPED = {"enabled", "backend", "requantize"}
 """Settings that do not change a value."""
 

@@ -21,6 +21,9 @@ from megatron_bitcpm.arch.tensors import (
 )
 from megatron_bitcpm.section import Section
 
+Form = Literal["latent", "pseudo", "plain"]
+"""What the weights of a model are: trained parameters of a quantised model, which its forward
+quantises; the values of that forward, on their grid; or those of a model without a quantiser."""
 _Factor = Annotated[float, Field(gt=0)]
 
 

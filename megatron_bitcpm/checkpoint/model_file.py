@@ -8,12 +8,12 @@ and state. Beside it, ``hf/`` keeps the files of the Hugging Face folder that ar
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from megatron_bitcpm.arch.folding import Folding
-from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.arch.model import Form, ModelConfig
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.records import Record, explain
 
@@ -28,7 +28,7 @@ class ModelFile(Record):
     """Content of ``bitcpm_model.json``.
 
     Attributes:
-        form: see `conversion.source`.
+        form: see `arch.model.Form`.
         model: the architecture.
         vocab_size: ids of the tokenizer.
         padded_vocab_size: rows of the embedding.
@@ -39,7 +39,7 @@ class ModelFile(Record):
     """
 
     format_version: int = FORMAT_VERSION
-    form: Literal["latent", "pseudo", "plain"]
+    form: Form
     model: ModelConfig
     vocab_size: _Size
     padded_vocab_size: _Size

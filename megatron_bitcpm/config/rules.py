@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from megatron_bitcpm.arch.tensors import FAMILIES
 from megatron_bitcpm.config.sections import RunConfig
-from megatron_bitcpm.quant.granularity import TENSOR, WHOLE_ROW
+from megatron_bitcpm.quant.settings import TENSOR, WHOLE_ROW
 
 _AXES = {
     "tp": "parallel.tensor_model_parallel_size",

@@ -12,8 +12,8 @@ from pydantic_core import PydanticCustomError
 
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.model import ModelConfig
-from megatron_bitcpm.quant.granularity import parse_group_size
 from megatron_bitcpm.quant.grids import GRIDS
+from megatron_bitcpm.quant.settings import parse_group_size
 from megatron_bitcpm.section import Section
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.arch.model import attention_factor
+from megatron_bitcpm.arch.model import Form, attention_factor
 from megatron_bitcpm.conversion.codes import (
     count_differences,
     count_different_bits,
@@ -22,10 +22,10 @@ from megatron_bitcpm.conversion.codes import (
 from megatron_bitcpm.conversion.difference import KINDS, Differences
 from megatron_bitcpm.conversion.hf.fold import fold
 from megatron_bitcpm.conversion.infer_grid import infer_grid
-from megatron_bitcpm.conversion.source import Form, ModelSource
+from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.quant.granularity import TENSOR, WHOLE_ROW
-from megatron_bitcpm.quantizer import NUMERICS, Quantizer
+from megatron_bitcpm.quant.settings import NUMERICS, TENSOR, WHOLE_ROW
+from megatron_bitcpm.quantizer import Quantizer
 
 _NOT_COMPUTED = frozenset(
     {"init_method_std", "make_vocab_size_divisible_by", "kv_channels", "rope_scaling"}

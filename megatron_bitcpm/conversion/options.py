@@ -1,13 +1,13 @@
 """What `convert` and `qat_convert` are told, checked once, and which wishes can be granted.
 
 An output has a format, hf (a Hugging Face folder), torch_dist or legacy (Megatron), and a form, see
-`conversion.source`. What an input can become stands in `REFUSALS`, which docs/conversion.md prints.
+`arch.model.Form`. What an input can become stands in `REFUSALS`, which docs/conversion.md prints.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BeforeValidator,
@@ -16,18 +16,29 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from megatron_bitcpm.arch.layout import Layout
+from megatron_bitcpm.arch.model import Form
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.difference import markdown_table
-from megatron_bitcpm.conversion.source import Form, TensorSource
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.quant.granularity import parse_group_size
-from megatron_bitcpm.quant.scales import DEFAULT_EPS, SMALLEST_EPS
-from megatron_bitcpm.quantizer import FP32, NUMERICS, Quantizer
+from megatron_bitcpm.quant.grids import GRIDS, find_grid
+from megatron_bitcpm.quant.settings import (
+    BF16_RECIPROCAL,
+    DEFAULT_EPS,
+    FP32,
+    NUMERICS,
+    SMALLEST_EPS,
+    parse_group_size,
+)
 from megatron_bitcpm.records import Record, explain
+
+if TYPE_CHECKING:
+    from megatron_bitcpm.conversion.source import TensorSource
+    from megatron_bitcpm.quantizer import Quantizer
 
 Format = Literal["hf", "torch_dist", "legacy"]
 MEGATRON = ("torch_dist", "legacy")
@@ -143,11 +154,20 @@ class QuantizerOptions(Options):
         None, description="... its arithmetic: fp32 (default) or bf16_reciprocal."
     )
 
+    @field_validator("quant_type")
+    @classmethod
+    def _check_grid(cls, value: str | None) -> str | None:
+        if value is not None and value not in GRIDS:
+            raise ValueError(f"must be one of {', '.join(GRIDS)}")
+        return value
+
     @model_validator(mode="after")
-    def _check_quantizer(self) -> QuantizerOptions:
-        if self.quant_type is not None:
-            QuantConfig(grid=self.quant_type)  # refuses an unknown one
-            Quantizer(QuantConfig(grid=self.quant_type), 1, self.numerics or FP32).check_numerics()
+    def _check_numerics(self) -> QuantizerOptions:
+        grid = None if self.quant_type is None else find_grid(self.quant_type)
+        if grid is not None and self.numerics == BF16_RECIPROCAL and not grid.is_ternary:
+            raise ValueError(
+                f"numerics={self.numerics}: exists for the ternary grid, not for {grid.name}"
+            )
         return self
 
     def given(self) -> dict[str, Any]:
@@ -167,6 +187,8 @@ class QuantizerOptions(Options):
                     f"{name}=None: must be named with the other settings of the quantiser. Use "
                     "the one of the training, for example --quant-type ternary --group-size -1."
                 )
+        from megatron_bitcpm.quantizer import Quantizer
+
         eps = DEFAULT_EPS if self.eps is None else self.eps
         content: dict[str, Any] = {"grid": self.quant_type, "group_size": self.group_size}
         return Quantizer(QuantConfig(**content, eps=eps), 1, self.numerics or FP32)

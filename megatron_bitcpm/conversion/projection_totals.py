@@ -15,7 +15,7 @@ from megatron_bitcpm.conversion.infer_grid import FoundGrid, infer_grid
 from megatron_bitcpm.conversion.quantization_error import LatentFigures
 from megatron_bitcpm.conversion.source import TensorSource
 from megatron_bitcpm.errors import BitcpmError
-from megatron_bitcpm.quant.granularity import TENSOR, WHOLE_ROW
+from megatron_bitcpm.quant.settings import TENSOR, WHOLE_ROW
 from megatron_bitcpm.quantizer import Quantizer
 
 

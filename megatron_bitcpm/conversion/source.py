@@ -1,11 +1,4 @@
-"""A model of any format, read one tensor at a time under Hugging Face's names.
-
-Three forms a model can have:
-
-* ``latent``: the trained parameters of a quantised model; its forward quantises them;
-* ``pseudo``: the values of that forward, every group on its grid;
-* ``plain``: a model in full precision, without a quantiser.
-"""
+"""A model of any format, read one tensor at a time under Hugging Face's names."""
 
 from __future__ import annotations
 
@@ -18,13 +11,12 @@ from typing import Any, Literal
 import torch
 
 from megatron_bitcpm.arch.folding import Folding
-from megatron_bitcpm.arch.model import ModelConfig, shapes_of
+from megatron_bitcpm.arch.model import Form, ModelConfig, shapes_of
 from megatron_bitcpm.arch.tensors import Place, Shape, find_projection
 from megatron_bitcpm.conversion.codes import read_scales
 from megatron_bitcpm.conversion.difference import list_first
 from megatron_bitcpm.quantizer import Quantizer
 
-Form = Literal["latent", "pseudo", "plain"]
 Kind = Literal["torch_dist", "legacy", "hf", "file"]
 
 
@@ -35,7 +27,7 @@ class TensorSource(ABC):
     Attributes:
         path: what was opened.
         kind: torch_dist or legacy (Megatron), hf, or file.
-        form: see the module.
+        form: see `arch.model.Form`.
         quantizer: the one that trained a latent or pseudo model.
         folding: set when the model is a folded MiniCPM.
         facts: what is known of the training: iteration, tokens, seq_length, valid_loss, ...

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from megatron_bitcpm.errors import BitcpmError
-from megatron_bitcpm.quant.granularity import WHOLE_ROW
+from megatron_bitcpm.quant.settings import WHOLE_ROW
 
 
 def list_divisors(number: int) -> list[int]:

@@ -19,11 +19,8 @@ import torch
 from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.quant.grids import find_grid
 from megatron_bitcpm.quant.groups import count_groups, resolve_group_size
+from megatron_bitcpm.quant.settings import DEFAULT_EPS, SMALLEST_EPS
 from megatron_bitcpm.quant.sums import sum_abs_canonical
-
-DEFAULT_EPS = 1e-5
-# Below the smallest normal float32 the scale itself would depend on flush-to-zero settings.
-SMALLEST_EPS = 2.0**-126
 
 
 def check_eps(eps: float) -> None:

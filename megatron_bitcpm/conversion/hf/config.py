@@ -21,9 +21,8 @@ from megatron_bitcpm.arch.hf_config import (
     parse_architecture,
 )
 from megatron_bitcpm.arch.hf_rope import HfProblem
-from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.arch.model import Form, ModelConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import check_quantizer_block
-from megatron_bitcpm.conversion.source import Form
 from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, read_json

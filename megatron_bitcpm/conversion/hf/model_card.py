@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_bitcpm.arch.model import iter_places
-from megatron_bitcpm.conversion.source import Form, ModelSource
+from megatron_bitcpm.arch.model import Form, iter_places
+from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.quant.grids import find_grid
-from megatron_bitcpm.quantizer import BF16_RECIPROCAL, Quantizer
+from megatron_bitcpm.quant.settings import BF16_RECIPROCAL
+from megatron_bitcpm.quantizer import Quantizer
 from megatron_bitcpm.version import __version__
 
 _PSEUDO = """\

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.arch.hf_config import CONFIG_FILE, FOLDING_KEY, QUANTIZER_KEY, hf_config
+from megatron_bitcpm.arch.model import Form
 from megatron_bitcpm.arch.tensors import EMBEDDING
 from megatron_bitcpm.checkpoint.model_file import SIDE_FOLDER
 from megatron_bitcpm.conversion.hf.config import GENERATION_FILE, QUANTIZER_FILE
 from megatron_bitcpm.conversion.hf.fold import FoldedSource
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
 from megatron_bitcpm.conversion.output_folder import write_json
-from megatron_bitcpm.conversion.source import Form, ModelSource
+from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.data.tokenizer_ids import (
     VOCABULARY_FILES,
     TokenizerIds,

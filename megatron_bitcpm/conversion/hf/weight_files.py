@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_bitcpm.arch.model import Form
 from megatron_bitcpm.conversion.hf.bin_writer import write_bin
 from megatron_bitcpm.conversion.hf.safetensors_writer import write_safetensors
 from megatron_bitcpm.conversion.hf.source import (
@@ -20,7 +21,7 @@ from megatron_bitcpm.conversion.hf.source import (
 from megatron_bitcpm.conversion.output_folder import write_json
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.quantization_error import check_finite
-from megatron_bitcpm.conversion.source import Form, ModelSource
+from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, cut_shards, read_ahead
 
 _FILES = {

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_bitcpm.arch.model import Form
 from megatron_bitcpm.conversion.hf.model_card import write_model_card
 from megatron_bitcpm.conversion.hf.side_files import (
     describe_folding,
@@ -21,7 +22,7 @@ from megatron_bitcpm.conversion.hf.side_files import (
 from megatron_bitcpm.conversion.hf.weight_files import write_weight_files
 from megatron_bitcpm.conversion.options import MAX_SHARD_BYTES
 from megatron_bitcpm.conversion.output_folder import new_folder
-from megatron_bitcpm.conversion.source import Form, ModelSource
+from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.verify import verify_written
 
 

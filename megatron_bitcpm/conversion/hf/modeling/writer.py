@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.arch.hf_config import CONFIG_FILE, LATENT_TYPE, QUANTIZER_KEY
-from megatron_bitcpm.arch.model import ModelConfig, iter_places
-from megatron_bitcpm.conversion.source import Form
+from megatron_bitcpm.arch.model import Form, ModelConfig, iter_places
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
 from megatron_bitcpm.quantizer import Quantizer

@@ -1,4 +1,9 @@
-"""How many weights share a scale, as configured: a group of inputs, a row, or a projection."""
+"""What a quantiser is told, in words and numbers; without torch.
+
+A group size is a number of inputs, -1 for the whole row, or ``tensor`` for a whole Hugging Face
+projection. Two arithmetics: ``fp32``, this package's (`quant.fake_quant`), and ``bf16_reciprocal``,
+the one inferred for the released latents (`quant.reciprocal`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,12 @@ import contextlib
 
 WHOLE_ROW = -1
 TENSOR = "tensor"
-"""One scale for a whole Hugging Face projection."""
+FP32 = "fp32"
+BF16_RECIPROCAL = "bf16_reciprocal"
+NUMERICS = (FP32, BF16_RECIPROCAL)
+DEFAULT_EPS = 1e-5
+SMALLEST_EPS = 2.0**-126
+"""Below the smallest normal float32 a scale would depend on flush-to-zero settings."""
 
 
 def parse_group_size(value: object) -> int | str:
