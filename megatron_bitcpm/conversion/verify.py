@@ -335,7 +335,7 @@ def _check_types(source: ModelSource) -> list[str]:
     """Values on the grid must have the declared type: another one would round them in loading."""
     if not isinstance(source, HfSource):
         return []
-    declared = source.config.dtype
+    declared = source.declared_dtype
     if declared is None:
         return []
     names = source.quantized_tensors() or list(source.shapes())[:1]

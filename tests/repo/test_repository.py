@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bitcpm.config import RunConfig
-
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("csrc/**/*.md")]
@@ -38,20 +36,3 @@ def test_the_two_readmes_describe_the_same_commands():
         for name in ("README.md", "README.zh.md")
     ]
     assert commands[0] == commands[1] and commands[0]
-
-
-def test_no_setting_is_unread():
-    """Every field of the configuration is read somewhere, not only declared."""
-    code = "\n".join(
-        path.read_text()
-        for path in (ROOT / "megatron_bitcpm").rglob("*.py")
-        if path.name != "sections.py"
-    )
-    # Properties of the sections resolve defaults: what they read of `self` counts.
-    code += (ROOT / "megatron_bitcpm" / "config" / "sections.py").read_text()
-    aliases = {"optimizer": "optimizer|settings", "guard": "guard|_config|config"}
-    for section_name, section in RunConfig.model_fields.items():
-        holder = aliases.get(section_name, section_name)
-        for field in section.annotation.model_fields:
-            read = re.compile(rf"\b({holder}|self)\.{field}\b")
-            assert read.search(code), f"{section_name}.{field}"

@@ -49,11 +49,11 @@ class HfSource(ModelSource):
     """A Hugging Face folder; see `ModelSource`.
 
     Attributes:
-        config: what its JSON files say.
+        declared_dtype: type that config.json says, None where it does not.
         files: name of a tensor -> the file that holds it.
     """
 
-    config: HfConfig
+    declared_dtype: torch.dtype | None
     files: Mapping[str, TensorFile]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -89,7 +89,7 @@ def open_hf(folder: Path) -> HfSource:
         model=config.model,
         vocab_size=config.vocab_size,
         side_files=folder,
-        config=config,
+        declared_dtype=config.dtype,
         files=files,
     )
 
