@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -85,7 +85,7 @@ class Quantizer:
         size = self.config.group_size
         if not isinstance(size, int):
             return None
-        parallel = "row" if spec.row_parallel else "column"
+        parallel: Literal["row", "column"] = "row" if spec.row_parallel else "column"
         return resolve_sharded_groups(
             in_features, self.tp_size, size, parallel, self.config.scale_sync
         )
