@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 .PHONY: help demo smollm2 test test-slow test-operators lint bench kernels clean setup setup-core-0.12 setup-transformers-4
 
 help:
-	@echo "make demo [TEXT=file-or-folder] [OUT=folder]   text -> ternary training -> Hugging Face -> speech"
+	@echo "make demo [TEXT=file-or-folder] [OUT=folder]   text -> ternary training -> Hugging Face -> a sample"
 	@echo "make smollm2                                   SmolLM2 -> Megatron -> Hugging Face, ternary training"
 	@echo "make test                                      tests, with megatron-core 0.16.1 and 0.12.1, transformers 5 and 4"
 	@echo "make test-slow                                 the longer checks, with the same"
