@@ -30,7 +30,25 @@ def _fixed_seed():
 @pytest.fixture
 def cpu_platform():
     """Megatron runs on this CPU for the duration of the test."""
-    from megatron_bitcpm.platforms.cpu import cpu_patches
+    from megatron_bitcpm.patching.cpu import cpu_patches
 
     with cpu_patches().applied():
         yield
+
+
+@pytest.fixture
+def reverted_patches():
+    """No patch of torch or megatron-core is in force when the test begins; undone afterwards."""
+    from megatron_bitcpm.patching.core import megatron_patches
+    from megatron_bitcpm.patching.cpu import cpu_patches
+
+    sets = [cpu_patches(), megatron_patches()]
+    were_applied = [each.is_applied for each in sets]
+    for each in reversed(sets):
+        each.revert()
+    yield
+    for each in reversed(sets):
+        each.revert()
+    for each, was_applied in zip(sets, were_applied, strict=True):
+        if was_applied:
+            each.apply()

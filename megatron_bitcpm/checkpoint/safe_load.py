@@ -38,7 +38,7 @@ from megatron_bitcpm.checkpoint.pickle_names import (
 from megatron_bitcpm.checkpoint.strict_pickle import StrictUnpickler
 from megatron_bitcpm.checkpoint.torch_file import TorchFile, check_pickle, map_file
 from megatron_bitcpm.errors import CheckpointError, describe
-from megatron_bitcpm.platforms.patch import Patch, PatchSet
+from megatron_bitcpm.patching.patch import Patch, PatchSet
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
@@ -278,10 +278,11 @@ class _RestrictedPickle:
 
 @functools.cache
 def _restrictions() -> PatchSet:
+    patch = functools.partial(Patch, package="torch", exit="torch and Megatron restrict it")
     return PatchSet(
         "restricted unpickling",
         [
-            Patch("torch:load", _weights_only, "asked for without restriction"),
-            Patch(_TORCH_CHECKPOINT + "filesystem:pickle", _RestrictedPickle, "reads the index"),
+            patch("torch:load", _weights_only, "asked for without restriction"),
+            patch(_TORCH_CHECKPOINT + "filesystem:pickle", _RestrictedPickle, "reads the index"),
         ],
     )

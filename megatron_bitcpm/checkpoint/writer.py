@@ -26,7 +26,7 @@ from megatron_bitcpm.checkpoint.store import write_error
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import sync
 from megatron_bitcpm.parallel.agree import on_all_ranks
-from megatron_bitcpm.platforms.patch import Patch, PatchSet
+from megatron_bitcpm.patching.patch import Patch, PatchSet
 
 
 class PlannedSave:
@@ -157,6 +157,8 @@ def _in_process() -> PatchSet:
                 "_get_write_results_queue",
                 _local_queue,
                 "would start a server process for results that stay in this one",
+                "Megatron can write without processes of its own",
+                "megatron-core",
             )
         ],
     )

@@ -22,7 +22,7 @@ import torch
 from megatron_bitcpm.data.indexed import IndexedFiles
 from megatron_bitcpm.data.tokenizer import TextTokenizer
 from megatron_bitcpm.errors import DataError
-from megatron_bitcpm.platforms.patch import megatron_version
+from megatron_bitcpm.patching.versions import megatron_version
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset

@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_bitcpm.doctor import ascend, machine, software
 from megatron_bitcpm.doctor.finding import Finding
 from megatron_bitcpm.doctor.torch_facts import ask_torch, failure
+from megatron_bitcpm.patching.versions import TESTED, version_of
 
 Probe = Callable[[], Finding]
 
@@ -29,7 +30,6 @@ def diagnose(environ: Mapping[str, str] | None = None) -> list[Finding]:
     facts_without = None
     if failure(facts, "torch"):
         facts_without = ask_torch({**environ, ascend.AUTOLOAD: "0"}, import_only=True)
-    version_of = importlib.metadata.version
     has_torch_npu = software.installed_version(version_of, "torch-npu", "torch_npu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     probes: dict[str, Probe] = {
@@ -48,7 +48,7 @@ def diagnose(environ: Mapping[str, str] | None = None) -> list[Finding]:
         "backend autoload": lambda: ascend.probe_autoload(
             environ, _autoloaded_backends(), facts, facts_without
         ),
-        "megatron-core": lambda: _probe_megatron(version_of),
+        "megatron-core": _probe_megatron,
         "requirements": lambda: software.probe_requirements(
             importlib.metadata.requires("megatron-bitcpm") or [], version_of
         ),
@@ -95,9 +95,7 @@ def _survive(name: str, probe: Probe) -> Finding:
         )
 
 
-def _probe_megatron(version_of: software.VersionOf) -> Finding:
-    from megatron_bitcpm.parallel.version import TESTED
-
+def _probe_megatron() -> Finding:
     location = _location("megatron.core")
     return software.probe_megatron(version_of, TESTED, str(location) if location else None)
 

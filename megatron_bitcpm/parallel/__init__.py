@@ -7,11 +7,11 @@
 * `projections`: whose rows are whose inside fused weights, for one scale per projection.
 * `weight_stats`: statistics of the codes, by layer.
 * `agree`: failures and decisions that all ranks share.
-* `megatron_api`: calls that differ between releases of megatron-core; `version`: the tested ones.
+* `megatron_api`: calls that differ between releases of megatron-core.
 * `optimizer_state`: the optimizer's part of a checkpoint, loadable in other layouts.
 * `adam_step`: a guard for optimizers loaded without Apex and Transformer Engine.
 * `every_step_check`: whether an optimizer allows quantising in place.
 
-Only this folder and `platforms` touch names of Megatron that are not public, and
+Only this folder and `patching` touch names of Megatron that are not public, and
 `checkpoint.writer`, for the format of the files.
 """

@@ -31,7 +31,7 @@ from megatron_bitcpm.parallel.linear import TernarySite, ternary_class
 from megatron_bitcpm.parallel.megatron_api import tensor_parallel_group
 from megatron_bitcpm.parallel.projections import ProjectionRows
 from megatron_bitcpm.parallel.requantize import Requantizer
-from megatron_bitcpm.parallel.version import check_megatron_version
+from megatron_bitcpm.patching.versions import check_megatron_version
 from megatron_bitcpm.quant.groups import resolve_sharded_groups
 from megatron_bitcpm.quantizer import Quantizer
 

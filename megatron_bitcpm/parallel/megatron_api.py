@@ -1,7 +1,7 @@
 """Where releases of megatron-core differ: one call for both, so that no other file asks.
 
 Tested are 0.12.1, which MindSpeed stands on, and 0.16.1. Symbols of Megatron that must be
-*replaced* on a release are data in `platforms.megatron`; here is what is *called* differently.
+*replaced* on a release are data in `patching.core`; here is what is *called* differently.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.adam_step import keep_adam_steps_apart
 from megatron_bitcpm.parallel.agree import first_reason
-from megatron_bitcpm.parallel.version import is_tested_version
-from megatron_bitcpm.platforms.patch import megatron_version
+from megatron_bitcpm.patching.versions import megatron_version
 
 __all__ = [
     "build_pipeline_chunks",
     "check_pipeline_config",
     "finalize_gradients",
     "get_optimizer",
-    "is_tested_version",
     "megatron_version",
     "sharded_state_dict_of_chunks",
     "tensor_parallel_group",

@@ -6,7 +6,7 @@ form by itself; the distributed optimizer must be asked, in the words of each re
 
 * 0.12: ``fully_sharded_model_space``, every rank writes its flat piece;
 * 0.16: ``fully_reshardable``, the pieces are gathered first. Stock 0.16 saves padded buckets
-  shifted, which `platforms.megatron` corrects; here is the check that it did.
+  shifted, which `patching.core` corrects; here is the check that it did.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.parallel.adam_step import leaf_optimizers, seed_adam_state
 from megatron_bitcpm.parallel.every_step_check import gather_model_params
 from megatron_bitcpm.parallel.megatron_api import megatron_version
-from megatron_bitcpm.platforms.megatron import megatron_patches
+from megatron_bitcpm.patching.core import megatron_patches
 
 
 def optimizer_sharded_state_dict(

@@ -1,5 +1,6 @@
-"""The place of the Megatron-LM and MindSpeed adaptors. Empty so far.
+"""Everything that replaces symbols of others, and every question for a version.
 
-Will hold the catalogue of patches (each with target, reason, versions and exit) and the one-line
-plug-in for users of `pretrain_gpt.py`. `ternarize_` needs none of it.
+* `patch`: a replacement as data, and sets of them that are applied and reverted.
+* `versions`: the release of a package that runs here, and the tested ones of megatron-core.
+* `cpu`, `core`: the catalogues of what a CPU and what stock megatron-core lack.
 """

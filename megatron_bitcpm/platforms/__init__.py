@@ -2,7 +2,7 @@
 
 `current_platform` finds out; `Platform.prepare` is the one visible call that makes Megatron run
 there. On an NPU it is Ascend's own ``transfer_to_npu``, on a CPU the reversible list of
-`megatron_bitcpm.platforms.cpu`, and everywhere the few corrections of `platforms.megatron`.
+`patching.cpu`, and everywhere the few corrections of `patching.core`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from megatron_bitcpm.config import env_platform
 from megatron_bitcpm.errors import BackendError
-from megatron_bitcpm.platforms.patch import Patch, PatchSet
-
-__all__ = ["Patch", "PatchSet", "Platform", "current_platform"]
+from megatron_bitcpm.patching.core import megatron_patches
+from megatron_bitcpm.patching.cpu import cpu_patches
+from megatron_bitcpm.patching.patch import PatchSet
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,7 @@ class Platform:
     device_count: int
 
     def device(self, local_rank: int = 0) -> torch.device:
-        """Return this process's device and make it current.
-
-        Args:
-            local_rank: torchrun's LOCAL_RANK.
-        """
+        """Return this process's device and make it current; `local_rank` is torchrun's."""
         if self.name == "cpu":
             return torch.device("cpu")
         if local_rank >= self.device_count:
@@ -70,10 +66,7 @@ class Platform:
             patches.revert()
 
     def _patch_sets(self) -> list[PatchSet]:
-        from megatron_bitcpm.platforms.cpu import cpu_patches
-        from megatron_bitcpm.platforms.megatron import megatron_patches
-
-        # Megatron is imported by its own patches, and must see the prepared torch then.
+        # Those of torch first: Megatron is imported by its own and must see the prepared torch.
         return [*([cpu_patches()] if self.name == "cpu" else []), megatron_patches()]
 
 

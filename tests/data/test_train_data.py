@@ -14,7 +14,7 @@ from megatron_bitcpm.config import DataConfig
 from megatron_bitcpm.data.dataset import MicroBatchIterator, build_train_dataset
 from megatron_bitcpm.data.tokenizer import TextTokenizer
 from megatron_bitcpm.errors import DataError
-from megatron_bitcpm.platforms.patch import megatron_version
+from megatron_bitcpm.patching.versions import megatron_version
 
 EOD = 2
 pytestmark = pytest.mark.both_versions

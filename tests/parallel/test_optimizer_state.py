@@ -15,7 +15,7 @@ from megatron_bitcpm.parallel.optimizer_state import (
     guard_padded_buckets,
     optimizer_sharded_state_dict,
 )
-from megatron_bitcpm.platforms.megatron import megatron_patches
+from megatron_bitcpm.patching.core import megatron_patches
 
 pytestmark = pytest.mark.both_versions
 

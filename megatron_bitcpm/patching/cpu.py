@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_bitcpm.platforms.patch import Patch, PatchSet
+from megatron_bitcpm.patching.patch import Patch, PatchSet
 
 _FACTORIES = [
     "tensor",
@@ -88,43 +88,25 @@ def _tensor_to(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 class _CpuEvent:
     """Stands for `torch.cuda.Event`: CPU work is done when it is issued."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        del kwargs
-
-    def record(self, stream: Any = None) -> None:
-        """Do nothing: there is no queue."""
-
-    def wait(self, stream: Any = None) -> None:
-        """Do nothing: there is no queue."""
-
-    def synchronize(self) -> None:
-        """Do nothing: there is no queue."""
+    __init__ = record = wait = synchronize = _do_nothing
 
     def query(self) -> bool:
-        """Return True: all work is done."""
         return True
 
 
 class _CpuStream:
     """Stands for `torch.cuda.Stream`."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        del kwargs
+    __init__ = wait_stream = wait_event = synchronize = _do_nothing
 
-    def wait_stream(self, stream: Any) -> None:
-        """Do nothing: there is no queue."""
-
-    def wait_event(self, event: Any) -> None:
-        """Do nothing: there is no queue."""
-
-    def synchronize(self) -> None:
-        """Do nothing: there is no queue."""
-
-    def record_event(self, event: Any = None) -> _CpuEvent:
-        """Return an event that is already over."""
+    def record_event(self, event: Any = None) -> Any:
         return event or _CpuEvent()
 
 
@@ -174,47 +156,60 @@ def _keep_sends(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _cpu_patches() -> list[Patch]:
-    rng = "megatron.core.tensor_parallel.random"
-    patches = [
-        Patch(f"torch:{name}", _on_cpu, "device='cuda' and pin_memory=True in literals")
+_RANDOM = "megatron.core.tensor_parallel.random"
+
+_torch = functools.partial(
+    Patch, package="torch", exit="Megatron takes its device from a setting, not from literals"
+)
+_core = functools.partial(
+    Patch, package="megatron-core", exit="Megatron keeps its random states by device"
+)
+
+CATALOGUE = [
+    *(
+        _torch(f"torch:{name}", _on_cpu, "device='cuda' and pin_memory=True in literals")
         for name in _FACTORIES
-    ]
-    patches += [
-        Patch("torch:Tensor.type", _tensor_type, "compared with 'torch.cuda.FloatTensor'"),
-        Patch("torch:Tensor.to", _tensor_to, ".to('cuda')"),
-        Patch("torch:Tensor.cuda", _replace(lambda self, *a, **k: self), ".cuda() of CPU tensors"),
-        Patch("torch:nn.Module.cuda", _replace(lambda self, *a, **k: self), ".cuda() of modules"),
-        Patch("torch:cuda.current_device", _always(torch.device("cpu")), "used as device="),
-        Patch("torch:cuda.set_device", _always(None), "one device"),
-        Patch("torch:cuda.synchronize", _always(None), "CPU work is done when issued"),
-        Patch("torch:cuda.empty_cache", _always(None), "no caching allocator"),
-        Patch("torch:cuda.memory_allocated", _always(0), "no caching allocator"),
-        Patch("torch:cuda.max_memory_allocated", _always(0), "no caching allocator"),
-        Patch("torch:cuda.get_rng_state", _replace(_get_rng_state), "one random stream"),
-        Patch("torch:cuda.set_rng_state", _replace(_set_rng_state), "one random stream"),
-        Patch("torch:cuda.manual_seed", _replace(_manual_seed), "one random stream"),
-        Patch("torch:cuda.Stream", _replace(_CpuStream), "no queues"),
-        Patch("torch:cuda.Event", _replace(_CpuEvent), "no queues"),
-        Patch("torch:cuda.current_stream", _always(_CpuStream()), "no queues"),
-        Patch("torch:cuda.default_stream", _always(_CpuStream()), "no queues"),
-        Patch("torch:cuda.stream", _replace(lambda s: contextlib.nullcontext()), "no queues"),
-        Patch(f"{rng}:_get_cuda_rng_state", _replace(_get_rng_state), "one random stream"),
-        Patch(f"{rng}:_set_cuda_rng_state", _replace(_set_rng_state), "one random stream"),
-        Patch("torch._dynamo:config.disable", _replace(True), "jit_fuser is torch.compile"),
-        Patch(
-            "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops",
-            _keep_sends,
-            "gloo cancels a send whose handle is gone",
-        ),
-    ]
-    return patches
+    ),
+    _torch("torch:Tensor.type", _tensor_type, "compared with 'torch.cuda.FloatTensor'"),
+    _torch("torch:Tensor.to", _tensor_to, ".to('cuda')"),
+    _torch("torch:Tensor.cuda", _replace(lambda self, *a, **k: self), ".cuda() of CPU tensors"),
+    _torch("torch:nn.Module.cuda", _replace(lambda self, *a, **k: self), ".cuda() of modules"),
+    _torch("torch:cuda.current_device", _always(torch.device("cpu")), "used as device="),
+    _torch("torch:cuda.set_device", _always(None), "one device"),
+    _torch("torch:cuda.synchronize", _always(None), "CPU work is done when issued"),
+    _torch("torch:cuda.empty_cache", _always(None), "no caching allocator"),
+    _torch("torch:cuda.memory_allocated", _always(0), "no caching allocator"),
+    _torch("torch:cuda.max_memory_allocated", _always(0), "no caching allocator"),
+    _torch("torch:cuda.get_rng_state", _replace(_get_rng_state), "one random stream"),
+    _torch("torch:cuda.set_rng_state", _replace(_set_rng_state), "one random stream"),
+    _torch("torch:cuda.manual_seed", _replace(_manual_seed), "one random stream"),
+    _torch("torch:cuda.Stream", _replace(_CpuStream), "no queues"),
+    _torch("torch:cuda.Event", _replace(_CpuEvent), "no queues"),
+    _torch("torch:cuda.current_stream", _always(_CpuStream()), "no queues"),
+    _torch("torch:cuda.default_stream", _always(_CpuStream()), "no queues"),
+    _torch("torch:cuda.stream", _replace(lambda s: contextlib.nullcontext()), "no queues"),
+    _torch(
+        "torch._dynamo:config.disable",
+        _replace(True),
+        "jit_fuser is torch.compile",
+        exit="0.12, which lacks `disable_jit_fuser`, is no longer supported",
+    ),
+    _core(f"{_RANDOM}:_get_cuda_rng_state", _replace(_get_rng_state), "one random stream"),
+    _core(f"{_RANDOM}:_set_cuda_rng_state", _replace(_set_rng_state), "one random stream"),
+    _core(
+        "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops",
+        _keep_sends,
+        "gloo cancels a send whose handle is gone",
+        exit="the interleaved schedule waits for its last send",
+    ),
+]
+"""Every replacement that lets Megatron run on a CPU."""
 
 
 @functools.cache
 def cpu_patches() -> PatchSet:
-    """Return the process's one set of CPU replacements (nothing is applied by this call)."""
+    """Return the process's one set of them (none is applied yet)."""
     # `with torch.device(...)` knows the factories by identity, from a list made at its first use;
     # made after our wrappers are in place it would miss the originals that they call.
     _device_constructors()
-    return PatchSet("platform cpu", _cpu_patches())
+    return PatchSet("platform cpu", CATALOGUE)

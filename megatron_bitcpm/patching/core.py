@@ -15,15 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_bitcpm.platforms.patch import Patch, PatchSet
-
-_CORE_0_12 = ((0, 12),)
-_CORE_0_16 = ((0, 16),)
-
-
-def _numpy_prod(original: Any) -> Callable[..., Any]:
-    del original
-    return np.prod
+from megatron_bitcpm.patching.patch import Patch, PatchSet
 
 
 def _nothing_to_quantise(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,38 +113,38 @@ def _align_param_groups(original: Callable[..., Any]) -> Callable[..., Any]:
 
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 
+_core = functools.partial(Patch, package="megatron-core")
+_core_0_12 = functools.partial(_core, versions=((0, 12),), exit="0.12 is no longer supported")
+
 CATALOGUE = [
-    Patch(
-        "numpy:product", _numpy_prod, "gone in numpy 2", instead_of_absent=True, versions=_CORE_0_12
-    ),
-    Patch(
+    _core_0_12("numpy:product", lambda _: np.prod, "gone in numpy 2", instead_of_absent=True),
+    _core_0_12(
         f"{_OPTIMIZER}:quantize_param_shard",
         _nothing_to_quantise,
         "raises without Transformer Engine also when no parameter is fp8",
-        versions=_CORE_0_12,
     ),
-    Patch(
+    _core_0_12(
         "megatron.core.dist_checkpointing.strategies.filesystem_async:_write_item",
         _with_torch_format,
         "torch 2.7 and later want the serialization format",
-        versions=_CORE_0_12,
     ),
-    Patch(
+    _core_0_12(
         "megatron.core.optimizer:_get_param_groups",
         _align_param_groups,
         "parameter groups differ between pipeline stages",
-        versions=_CORE_0_12,
     ),
-    Patch(
+    _core(
         f"{_OPTIMIZER}:DistributedOptimizer._set_main_param_and_optimizer_states",
         _keep_own_step,
         "torch's Adam keeps a step per parameter",
+        "Megatron loads only the states that a checkpoint holds",
     ),
-    Patch(
+    _core(
         f"{_OPTIMIZER}:DistributedOptimizer.sharded_param_state_fully_reshardable",
         _cut_at_unpadded_offsets,
         "saves padded buckets shifted",
-        versions=_CORE_0_16,
+        "0.16 is no longer supported",
+        versions=((0, 16),),
     ),
 ]
 """Every replacement in Megatron that does not depend on the device."""
@@ -160,5 +152,5 @@ CATALOGUE = [
 
 @functools.cache
 def megatron_patches() -> PatchSet:
-    """Return the process's one set of them for the installed release (none is applied yet)."""
+    """Return the process's one set of those that are needed here (none is applied yet)."""
     return PatchSet("megatron-core", CATALOGUE)

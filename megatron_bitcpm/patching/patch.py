@@ -1,24 +1,21 @@
 """A reversible replacement of one symbol, as data.
 
-`Patch` names a symbol, its replacement, the reason and the releases of megatron-core that need it;
-`PatchSet` applies and reverts a list of them. A symbol that is missing in a release where it is
-listed is an error: a change of Megatron must not make a replacement useless unnoticed. Reverting
-checks that the symbol still is what we put there, so that two parties that patch the same place
-are noticed instead of silently undone.
+A symbol that is missing in a release where it is listed is an error: a change of Megatron must not
+make a replacement useless unnoticed. Reverting checks that the symbol still is what we put there,
+so that two parties that patch the same place are noticed instead of silently undone.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.metadata
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_bitcpm.errors import BackendError, BitcpmError
+from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.patching.versions import release_of, required_version, version_of
 
 _ABSENT = object()
 
@@ -38,20 +35,23 @@ class Patch:
         target: ``module:attribute.path``, for example ``torch:cuda.synchronize``.
         make: called with the original, returns the replacement.
         why: the reason, one line.
-        instead_of_absent: the symbol may be missing (the replacement is then added, and removed
-            again by `PatchSet.revert`). False: a missing symbol is an error.
-        versions: the releases of megatron-core that need it, as (major, minor); empty means all.
+        exit: when the patch can go, one line.
+        package: the one whose release decides, named as pip names it.
+        versions: the releases that need it, as (major, minor); empty means all.
+        instead_of_absent: the symbol may be missing; the replacement is then added.
     """
 
     target: str
     make: Callable[[Any], Any]
     why: str
-    instead_of_absent: bool = False
+    exit: str
+    package: str
     versions: tuple[tuple[int, int], ...] = ()
+    instead_of_absent: bool = False
 
-    def applies_to(self, version: tuple[int, int]) -> bool:
-        """Whether a release of megatron-core, as (major, minor), needs this."""
-        return not self.versions or version in self.versions
+    def is_needed(self) -> bool:
+        """Whether the release of `package` that runs here is listed."""
+        return not self.versions or release_of(self.package) in self.versions
 
     def resolve(self) -> tuple[Any, str]:
         """Return the object that holds the symbol, and the symbol's name in it."""
@@ -63,34 +63,17 @@ class Patch:
         return holder, name
 
 
-@functools.cache
-def megatron_version() -> tuple[int, int]:
-    """Return (major, minor) of the installed megatron-core, which is not imported for it.
-
-    Raises:
-        BackendError: there is none.
-    """
-    try:
-        installed = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise BackendError(
-            "megatron-core=(absent): is not installed. Install megatron-core==0.16.1."
-        ) from None
-    major, minor = installed.split(".")[:2]
-    return int(major), int(minor)
-
-
 class PatchSet:
     """Patches that are applied and reverted together.
 
     Attributes:
         name: for messages.
-        patches: those of the catalogue that the installed megatron-core needs.
+        patches: those of the catalogue that are needed here.
     """
 
     def __init__(self, name: str, catalogue: list[Patch]) -> None:
         self.name = name
-        self.patches = [patch for patch in catalogue if patch.applies_to(megatron_version())]
+        self.patches = [patch for patch in catalogue if patch.is_needed()]
         self._applied: list[tuple[Patch, Any, str, Any, Any]] = []
 
     @property
@@ -115,15 +98,17 @@ class PatchSet:
                 replacement = patch.make(None if original is _ABSENT else original)
                 setattr(holder, name, replacement)
                 self._applied.append((patch, holder, name, own, replacement))
+            for package in {patch.package for patch in self.patches if patch.versions}:
+                version_of(package)  # refuses another release than `is_needed` was told
         except BaseException:
             self.revert()
             raise
 
     def _missing(self, patch: Patch) -> BitcpmError:
-        installed = importlib.metadata.version("megatron-core")
+        release = f"{patch.package} {required_version(patch.package)}"
         return BitcpmError(
-            f"platform={self.name}: {patch.target} does not exist beside megatron-core {installed} "
-            f"({patch.why}). Report the version."
+            f"patches={self.name}: {patch.target} does not exist with {release} ({patch.why}). "
+            "Report the version."
         )
 
     def revert(self) -> None:
@@ -143,7 +128,7 @@ class PatchSet:
                 setattr(holder, name, own)
         if foreign:
             raise BitcpmError(
-                f"platform={self.name}: {', '.join(foreign)} was replaced by others since. Revert "
+                f"patches={self.name}: {', '.join(foreign)} was replaced by others since. Revert "
                 "theirs first."
             )
 
