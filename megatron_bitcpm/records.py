@@ -1,0 +1,52 @@
+"""Records: what is read from a file or given as options, its fields checked once, at the door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_bitcpm.errors import describe, one_line
+
+_SHOWN = 3
+_VALUE_CHARS = 60
+
+
+class Record(BaseModel):
+    """Base of a record: frozen, and no value is converted: true is not 1, "3" is not 3.
+
+    Unknown fields are left out, because newer versions may write more; options that nothing reads
+    are refused by ``model_config = ConfigDict(extra="forbid")``. A list fits a tuple only when
+    JSON text is read (`model_validate_json`): of Python values declare a list.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+def explain(error: Exception) -> str:
+    """Return why a record cannot be read, on one line, without a full stop.
+
+    Of a ValidationError the first fields with their rules: ``splits.train.tokens='3': must be a
+    valid integer``; of any other error what `errors.describe` says.
+    """
+    if not isinstance(error, ValidationError):
+        return describe(error)
+    problems = [_explain_field(entry) for entry in error.errors(include_url=False)]
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more
+
+
+def _explain_field(entry: Any) -> str:
+    field = one_line(".".join(map(str, entry["loc"])))
+    if entry["type"] == "missing":
+        return f"{field} is missing"
+    if entry["type"] == "extra_forbidden":
+        return f"{field} is not a known field"
+    rule = one_line(entry["msg"]).replace("Input should be", "must be")
+    rule = rule.removeprefix("Value error, ")
+    if entry["type"] in ("model_type", "dict_type"):
+        rule = "must be an object"  # pydantic names the class here
+    # Without a field the value is the whole record.
+    return f"{field}={one_line(repr(entry['input']), _VALUE_CHARS)}: {rule}" if field else rule
