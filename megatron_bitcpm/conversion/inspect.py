@@ -46,12 +46,12 @@ from megatron_bitcpm.conversion.names import (
     hf_shapes,
 )
 from megatron_bitcpm.conversion.open import detect_kind, open_source
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.projection_totals import ProjectionTotals
 from megatron_bitcpm.conversion.source import Folding, ModelSource
 from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
+from megatron_bitcpm.progress import track_tensors
 
 _TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 PARTS = ("embedding", "projections", "norms", "output", "other")

@@ -27,7 +27,6 @@ from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.latent_file import FIELD, LatentFile, file_error, survey
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.output_folder import new_file
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.quantization_error import check_finite, check_trained
 from megatron_bitcpm.conversion.quantizer_settings import (
     QuantizerSettings,
@@ -38,6 +37,7 @@ from megatron_bitcpm.conversion.stamp import BF16_RECIPROCAL, FP32, QuantizerSta
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, equal_bytes, read_ahead
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
+from megatron_bitcpm.progress import track_tensors
 
 
 def qat_convert(

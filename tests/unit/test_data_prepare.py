@@ -226,7 +226,7 @@ def test_progress_fits_the_terminal(source, tmp_path, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr("megatron_bitcpm.data.progress._LIVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("megatron_bitcpm.progress._LIVE_INTERVAL_S", 0.0)
     run(source, tmp_path, show_progress=True)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue())
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if "tokens/s" in line]

@@ -20,11 +20,11 @@ from megatron_bitcpm.conversion.megatron.legacy_args import make_args
 from megatron_bitcpm.conversion.megatron.output import Check, describe_model, write_megatron
 from megatron_bitcpm.conversion.megatron.shards import MegatronLayout, Piece, Shards, pad_rows
 from megatron_bitcpm.conversion.names import LAYER_NORMS
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
 from megatron_bitcpm.conversion.torch_file_writer import LateTensor, write_torch_file
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.progress import track_tensors
 
 LOCAL_NORMS = dict(
     zip(LAYER_NORMS, ("input_layernorm.weight", "pre_mlp_layernorm.weight"), strict=True)
