@@ -41,11 +41,11 @@ from megatron_bitcpm.conversion.hf.source import open_weights
 from megatron_bitcpm.conversion.hf.tensor_files import SUFFIXES, TensorFile, open_tensor_file
 from megatron_bitcpm.conversion.infer_grid import is_zero
 from megatron_bitcpm.conversion.open import detect_kind, open_source
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.projection_totals import ProjectionTotals
 from megatron_bitcpm.conversion.source import Kind, ModelSource, TensorSource
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
+from megatron_bitcpm.progress import track_tensors
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a value by the name of its type; of others it does not matter."""

@@ -36,7 +36,6 @@ from megatron_bitcpm.conversion.infer_grid import lies_on_grid
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.options import PathOption, QuantizerOptions
 from megatron_bitcpm.conversion.output_folder import new_file
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.quantization_error import check_finite, check_trained
 from megatron_bitcpm.conversion.source import TensorSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, equal_bytes, read_ahead

@@ -36,7 +36,6 @@ from megatron_bitcpm.conversion.hf.config import QUANTIZER_FILE
 from megatron_bitcpm.conversion.hf.modeling.writer import MODELING_FILE, trusted_modeling_files
 from megatron_bitcpm.conversion.hf.source import HfSource
 from megatron_bitcpm.conversion.open import open_source
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES, read_tokenizer_ids
 from megatron_bitcpm.errors import BitcpmError, CheckpointError, one_line

@@ -9,7 +9,6 @@ uint64 sequences, uint64 document marks; int32 lengths, int64 byte offsets, int6
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.records import Record, explain
 
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -187,31 +188,39 @@ def check_documents_end(files: IndexedFiles, eod: int, field: str) -> None:
         )
 
 
+class _Split(Record):
+    tokens: int
+
+
+class _Splits(Record):
+    train: _Split
+    valid: _Split
+
+
+class Manifest(Record):
+    """What training needs of the manifest; `prepare` writes more into it."""
+
+    tokenizer_sha256: str
+    splits: _Splits
+
+
 def manifest_path(data_prefix: str | os.PathLike[str]) -> Path:
     """Return the path of the manifest that `prepare` writes beside the data."""
     return Path(f"{os.fspath(data_prefix)}.json")
 
 
-def read_manifest(
-    data_prefix: str | os.PathLike[str], field: str = "data"
-) -> dict[str, Any] | None:
+def read_manifest(data_prefix: str | os.PathLike[str], field: str = "data") -> Manifest | None:
     """Return the manifest of prepared data, or None for data that other tools wrote.
 
     Raises:
-        DataError: the file is there and cannot be read, or lacks what `dataset` needs.
+        DataError: the file is there and cannot be read, or lacks what `Manifest` holds.
     """
     path = manifest_path(data_prefix)
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(manifest["tokenizer_sha256"], str):
-            raise TypeError("tokenizer_sha256")
-        for split in ("train", "valid"):
-            if not isinstance(manifest["splits"][split]["tokens"], int):
-                raise TypeError(f"splits.{split}.tokens")
-        return dict(manifest)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{field}={path}: not a manifest ({error!r}). Run prepare again.") from (
-            error
-        )
+        return Manifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise DataError(
+            f"{field}={path}: not a manifest ({explain(error)}). Run prepare again."
+        ) from error

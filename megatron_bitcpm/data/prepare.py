@@ -19,11 +19,11 @@ import numpy as np
 
 from megatron_bitcpm.data import text as text_source
 from megatron_bitcpm.data.indexed import manifest_path
-from megatron_bitcpm.data.progress import PrepareProgress
 from megatron_bitcpm.data.scratch import make_scratch_folder
 from megatron_bitcpm.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_bitcpm.errors import DataError
 from megatron_bitcpm.files import sync
+from megatron_bitcpm.progress import Progress
 from megatron_bitcpm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -96,11 +96,15 @@ def prepare(
     try:
         # Before the clock of the progress starts: this imports Megatron.
         writer = _SplitWriter(scratch, prefix.name, tokenizer, every)
-        with PrepareProgress(size, show_progress) as progress:
+
+        def text(seconds: float) -> list[str]:
+            return _list_counts(report, writer.total_tokens, size, seconds)
+
+        with Progress("prepare", max(1, size), text=text, enabled=show_progress) as progress:
             try:
                 for ids in _encode(documents, tokenizer, threads or os.cpu_count() or 1):
                     writer.add(ids)
-                    progress.update(report, writer.total_tokens)
+                    progress.update(report.bytes_read)
             finally:
                 writer.close()
         _check_splits(writer, report, min_tokens, prefix)
@@ -129,6 +133,19 @@ def prepare(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return manifest
+
+
+def _list_counts(
+    report: text_source.ReadReport, tokens: int, size: int, seconds: float
+) -> list[str]:
+    """Return what the progress says, the most important last."""
+    return [
+        f"{report.lines:,} lines",
+        f"{report.documents:,} documents",
+        f"{tokens:,} tokens",
+        f"{report.bytes_read / 1e6:,.1f} of {max(1, size) / 1e6:,.1f} MB",
+        f"{tokens / seconds:,.0f} tokens/s",
+    ]
 
 
 def _encode(

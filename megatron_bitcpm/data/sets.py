@@ -107,19 +107,19 @@ def _check_split(
     looked at is in the vocabulary.
     """
     manifest = read_manifest(prefix, key)
-    if manifest is not None and manifest["tokenizer_sha256"] != tokenizer.sha256:
+    if manifest is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
             f"{key}={prefix}: was prepared with a tokenizer of sha256 "
-            f"{manifest['tokenizer_sha256'][:12]}... ({manifest_path(prefix).name}), "
+            f"{manifest.tokenizer_sha256[:12]}... ({manifest_path(prefix).name}), "
             f"{tokenizer.folder} has {tokenizer.sha256[:12]}.... Set data.tokenizer to that one, "
             "or run prepare again."
         )
     files = check_indexed_files(f"{prefix}_{split}", key)
-    if manifest is not None and files.num_tokens != manifest["splits"][split]["tokens"]:
+    counted = getattr(manifest.splits, split).tokens if manifest else files.num_tokens
+    if files.num_tokens != counted:
         raise DataError(
-            f"{key}={files.prefix}.idx: {files.num_tokens} tokens, the manifest says "
-            f"{manifest['splits'][split]['tokens']}. Run prepare again, or copy all five files "
-            "from one run."
+            f"{key}={files.prefix}.idx: {files.num_tokens} tokens, the manifest says {counted}. "
+            "Run prepare again, or copy all five files from one run."
         )
     if files.num_tokens < data.seq_length + 1:
         raise DataError(

@@ -5,17 +5,15 @@ Training is in `tokenizer_train`, the layout of a trained folder in `tokenizer_e
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_bitcpm.data.tokenizer_export import (
-    MARKER_FILE,
-    tokenizer_sha256,
-)
+from pydantic import ValidationError
+
+from megatron_bitcpm.data.tokenizer_export import MARKER_FILE, Marker, tokenizer_sha256
 from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 from megatron_bitcpm.errors import DataError
 from megatron_bitcpm.files import TOKENIZER_FILES
@@ -198,8 +196,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> TextTokenizer:
     marker = folder / MARKER_FILE
     if marker.is_file():
         try:
-            written = json.loads(marker.read_text(encoding="utf-8")).get("sha256")
-        except (ValueError, AttributeError):
+            written = Marker.model_validate_json(marker.read_bytes()).sha256
+        except ValidationError:
             written = None
         if written == tokenizer_sha256(folder):
             return SentencePieceTokenizer(folder)

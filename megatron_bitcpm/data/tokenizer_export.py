@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.files import TOKENIZER_FILES, hash_files
+from megatron_bitcpm.records import Record
 
 SPACE_MARK = "\u2581"
 """SentencePiece writes a space as this character; in decoded text it is a space again."""
@@ -24,7 +25,13 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 
 MARKER_FILE = "bitcpm_tokenizer.json"
-"""Present in folders written by `train_tokenizer`; holds the hash of the tokenizer's files."""
+"""Present in folders written by `train_tokenizer`."""
+
+
+class Marker(Record):
+    """What loading needs of the marker file: `tokenizer_sha256` of the folder as it was trained."""
+
+    sha256: str
 
 
 def build_merges(pieces: list[str], is_normal: list[bool]) -> list[list[str]]:

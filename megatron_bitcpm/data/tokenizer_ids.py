@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from megatron_bitcpm.errors import CheckpointError, one_line
+from pydantic import BeforeValidator, Field, ValidationError
+
+from megatron_bitcpm.errors import CheckpointError, describe
 from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, read_json
+from megatron_bitcpm.records import Record, explain
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -58,11 +61,11 @@ def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> Tok
         ids = _read_ids(folder)
     except CheckpointError:
         raise
-    # Valid JSON of another form, or a model file that sentencepiece cannot parse.
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
+    # RuntimeError: a model file that sentencepiece cannot parse.
+    except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"tokenizer={folder}: cannot be understood ({type(error).__name__}: "
-            f"{one_line(error)}). Name the tokenizer of the run (--tokenizer)."
+            f"tokenizer={folder}: cannot be understood ({describe(error)}). Name the tokenizer of "
+            "the run (--tokenizer)."
         ) from error
     if vocab_size is not None and ids.size != vocab_size:
         raise CheckpointError(
@@ -92,6 +95,48 @@ def read_run_tokenizer(folder: str | Path, vocab_size: int, recorded: str | None
     return ids
 
 
+class _Token(Record):
+    content: str
+
+
+class _AddedToken(_Token):
+    id: int
+
+
+class _Model(Record):
+    # Unigram models list (piece, score) pairs, in the order of the ids.
+    vocab: dict[str, int] | list[tuple[str, float]]
+
+
+class _TokenizerFile(Record):
+    model: _Model
+    added_tokens: list[_AddedToken] | None = None
+
+
+def _take_content(token: Any) -> Any:
+    return token.get("content", token) if isinstance(token, dict) else token
+
+
+_Special = Annotated[str | None, BeforeValidator(_take_content)]
+
+
+class _Config(Record):
+    added_tokens_decoder: dict[int, _Token] = Field(default_factory=dict)
+    bos_token: _Special = None
+    eos_token: _Special = None
+    pad_token: _Special = None
+
+
+_R = TypeVar("_R", bound=Record)
+
+
+def _read(kind: type[_R], path: Path) -> _R:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path.name}: {explain(error)}") from error
+
+
 def _read_ids(folder: Path) -> TokenizerIds:
     ids, special = _read_vocabulary(folder)
     if not ids:
@@ -103,44 +148,33 @@ def _read_ids(folder: Path) -> TokenizerIds:
         ids |= read_json(folder / "added_tokens.json")
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            content = read_json(folder / name)
-            for index, token in content.get("added_tokens_decoder", {}).items():
-                ids[token["content"]] = int(index)
-            special |= {key: content[key] for key in special if key in content}
+            config = _read(_Config, folder / name)
+            ids |= {token.content: index for index, token in config.added_tokens_decoder.items()}
+            special |= config.model_dump(include=set(special), exclude_unset=True)
     for token, index in ids.items():
         # A bool is an int in Python.
         if type(index) is not int or index < 0:
             raise ValueError(f"token {token!r} has id {index!r}")
-
-    def find(key: str) -> int | None:
-        token = special[key]
-        return ids.get(token["content"] if isinstance(token, dict) else token)
-
-    return TokenizerIds(
-        max(ids.values()) + 1, find("bos_token"), find("eos_token"), find("pad_token")
-    )
+    return TokenizerIds(max(ids.values()) + 1, *(ids.get(special[key]) for key in special))
 
 
-def _read_vocabulary(folder: Path) -> tuple[dict[Any, int], dict[str, Any]]:
+def _read_vocabulary(folder: Path) -> tuple[dict[Any, int], dict[str, str | None]]:
     """Return (token -> id, special token by its key) of the first vocabulary file there is.
 
     Some classes of transformers move the ids of a SentencePiece file or add ids of their own. Their
     ``added_tokens_decoder``, read by the caller, then gives the largest id and the special ones.
     """
-    special: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
+    special: dict[str, str | None] = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
     name = next((name for name in VOCABULARY_FILES if (folder / name).is_file()), None)
     path = folder / str(name)
     ids: dict[Any, int] = {}
     if name == "tokenizer.json":
-        content = read_json(path)
-        vocabulary = content["model"]["vocab"]
-        # Unigram models list (piece, score) pairs instead.
-        if isinstance(vocabulary, list):
-            vocabulary = {pair[0]: index for index, pair in enumerate(vocabulary)}
-        ids.update(vocabulary)
-        ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or ()})
+        content = _read(_TokenizerFile, path)
+        vocab = content.model.vocab
+        ids = vocab if isinstance(vocab, dict) else {pair[0]: i for i, pair in enumerate(vocab)}
+        ids |= {token.content: token.id for token in content.added_tokens or ()}
     elif name == "vocab.json":
-        ids = dict(read_json(path))
+        ids = read_json(path)
     elif name == "vocab.txt":
         # Not `splitlines`, which would cut at more than line ends.
         with open(path, encoding="utf-8") as lines:

@@ -9,18 +9,17 @@ import itertools
 import json
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn
 
 from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.files import write_text_atomically
+from megatron_bitcpm.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -39,22 +38,12 @@ class MetricsWriter:
 
     def __init__(self, directory: Path, first_iter: int, train_iters: int, title: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
         self._path = directory / METRICS_FILE
         self._forget_after(first_iter)
         self._stream = self._path.open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(directory / "tensorboard", first_iter)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._progress.add_task(title, total=train_iters, completed=first_iter)
+        columns = (MofNCompleteColumn(), "eta")
+        self._progress = Progress(title, train_iters, *columns, completed=first_iter)
 
     def __enter__(self) -> MetricsWriter:
         self._progress.start()
@@ -74,11 +63,11 @@ class MetricsWriter:
 
     def say(self, text: str) -> None:
         """Print text above the progress bar."""
-        self.console.print(text, markup=False)
+        self._progress.say(text)
 
     def advance(self, iteration: int) -> None:
         """Move the progress bar."""
-        self._progress.update(self._task, completed=iteration)
+        self._progress.update(iteration)
 
     def record(
         self,

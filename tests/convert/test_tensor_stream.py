@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.tensor_stream import is_finite, read_ahead
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.progress import track_tensors
 
 
 def test_read_ahead_makes_two_at_most():

@@ -14,6 +14,8 @@ LAYERS = {
     "errors": 0,
     "version": 0,
     "files": 1,
+    "records": 1,
+    "progress": 1,
     "config": 1,
     "quant": 2,
     "ops": 3,

@@ -265,6 +265,7 @@ def test_damaged_files_are_refused_before_megatron_sees_them(source, data, damag
         lambda m: m["splits"].pop("valid"),
         lambda m: m["splits"]["train"].pop("tokens"),
         lambda m: m["splits"]["train"].update(tokens="many"),
+        lambda m: m["splits"]["train"].update(tokens=True),
         lambda m: m.pop("tokenizer_sha256"),
     ],
 )

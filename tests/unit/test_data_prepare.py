@@ -85,7 +85,11 @@ def test_result_does_not_depend_on_threads(source, tmp_path, monkeypatch):
 
 def test_manifest(source, tmp_path):
     manifest = run(source, tmp_path, valid_fraction=0.03)
-    assert manifest == read_manifest(tmp_path / "d")
+    assert manifest == json.loads((tmp_path / "d.json").read_text())
+    read = read_manifest(tmp_path / "d")
+    assert read.tokenizer_sha256 == manifest["tokenizer_sha256"]
+    for split, count in manifest["splits"].items():
+        assert getattr(read.splits, split).tokens == count["tokens"]
     assert manifest["version"] == __version__
     assert manifest["tokenizer_sha256"] == load_tokenizer(source / "tok").sha256
     assert (manifest["vocab_size"], manifest["eos_id"], manifest["dtype"]) == (320, 2, "uint16")
@@ -222,7 +226,7 @@ def test_progress_fits_the_terminal(source, tmp_path, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr("megatron_bitcpm.data.progress._LIVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("megatron_bitcpm.progress._LIVE_INTERVAL_S", 0.0)
     run(source, tmp_path, show_progress=True)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", sys.stderr.getvalue())
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", text) if "tokens/s" in line]

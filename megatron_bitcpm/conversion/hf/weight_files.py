@@ -19,7 +19,6 @@ from megatron_bitcpm.conversion.hf.source import (
     WEIGHTS_FILE,
 )
 from megatron_bitcpm.conversion.output_folder import write_json
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.quantization_error import check_finite
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, cut_shards, read_ahead

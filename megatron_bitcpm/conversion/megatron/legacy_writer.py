@@ -31,6 +31,7 @@ from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
 from megatron_bitcpm.conversion.torch_file_writer import LateTensor, write_torch_file
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.progress import track_tensors
 
 
 def write_legacy(

@@ -42,6 +42,7 @@ from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
 from megatron_bitcpm.conversion.torch_file_writer import LateTensor, SeekableFile, write_torch_file
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.progress import track_tensors
 
 _CONFIG = """{"sharded_backend": "torch_dist", "sharded_backend_version": 1, \
 "common_backend": "torch", "common_backend_version": 1}"""
