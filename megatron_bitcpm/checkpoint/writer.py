@@ -24,9 +24,9 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE
 from megatron_bitcpm.checkpoint.store import write_error
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import sync
 from megatron_bitcpm.parallel.agree import on_all_ranks
 from megatron_bitcpm.platforms.patch import Patch, PatchSet
+from megatron_bitcpm.publish import sync
 
 
 class PlannedSave:

@@ -14,6 +14,7 @@ LAYERS = {
     "errors": 0,
     "version": 0,
     "files": 1,
+    "publish": 1,
     "config": 1,
     "quant": 2,
     "ops": 3,

@@ -19,7 +19,6 @@ from megatron_bitcpm.conversion.hf.config import (
 from megatron_bitcpm.conversion.hf.fold import FoldedSource
 from megatron_bitcpm.conversion.hf.modeling.writer import QUANTIZER_KEY, write_modeling_files
 from megatron_bitcpm.conversion.names import HF_EMBEDDING
-from megatron_bitcpm.conversion.output_folder import write_json
 from megatron_bitcpm.conversion.source import Form, ModelSource
 from megatron_bitcpm.data.tokenizer_ids import (
     VOCABULARY_FILES,
@@ -28,7 +27,7 @@ from megatron_bitcpm.data.tokenizer_ids import (
     read_tokenizer_ids,
 )
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import TOKENIZER_FILES, read_json
+from megatron_bitcpm.files import TOKENIZER_FILES, read_json, write_json
 from megatron_bitcpm.version import __version__
 
 FORMAT_VERSION = 1

@@ -17,12 +17,12 @@ from megatron_bitcpm.conversion.hf.source import (
     INDEX_FILE,
     WEIGHTS_FILE,
 )
-from megatron_bitcpm.conversion.output_folder import write_json
 from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.quantization_error import check_finite
 from megatron_bitcpm.conversion.source import Form, ModelSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, cut_shards, read_ahead
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.files import write_json
 
 _FILES = {
     "safetensors": (WEIGHTS_FILE, INDEX_FILE, write_safetensors),
