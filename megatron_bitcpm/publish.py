@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,25 +104,20 @@ class Output:
 def scratch_beside(output: Path) -> Iterator[Path]:
     """Give an empty hidden folder beside a place; it goes at the end of the block."""
     clean_up_after_killed(output)
-    scratch, lock = _make_locked(output)
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        os.close(lock)
-
-
-def _make_locked(output: Path) -> tuple[Path, int]:
     while True:
         # Not `mkdtemp`, whose folders are private whatever the umask says.
         scratch = output.with_name(f".tmp-{output.name}-{secrets.token_hex(4)}")
         scratch.mkdir()
-        try:
+        # Until it is locked, another process may clean it up.
+        with suppress(BlockingIOError, FileNotFoundError):
             lock, _ = open_locked(scratch)
-        except (BlockingIOError, FileNotFoundError):  # another process is cleaning it up
-            continue
-        if scratch.exists():
-            return scratch, lock
+            if scratch.exists():
+                break
+            os.close(lock)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
         os.close(lock)
 
 

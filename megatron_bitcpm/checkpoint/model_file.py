@@ -85,10 +85,9 @@ def _check(found: ModelFile) -> None:
         value = getattr(found, name)
         # A bool is an int in Python.
         if type(value) is not int or value < 1:
-            raise ValueError(f"{name} {value!r} is no size")
-    for name in ("quantizer", "folding"):
-        if not isinstance(getattr(found, name), dict | None):
-            raise ValueError(f"{name} is no object")
-    for name in ("facts", "layout"):
-        if not isinstance(getattr(found, name), dict):
-            raise ValueError(f"{name} is no object")
+            raise ValueError(f"{name} {value!r} is not a valid size")
+    for name in ("quantizer", "folding", "facts", "layout"):
+        value = getattr(found, name)
+        may_be_absent = name in ("quantizer", "folding")
+        if not isinstance(value, dict) and not (may_be_absent and value is None):
+            raise ValueError(f"{name} is not an object")

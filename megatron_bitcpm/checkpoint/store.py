@@ -117,10 +117,7 @@ def has_checkpoints(run_dir: Path) -> bool:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder that a user's path means.
-
-    Args:
-        path: a checkpoint, or a run's folder (its newest checkpoint).
+    """Return the checkpoint folder that a user's path means: itself, or a run's newest one.
 
     Raises:
         CheckpointError: there is none, or it is incomplete; then names the newest complete one.
@@ -132,13 +129,13 @@ def find_checkpoint(path: str | Path) -> Path:
         pending = pending_checkpoint(path)
         if pending is not None:
             return path / iteration_name(pending)
-        if not (path / TRACKER).is_file():
+        target = find_tracked_folder(path)
+        if target is None:
             _refuse_converted(path)
             fix = _name_newest(path) or f"Name the folder that holds {TRACKER} or an iter_* folder"
             raise CheckpointError(
                 f"checkpoint={path}: is neither a checkpoint nor a run with one. {fix}."
             )
-        target = path / _read_tracker(path / TRACKER)
         if not target.exists() and replaced_folder(target).exists():
             target = replaced_folder(target)
         _refuse_converted(target)
@@ -165,9 +162,19 @@ def _refuse_converted(folder: Path) -> None:
 
 def find_tracked_folder(run_dir: Path) -> Path | None:
     """Return the folder that the tracker of a run names, whatever is in it; None without one."""
-    if not (run_dir / TRACKER).is_file():
+    path = run_dir / TRACKER
+    if not path.is_file():
         return None
-    return run_dir / _read_tracker(run_dir / TRACKER)
+    # Not `read_text`: a damaged file need not be UTF-8, and its content goes into the message.
+    name = path.read_bytes()[:200].decode("ascii", errors="replace").strip()
+    if re.fullmatch("[0-9]{1,18}", name):
+        return run_dir / iteration_name(int(name))
+    if re.fullmatch("iter_[0-9]{1,18}|release", name):
+        return run_dir / name
+    raise CheckpointError(
+        f"checkpoint={path}: names no checkpoint ({name[:20]!r}). Write the number of an iter_* "
+        "folder into it."
+    )
 
 
 def pending_checkpoint(run_dir: Path) -> int | None:
@@ -205,20 +212,6 @@ def _name_newest(run_dir: Path) -> str | None:
         if _damage(folder) is None:
             return f"Write {iteration} into {TRACKER} to use {folder.name}, the newest complete one"
     return None
-
-
-def _read_tracker(path: Path) -> str:
-    """Return the name of the checkpoint folder that a tracker file names."""
-    # Not `read_text`: a damaged file need not be UTF-8, and its content goes into the message.
-    name = path.read_bytes()[:200].decode("ascii", errors="replace").strip()
-    if re.fullmatch("[0-9]{1,18}", name):
-        return iteration_name(int(name))
-    if re.fullmatch("iter_[0-9]{1,18}|release", name):
-        return name
-    raise CheckpointError(
-        f"checkpoint={path}: names no checkpoint ({name[:20]!r}). Write the number of an iter_* "
-        "folder into it."
-    )
 
 
 def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:

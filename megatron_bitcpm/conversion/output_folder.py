@@ -111,12 +111,7 @@ def _why_no_tensors(output: Path) -> str | None:
 def check_report(path: Path, inputs: Sequence[Path]) -> None:
     """Refuse a place for a Markdown report before the work for it begins.
 
-    Args:
-        path: of the report; an older report, by its suffix, may be there.
-        inputs: files and folders that are read: the report must not get into them.
-
-    Raises:
-        CheckpointError: it cannot be written there, or must not be.
+    An older report, by its suffix, may be there; `inputs` are read, and must not change.
     """
     with _report(path).explain():
         real = Path(os.path.realpath(path))
