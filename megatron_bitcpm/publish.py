@@ -46,10 +46,9 @@ class Output:
         return self._publish([self.path], lambda scratch: replace_folder(scratch, self.path))
 
     def new_files(self, targets: Sequence[Path]) -> AbstractContextManager[Path]:
-        """Give a folder for files that get their places at the end of the block.
+        """Give a folder for files that get their places beside the output at the end of the block.
 
-        Args:
-            targets: the places, beside the output. The last of several says that all are there.
+        The last of several says that all are there.
         """
         return self._publish(targets, lambda scratch: _move_files(scratch, targets))
 
@@ -145,14 +144,10 @@ def clean_up_after_killed(output: Path) -> None:
 
 
 def open_locked(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> tuple[int, bool]:
-    """Open and lock a folder or file, until the descriptor is closed or the process ends.
+    """Open and lock a folder or file until the descriptor is closed or the process ends.
 
-    Returns:
-        The descriptor, and whether it is locked: False where the file system has no locks.
-
-    Raises:
-        BlockingIOError: another process holds the lock.
-        OSError: it cannot be opened.
+    Returns: the descriptor, and whether it is locked: False where the file system has no locks.
+    Raises: BlockingIOError: another process holds the lock.
     """
     descriptor = os.open(path, flags, 0o666)
     try:

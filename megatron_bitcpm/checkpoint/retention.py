@@ -34,21 +34,14 @@ _OURS = re.compile(
 
 
 def delete_surplus(
-    run_dir: Path,
-    newest: int,
-    keep_last_n: int | None,
-    keep_every_n: int | None,
+    run_dir: Path, newest: int, keep_last_n: int | None, keep_every_n: int | None
 ) -> list[int]:
     """Delete the checkpoints of a run that its retention does not keep (rank 0 only).
 
-    Args:
-        run_dir: only its own ``iter_*`` folders are looked at.
-        newest: iteration just published. Later ones, of a course that was left, are not touched.
-        keep_last_n: newest checkpoints to keep; None keeps all.
-        keep_every_n: multiples of this are kept too.
+    `newest` was just published; later ones, of a course that was left, are not touched. The
+    `keep_last_n` newest are kept (None: all), and the multiples of `keep_every_n`.
 
-    Returns:
-        The deleted iterations. A folder that cannot be removed is only logged: training continues.
+    Returns: the deleted iterations. A folder that cannot be removed is only logged.
     """
     if keep_last_n is None:
         return []
@@ -76,11 +69,7 @@ def _delete(path: Path) -> None:
 
 
 def lock_run(run_dir: Path) -> IO[str]:
-    """Lock a run's folder until the process ends or the result is closed.
-
-    Raises:
-        BitcpmError: another process holds the lock.
-    """
+    """Lock a run's folder, or refuse it, until the result is closed or the process ends."""
     try:
         lock, _ = open_locked(run_dir / ".lock", os.O_CREAT | os.O_WRONLY)
     except BlockingIOError as error:

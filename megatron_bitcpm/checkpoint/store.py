@@ -54,12 +54,7 @@ def begin_checkpoint(run_dir: Path, iteration: int) -> Path:
 def publish_checkpoint(
     scratch: Path, run_dir: Path, iteration: int, config: RunConfig, state: dict[str, Any]
 ) -> Path:
-    """Turn a finished scratch folder into the checkpoint (rank 0 only).
-
-    Args:
-        scratch: folder from `begin_checkpoint`, Megatron's files complete.
-        state: contents of ``bitcpm_state.json``.
-    """
+    """Turn a scratch folder, Megatron's files complete, into the checkpoint (rank 0 only)."""
     (scratch / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2)
     (scratch / STATE_FILE).write_text(text + "\n", encoding="utf-8")

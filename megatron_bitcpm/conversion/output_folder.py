@@ -114,25 +114,28 @@ def check_report(path: Path, inputs: Sequence[Path]) -> None:
     An older report, by its suffix, may be there; `inputs` are read, and must not change.
     """
     with _report(path).explain():
-        real = Path(os.path.realpath(path))
-        rule, fix = None, "Name another file"
-        for read in inputs:
-            folder = Path(os.path.realpath(read))
-            # A single weights file stands for its folder.
-            if (folder.parent / "config.json").is_file() and folder.is_file():
-                folder = folder.parent
-            if folder == real or folder in real.parents:
-                rule = f"would change the input {read}"
-        if rule is None and path.is_dir():
-            rule, fix = "is a folder", "Name a file in it"
-        elif rule is None and path.exists() and path.suffix.lower() != ".md":
-            rule = "exists and is no .md file, so it is not replaced"
-        elif rule is None and not path.parent.is_dir():
-            rule, fix = f"there is no folder {path.parent}", "Make it, or name another file"
-        elif rule is None and not os.access(path.parent, os.W_OK | os.X_OK):
-            rule = f"the folder {path.parent} cannot be written to"
-    if rule is not None:
-        raise CheckpointError(f"markdown={path}: {rule}. {fix}.")
+        if rule := _why_no_report(path, inputs):
+            raise CheckpointError(f"markdown={path}: {rule}.")
+
+
+def _why_no_report(path: Path, inputs: Sequence[Path]) -> str | None:
+    real = Path(os.path.realpath(path))
+    for read in inputs:
+        folder = Path(os.path.realpath(read))
+        # A single weights file stands for its folder.
+        if (folder.parent / "config.json").is_file() and folder.is_file():
+            folder = folder.parent
+        if folder == real or folder in real.parents:
+            return f"would change the input {read}. Name another file"
+    if path.is_dir():
+        return "is a folder. Name a file in it"
+    if path.exists() and path.suffix.lower() != ".md":
+        return "exists and is no .md file, so it is not replaced. Name another file"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}. Make it, or name another file"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"the folder {path.parent} cannot be written to. Name another file"
+    return None
 
 
 def write_report(path: Path, text: str) -> None:
