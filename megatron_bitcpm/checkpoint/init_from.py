@@ -28,12 +28,9 @@ _MAY_DIFFER = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Weights to begin with.
+    """A torch_dist checkpoint with the weights to begin with, of a run or converted.
 
-    Attributes:
-        folder: a torch_dist checkpoint, of a run or converted from another format.
-        model: its architecture.
-        tokenizer_sha256: hash of its tokenizer's files, None where it came without a tokenizer.
+    `tokenizer_sha256` is None where it came without a tokenizer.
     """
 
     folder: Path
@@ -42,10 +39,7 @@ class Origin:
 
 
 def find_origin(path: str | Path) -> Origin:
-    """Return the weights that `checkpoint.init_from` means.
-
-    Args:
-        path: a checkpoint or a run (its newest one), of the trainer or converted.
+    """Return the weights that `checkpoint.init_from` means: a checkpoint, or a run's newest one.
 
     Raises:
         CheckpointError: there is none, it is incomplete or damaged, or in another format.
@@ -73,11 +67,6 @@ def check_init_from(config: RunConfig, saved: ModelConfig, folder: Path) -> None
 
     Layout, precision, quantiser, data and optimizer may differ, and what the length of the context
     decides.
-
-    Args:
-        config: the new run.
-        saved: the model of the checkpoint.
-        folder: the checkpoint, for the message.
 
     Raises:
         ConfigError: one line for each setting of the model section that differs.

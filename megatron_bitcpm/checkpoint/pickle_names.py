@@ -79,7 +79,7 @@ class Inert:
 
     Attributes:
         given: what its class was called with: the value of an enum.
-        state: its state, where that is no dictionary of attributes.
+        state: its state, where that is not a dictionary of attributes.
     """
 
     given: tuple[Any, ...] = ()
@@ -146,13 +146,10 @@ class _Dict(dict[Any, Any]):
 
 
 def make_container(name: str) -> Callable[..., dict[Any, Any]]:
-    """Return what makes an empty dictionary in place of one of `collections`.
+    """Return what makes an empty dictionary in place of one of `collections`, or refuse it.
 
     Their pickles add the items one by one, which `StrictUnpickler` looks at; the default of a
     defaultdict is left out.
-
-    Raises:
-        pickle.UnpicklingError: of another name.
     """
     if name == "OrderedDict":
         return lambda: _Dict()

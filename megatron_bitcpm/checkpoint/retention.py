@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import IO
 
 from megatron_bitcpm.checkpoint.store import (
     NEXT_FILE,
@@ -18,7 +19,8 @@ from megatron_bitcpm.checkpoint.store import (
     list_checkpoints,
     pending_checkpoint,
 )
-from megatron_bitcpm.files import sync, write_text_atomically
+from megatron_bitcpm.errors import BitcpmError
+from megatron_bitcpm.publish import open_locked, sync, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -32,30 +34,21 @@ _OURS = re.compile(
 
 
 def delete_surplus(
-    run_dir: Path,
-    newest: int,
-    keep_last_n: int | None,
-    keep_every_n: int | None,
+    run_dir: Path, newest: int, keep_last_n: int | None, keep_every_n: int | None
 ) -> list[int]:
     """Delete the checkpoints of a run that its retention does not keep (rank 0 only).
 
-    Args:
-        run_dir: the run's folder; only its own ``iter_*`` folders are looked at.
-        newest: iteration just published. Later ones, of a course that was left, are not touched.
-        keep_last_n: newest checkpoints to keep; None keeps all.
-        keep_every_n: multiples of this are kept too; None keeps no others.
+    `newest` was just published; later ones, of a course that was left, are not touched. The
+    `keep_last_n` newest are kept (None: all), and the multiples of `keep_every_n`.
 
-    Returns:
-        The deleted iterations. A folder that cannot be removed is only logged: training goes on.
+    Returns: the deleted iterations. A folder that cannot be removed is only logged.
     """
     if keep_last_n is None:
         return []
     candidates = [(n, path) for n, path in list_checkpoints(run_dir) if n <= newest]
     deleted = []
     for iteration, path in candidates[keep_last_n:]:
-        if iteration == newest:
-            continue
-        if keep_every_n is not None and iteration % keep_every_n == 0:
+        if iteration == newest or (keep_every_n and iteration % keep_every_n == 0):
             continue
         try:
             _delete(path)
@@ -75,23 +68,29 @@ def _delete(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def lock_run(run_dir: Path) -> IO[str]:
+    """Lock a run's folder, or refuse it, until the result is closed or the process ends."""
+    try:
+        lock, _ = open_locked(run_dir / ".lock", os.O_CREAT | os.O_WRONLY)
+    except BlockingIOError as error:
+        raise BitcpmError(
+            f"checkpoint.directory={run_dir}: another run is writing there. Wait for its end, "
+            "stop it, or name another folder."
+        ) from error
+    return os.fdopen(lock, "w")
+
+
 def clean_leftovers(run_dir: Path) -> None:
-    """Finish or undo what a crash interrupted (rank 0 only, before a run writes).
+    """Finish or undo what a crash interrupted (rank 0 only, with the lock, before a run writes).
 
     A published checkpoint gets into the tracker, one that was being replaced gets its name back,
-    and scratch files go. Nobody else may write into the folder.
-
-    Args:
-        run_dir: the run's folder; it need not exist.
-
-    Raises:
-        OSError: the folder cannot be changed.
+    and scratch files go.
     """
     if not run_dir.is_dir():
         return
     iteration = pending_checkpoint(run_dir)
     if iteration is not None:
-        write_text_atomically(run_dir / TRACKER, str(iteration))
+        write_text(run_dir / TRACKER, str(iteration))
     (run_dir / NEXT_FILE).unlink(missing_ok=True)
     # Only after the note is gone: it speaks of the folder that did not get the name.
     for path in sorted(run_dir.glob(_REPLACED + "iter_*")):

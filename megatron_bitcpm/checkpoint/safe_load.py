@@ -97,9 +97,6 @@ class MetadataUnpickler(StrictUnpickler):
 def read_metadata(folder: Path) -> Metadata:
     """Return torch's index of a checkpoint.
 
-    Args:
-        folder: the checkpoint.
-
     Raises:
         CheckpointError: absent, damaged, or it refers to something that no checkpoint needs.
     """
@@ -144,11 +141,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what a checkpoint's Megatron part lacks, or None; sizes are checked, not contents.
-
-    Raises:
-        CheckpointError: the index cannot be read.
-    """
+    """Return what a checkpoint's Megatron part lacks, or None; sizes are checked, not contents."""
     for name in (METADATA_FILE, COMMON_FILE, "metadata.json"):
         if not (folder / name).is_file():
             return f"no {name}"
@@ -168,9 +161,6 @@ def load_common(folder: Path) -> dict[str, Any]:
     """Return ``common.pt``: what all ranks share; `pretrain_gpt.py` keeps its arguments there.
 
     Its objects become inert records, see `torch_file`.
-
-    Raises:
-        CheckpointError: absent, damaged or malicious.
     """
     path = folder / COMMON_FILE
     try:
@@ -194,10 +184,6 @@ def restricted_unpickling() -> Iterator[None]:
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Load a sharded state dict with Megatron's loader, restricted; collective.
-
-    Args:
-        state: what to read.
-        folder: a torch_dist checkpoint.
 
     Raises:
         CheckpointError: damaged, malicious, or of another format.

@@ -36,14 +36,7 @@ from megatron_bitcpm.parallel.agree import on_all_ranks
 
 @dataclass(frozen=True)
 class SaveReport:
-    """A published checkpoint.
-
-    Attributes:
-        iteration: its step.
-        folder: where it is.
-        stall_s: how long training was held on this rank, seconds.
-        write_s: how long this rank wrote its files, seconds.
-    """
+    """A published checkpoint, with how long this rank held training and wrote files, in seconds."""
 
     iteration: int
     folder: Path
@@ -63,9 +56,7 @@ class _InFlight:
 class CheckpointSaver:
     """Writes, publishes and deletes the checkpoints of one run; all methods are collective.
 
-    Args:
-        config: the run; its ``checkpoint`` section says where, how, and what is kept.
-        device: of this rank, for the tensor of a collective.
+    Each raises CheckpointError on every rank when one cannot write; nothing half-written remains.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
@@ -88,20 +79,13 @@ class CheckpointSaver:
         The latent weights must be in the model only during this call.
 
         Args:
-            chunks: this rank's model chunks; wrapped or not.
-            optimizer: Megatron's optimizer.
-            scheduler: OptimizerParamScheduler.
-            progress: plain numbers that resume needs; has ``iteration``.
+            chunks, optimizer, scheduler, progress: see `begin_save`.
             facts: contents of ``bitcpm_state.json``, alike on all ranks.
 
         Returns:
             What was published: an earlier save that was in flight; this one if not asynchronous.
-
-        Raises:
-            CheckpointError: on every rank, when one cannot write; nothing half-written remains.
         """
-        earlier = self.finish()
-        reports = [] if earlier is None else [earlier]
+        reports = list(filter(None, [self.finish()]))
         start = time.perf_counter()
         iteration = progress["iteration"]
         with self._discarding(iteration):
@@ -125,11 +109,7 @@ class CheckpointSaver:
         return reports
 
     def poll(self) -> SaveReport | None:
-        """Publish the save in flight if all ranks have written it; cheap, call it every step.
-
-        Raises:
-            CheckpointError: on every rank, when one could not write.
-        """
+        """Publish the save in flight if all ranks have written it; cheap, call it every step."""
         flight = self._in_flight
         if flight is None:
             return None
@@ -139,11 +119,7 @@ class CheckpointSaver:
         return self._publish(flight) if int(done) else None
 
     def finish(self) -> SaveReport | None:
-        """Wait for the save in flight and publish it; call it before the run ends.
-
-        Raises:
-            CheckpointError: on every rank, when one could not write.
-        """
+        """Wait for the save in flight and publish it; call it before the run ends."""
         flight = self._in_flight
         if flight is None:
             return None
@@ -170,13 +146,8 @@ class CheckpointSaver:
         publish_checkpoint(
             flight.planned.folder, self._run_dir, flight.iteration, self._config, flight.facts
         )
-        settings = self._config.checkpoint
-        delete_surplus(
-            self._run_dir,
-            flight.iteration,
-            settings.keep_last_n,
-            settings.keep_every_n,
-        )
+        keep = self._config.checkpoint
+        delete_surplus(self._run_dir, flight.iteration, keep.keep_last_n, keep.keep_every_n)
 
     @contextmanager
     def _discarding(self, iteration: int) -> Iterator[None]:

@@ -52,67 +52,32 @@ def begin_save(
 ) -> PlannedSave:
     """Plan Megatron's part of a checkpoint on the live tensors; collective over all ranks.
 
-    The caller then runs `PlannedSave.write` on every rank, before training goes on or after
+    The caller then runs `PlannedSave.write` on every rank, before training continues or after
     `PlannedSave.copy_tensors` in any thread, and `PlannedSave.commit` on all.
 
     Args:
         folder: an empty folder that every rank sees.
         chunks: this rank's model chunks, holding latent weights; wrapped or not.
-        optimizer: Megatron's optimizer.
-        scheduler: OptimizerParamScheduler.
+        optimizer, scheduler: Megatron's.
         progress: plain numbers that resume needs (iteration, consumed samples).
-
-    Raises:
-        CheckpointError: on every rank, when one cannot write.
     """
-    state = {
-        **_model_state(chunks),
-        "opt_param_scheduler": scheduler.state_dict(),
-        "rng_state": _sharded_random_state(),
-        "progress": dict(progress),
-    }
-    state["optimizer"] = optimizer_sharded_state_dict(optimizer, _models(state))
-    return plan_save(folder, state)
-
-
-def save_state(
-    folder: Path,
-    chunks: Sequence[Any],
-    optimizer: Any,
-    scheduler: Any,
-    progress: dict[str, Any],
-) -> None:
-    """Write Megatron's part of a checkpoint; arguments and errors as in `begin_save`."""
-    planned = begin_save(folder, chunks, optimizer, scheduler, progress)
-    planned.write()
-    planned.commit()
+    return plan_save(folder, _full_state(chunks, optimizer, scheduler, progress))
 
 
 def load_state(
     folder: Path, chunks: Sequence[Any], optimizer: Any, scheduler: Any, seed: int = 0
 ) -> dict[str, Any]:
-    """Restore everything `save_state` wrote; collective over all ranks.
+    """Restore what `begin_save` took, at any layout, and return the progress; collective.
 
     Args:
-        folder: the checkpoint.
-        chunks, optimizer, scheduler: as in `begin_save`, at any layout.
         seed: the run's; seeds the random states where the layout is another.
-
-    Returns:
-        The `progress` that was saved.
 
     Raises:
         CheckpointError: on every rank: the files are damaged, refused as unsafe, or belong to
             another model or another kind of optimizer.
     """
     metadata = _check_files(folder)
-    state = {
-        **_model_state(chunks),
-        "opt_param_scheduler": scheduler.state_dict(),
-        "rng_state": _sharded_random_state(),
-        "progress": {},
-    }
-    state["optimizer"] = optimizer_sharded_state_dict(optimizer, _models(state), is_loading=True)
+    state = _full_state(chunks, optimizer, scheduler, {}, is_loading=True)
     same_layout = _first_random_state() in metadata.state_dict_metadata
     if not same_layout:
         del state["rng_state"]
@@ -135,14 +100,7 @@ def load_state(
 def load_weights(folder: Path, chunks: Sequence[Any]) -> None:
     """Take only the model's tensors from a checkpoint of any layout and type; collective.
 
-    Call the optimizer's `reload_model_params` afterwards: its main parameters are copies.
-
-    Args:
-        folder: the checkpoint, ternary or full precision.
-        chunks: this rank's model chunks; values are cast to their type.
-
-    Raises:
-        CheckpointError: on every rank: damaged, unsafe, or another architecture.
+    Values are cast. Call the optimizer's `reload_model_params` afterwards: it has copies.
     """
     metadata = _check_files(folder)
     state = _model_state(chunks)
@@ -160,12 +118,25 @@ def _unwrap(chunk: Any) -> Any:
     return chunk
 
 
-def _models(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key.startswith("model")}
-
-
 def _model_state(chunks: Sequence[Any]) -> dict[str, Any]:
     return sharded_state_dict_of_chunks([_unwrap(chunk) for chunk in chunks])
+
+
+def _full_state(
+    chunks: Sequence[Any],
+    optimizer: Any,
+    scheduler: Any,
+    progress: dict[str, Any],
+    is_loading: bool = False,
+) -> dict[str, Any]:
+    models = _model_state(chunks)
+    return {
+        **models,
+        "opt_param_scheduler": scheduler.state_dict(),
+        "rng_state": _sharded_random_state(),
+        "progress": dict(progress),
+        "optimizer": optimizer_sharded_state_dict(optimizer, models, is_loading=is_loading),
+    }
 
 
 def _load_models(chunks: Sequence[Any], loaded: dict[str, Any]) -> None:

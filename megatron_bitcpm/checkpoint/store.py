@@ -10,6 +10,7 @@ Beside Megatron's own files it holds ``bitcpm_config.yaml`` (the resolved config
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from typing import Any
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.config import RunConfig, parse_config
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
-from megatron_bitcpm.files import sync, sync_tree, write_text_atomically
+from megatron_bitcpm.publish import set_aside, sync, sync_tree, write_text
 
 TRACKER = "latest_checkpointed_iteration.txt"
 NEXT_FILE = ".next_checkpoint"
@@ -53,36 +54,26 @@ def begin_checkpoint(run_dir: Path, iteration: int) -> Path:
 def publish_checkpoint(
     scratch: Path, run_dir: Path, iteration: int, config: RunConfig, state: dict[str, Any]
 ) -> Path:
-    """Turn a finished scratch folder into the checkpoint (rank 0 only).
-
-    Args:
-        scratch: folder from `begin_checkpoint`, Megatron's files complete.
-        run_dir: the run's folder.
-        iteration: optimizer steps done.
-        config: the resolved configuration.
-        state: contents of ``bitcpm_state.json``.
-    """
+    """Turn a scratch folder, Megatron's files complete, into the checkpoint (rank 0 only)."""
     (scratch / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     text = json.dumps({"format_version": FORMAT_VERSION, **state}, indent=2)
     (scratch / STATE_FILE).write_text(text + "\n", encoding="utf-8")
     target = run_dir / iteration_name(iteration)
     old = replaced_folder(target)
     sync_tree(scratch)
-    try:
-        if target.exists():
-            os.rename(target, old)
-        # From here to the tracker a crash leaves a note that is true once the folder has its name.
-        note = f"{iteration} after {_tracker_text(run_dir)}\n"
-        write_text_atomically(run_dir / NEXT_FILE, note)
-        os.rename(scratch, target)
-    except BaseException:
-        (run_dir / NEXT_FILE).unlink(missing_ok=True)
-        if old.exists() and not target.exists():
-            os.rename(old, target)
-        raise
+    note = run_dir / NEXT_FILE
+    with set_aside(target, old):
+        try:
+            # From here to the tracker a crash leaves a note that is true once the folder has its
+            # name. After an error it goes before the old folder comes back, which it does not mean.
+            write_text(note, f"{iteration} after {_tracker_text(run_dir)}\n")
+            os.rename(scratch, target)
+        except BaseException:
+            note.unlink(missing_ok=True)
+            raise
     sync(run_dir)
-    write_text_atomically(run_dir / TRACKER, str(iteration))
-    (run_dir / NEXT_FILE).unlink()
+    write_text(run_dir / TRACKER, str(iteration))
+    note.unlink()
     shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -93,12 +84,7 @@ def replaced_folder(target: Path) -> Path:
 
 
 def write_error(run_dir: Path, reason: str) -> BitcpmError:
-    """Return the error of a checkpoint that could not be written.
-
-    Args:
-        run_dir: the run's folder.
-        reason: what happened, without a full stop.
-    """
+    """Return the error of a checkpoint that could not be written."""
     return CheckpointError(
         f"checkpoint.directory={run_dir}: cannot be written: {reason}. Free space or name another "
         "folder; earlier checkpoints are as they were."
@@ -126,10 +112,7 @@ def has_checkpoints(run_dir: Path) -> bool:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder that a user's path means.
-
-    Args:
-        path: a checkpoint, or a run's folder (its newest checkpoint).
+    """Return the checkpoint folder that a user's path means: itself, or a run's newest one.
 
     Raises:
         CheckpointError: there is none, or it is incomplete; then names the newest complete one.
@@ -141,13 +124,13 @@ def find_checkpoint(path: str | Path) -> Path:
         pending = pending_checkpoint(path)
         if pending is not None:
             return path / iteration_name(pending)
-        if not (path / TRACKER).is_file():
+        target = find_tracked_folder(path)
+        if target is None:
             _refuse_converted(path)
             fix = _name_newest(path) or f"Name the folder that holds {TRACKER} or an iter_* folder"
             raise CheckpointError(
                 f"checkpoint={path}: is neither a checkpoint nor a run with one. {fix}."
             )
-        target = path / _read_tracker(path / TRACKER)
         if not target.exists() and replaced_folder(target).exists():
             target = replaced_folder(target)
         _refuse_converted(target)
@@ -174,9 +157,19 @@ def _refuse_converted(folder: Path) -> None:
 
 def find_tracked_folder(run_dir: Path) -> Path | None:
     """Return the folder that the tracker of a run names, whatever is in it; None without one."""
-    if not (run_dir / TRACKER).is_file():
+    path = run_dir / TRACKER
+    if not path.is_file():
         return None
-    return run_dir / _read_tracker(run_dir / TRACKER)
+    # Not `read_text`: a damaged file need not be UTF-8, and its content goes into the message.
+    name = path.read_bytes()[:200].decode("ascii", errors="replace").strip()
+    if re.fullmatch("[0-9]{1,18}", name):
+        return run_dir / iteration_name(int(name))
+    if re.fullmatch("iter_[0-9]{1,18}|release", name):
+        return run_dir / name
+    raise CheckpointError(
+        f"checkpoint={path}: names no checkpoint ({name[:20]!r}). Write the number of an iter_* "
+        "folder into it."
+    )
 
 
 def pending_checkpoint(run_dir: Path) -> int | None:
@@ -216,29 +209,18 @@ def _name_newest(run_dir: Path) -> str | None:
     return None
 
 
-def _read_tracker(path: Path) -> str:
-    """Return the name of the checkpoint folder that a tracker file names."""
-    # Not `read_text`: a damaged file need not be UTF-8, and its content goes into the message.
-    name = path.read_bytes()[:200].decode("ascii", errors="replace").strip()
-    if re.fullmatch("[0-9]{1,18}", name):
-        return iteration_name(int(name))
-    if re.fullmatch("iter_[0-9]{1,18}|release", name):
-        return name
-    raise CheckpointError(
-        f"checkpoint={path}: names no checkpoint ({name[:20]!r}). Write the number of an iter_* "
-        "folder into it."
-    )
-
-
 def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"checkpoint={folder / name}: {lines[0].rstrip('.')}. The checkpoint is damaged; use "
-            "another one."
-        ) from error
+        raise _damaged(folder / name, lines[0].rstrip(".")) from error
+
+
+def _damaged(path: Path, rule: str) -> BitcpmError:
+    return CheckpointError(
+        f"checkpoint={path}: {rule}. The checkpoint is damaged; use another one."
+    )
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -249,7 +231,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     state = _read(folder, STATE_FILE, json.loads)
     if not isinstance(state, dict):
-        raise _damaged_state(folder, "holds no JSON object")
+        raise _damaged(folder / STATE_FILE, "holds no JSON object")
     version = state.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -260,24 +242,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         value = state.get(key)
         # A bool is an int in Python.
         if type(value) is not int or value < least:
-            raise _damaged_state(folder, f"{key} is {value!r}, not a number from {least}")
+            rule = f"{key} is {value!r}, not a number from {least}"
+            raise _damaged(folder / STATE_FILE, rule)
     return state
 
 
-def _damaged_state(folder: Path, rule: str) -> BitcpmError:
-    return CheckpointError(
-        f"checkpoint={folder / STATE_FILE}: {rule}. The checkpoint is damaged; use another one."
-    )
-
-
 def read_config(folder: Path) -> RunConfig:
-    """Return the resolved configuration of a checkpoint.
-
-    Raises:
-        CheckpointError: it or ``bitcpm_state.json`` is unreadable or incomplete.
-    """
+    """Return the resolved configuration of a checkpoint."""
     world_size = read_state(folder)["world_size"]
-    config: RunConfig = _read(
-        folder, CONFIG_FILE, lambda text: parse_config(text, world_size=world_size)
-    )
+    parse = functools.partial(parse_config, world_size=world_size)
+    config: RunConfig = _read(folder, CONFIG_FILE, parse)
     return config

@@ -23,15 +23,7 @@ _LONGEST_INTEGER = 64  # bits
 
 
 def check_keys(keys: Iterable[Any], depth: int = 0) -> None:
-    """Refuse keys whose hash could take long.
-
-    Args:
-        keys: of a dictionary, or members of a set.
-        depth: how deep in another key they are.
-
-    Raises:
-        pickle.UnpicklingError: a key is nested too deeply, too long, or of a class of its own.
-    """
+    """Refuse keys whose hash could take long: nested too deeply, too long, of a foreign class."""
     for key in keys:
         # The hash of an integer is its remainder by 2^61 - 1: longer ones could all share it.
         if isinstance(key, int) and key.bit_length() > _LONGEST_INTEGER:

@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import torch
 
@@ -35,13 +35,7 @@ _NUMBER = struct.Struct("<q")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor inside a file.
-
-    Attributes:
-        shape, stride, dtype: of the tensor.
-        record: name of the record with its memory.
-        offset: of its first value in that memory, in values.
-    """
+    """A tensor inside a file: its memory is a record, its first value is `offset` values in."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -52,13 +46,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Storage:
-    """A tensor's memory as the pickle names it.
-
-    Attributes:
-        dtype: of its values.
-        key: name of the record.
-        numel: values in it.
-    """
+    """A tensor's memory as the pickle names it: `numel` values in the record `key`."""
 
     dtype: torch.dtype
     key: str
@@ -133,15 +121,7 @@ class _Unpickler(InertUnpickler):
 
 
 def check_pickle(data: bytes) -> None:
-    """Read the pickle of an archive strictly and forget it: what torch is about to load.
-
-    Args:
-        data: the archive.
-
-    Raises:
-        pickle.UnpicklingError: it refers to something that no checkpoint needs.
-        Exception: damaged, of any kind.
-    """
+    """Read the pickle of an archive strictly and forget it: what torch is about to load."""
     with zipfile.ZipFile(_Bytes(memoryview(data))) as archive:
         description = archive.read(list_records(archive)["data.pkl"])
     _Unpickler(io.BytesIO(description)).load()
@@ -163,16 +143,6 @@ def list_records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise zipfile.BadZipFile(f"record {name} is compressed or encrypted")
     return infos
-
-
-class _Records(Protocol):
-    """Where the memory of a file's tensors is."""
-
-    content: Any
-
-    def read(self, name: str) -> memoryview:
-        """Return a record's bytes."""
-        ...
 
 
 class _Archive:
@@ -243,9 +213,6 @@ class _OldRecords:
 class TorchFile:
     """A file of `torch.save`, mapped; or one of several in a ``.distcp`` file.
 
-    Args:
-        memory: the file's bytes.
-
     Attributes:
         content: its objects; tensors are `StoredTensor`, other objects inert records.
 
@@ -256,14 +223,11 @@ class TorchFile:
 
     def __init__(self, memory: memoryview) -> None:
         is_archive = bytes(memory[: len(_LOCAL_SIGNATURE)]) == _LOCAL_SIGNATURE
-        self._records: _Records = (_Archive if is_archive else _OldRecords)(memory)
+        self._records = _Archive(memory) if is_archive else _OldRecords(memory)
         self.content = self._records.content
 
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
         """Return a tensor that lies in the mapped file; its checksum is compared once.
-
-        Args:
-            stored: from `content`.
 
         Raises:
             zipfile.BadZipFile: another checksum, or a record that is absent or too short.
@@ -314,11 +278,6 @@ class _Bytes(io.RawIOBase):
 
 
 def map_file(path: Path) -> memoryview:
-    """Map a file into memory, copy-on-write: a mistaken write never reaches the file.
-
-    Raises:
-        OSError: absent or unreadable.
-        ValueError: empty.
-    """
+    """Map a file into memory, copy-on-write: a mistaken write never reaches the file."""
     with path.open("rb") as file:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))

@@ -24,18 +24,13 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE
 from megatron_bitcpm.checkpoint.store import write_error
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import sync
 from megatron_bitcpm.parallel.agree import on_all_ranks
 from megatron_bitcpm.patching.patch import Patch, PatchSet
+from megatron_bitcpm.publish import sync
 
 
 class PlannedSave:
-    """A save whose content is fixed; made by `plan_save` on all ranks.
-
-    Attributes:
-        folder: where the files go.
-        write_s: time that `write` took on this rank.
-    """
+    """A save whose content is fixed; `write_s` is the time that `write` took on this rank."""
 
     def __init__(self, folder: Path, writer: Any, metadata: Any) -> None:
         self.folder = folder
@@ -84,8 +79,7 @@ class PlannedSave:
         Raises:
             CheckpointError: on every rank, when anything failed on one.
         """
-        run_dir = self.folder.parent
-        error = functools.partial(write_error, run_dir)
+        error = functools.partial(write_error, self.folder.parent)
         on_all_ranks(self._raise_failure, error)
         is_main = torch.distributed.get_rank() == 0
         everyone: list[Any] | None = [None] * torch.distributed.get_world_size()
@@ -103,14 +97,9 @@ class PlannedSave:
 
 
 def plan_save(folder: Path, state: dict[str, Any]) -> PlannedSave:
-    """Plan the files of a sharded state dict and write its common part; collective.
+    """Plan the files of Megatron's sharded state dict, which is changed; collective.
 
-    Args:
-        folder: an empty folder that every rank sees.
-        state: Megatron's sharded state dict; changed.
-
-    Raises:
-        CheckpointError: on every rank, when the folder cannot be written.
+    Its common part is written at once.
     """
     error = functools.partial(write_error, folder.parent)
     on_all_ranks(lambda: _check_folder(folder), error)

@@ -9,7 +9,6 @@ config.json speaks most directly, and the report says which evidence that was.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -24,7 +23,8 @@ from megatron_bitcpm.arch.model import shapes_of
 from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, all_specs, find_tensor
 from megatron_bitcpm.conversion.difference import compare_shapes
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import write_text_atomically
+from megatron_bitcpm.files import write_json
+from megatron_bitcpm.publish import Output
 
 Shapes = Mapping[str, Shape]
 
@@ -227,13 +227,11 @@ def fix_config(folder: Path, new: Mapping[str, Any]) -> Path:
         number += 1
         backup = path.with_name(f"{CONFIG_FILE}.bak{number}")
     try:
-        # A second name of the old file: at no moment is there no config.json.
-        os.link(path, backup)
-        write_text_atomically(path, json.dumps(new, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
+        with Output(path, overwrite=True, field="config.json").new_file() as scratch:
+            write_json(scratch, new)
+            # A second name of the old file: at no moment is there no config.json.
+            os.link(path, backup)
+    except CheckpointError:
         backup.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"config.json={path}: cannot be replaced: {error.strerror}. Free space, or copy the "
-            "folder to where you may write."
-        ) from error
+        raise
     return backup

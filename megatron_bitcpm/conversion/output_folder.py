@@ -1,21 +1,11 @@
-"""Outputs that are complete or absent: made beside their final place, locked, renamed at the end.
-
-The folder in which one is made is hidden and carries a lock that ends with its process, so that
-what a killed process left behind can be told from the work of a living one and is removed by the
-next run.
-"""
+"""Which outputs of a conversion may be replaced: models, files of tensors, reports."""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import re
-import secrets
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,15 +13,9 @@ from typing import Any
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER
 from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.conversion.megatron.folder import RELEASE, SHARD_FILE
-from megatron_bitcpm.errors import CheckpointError, one_line
-from megatron_bitcpm.files import (
-    TOKENIZER_FILES,
-    publish_folder,
-    sync,
-    write_text_atomically,
-)
-
-_OLD = ".old"
+from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.files import TOKENIZER_FILES
+from megatron_bitcpm.publish import Output
 
 _Known = Mapping[str, Any]
 """Patterns of names -> None for a file, what is known in it for a folder."""
@@ -65,105 +49,14 @@ _OLD_TORCH_FILE = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 """How `torch.save` began its files before they were archives."""
 
 
-@contextmanager
-def new_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder to fill; at the end of the block it becomes `output`.
-
-    Args:
-        output: its final place, without symbolic links; parents are made.
-        overwrite: replace a model that is there: a Hugging Face folder or a converted checkpoint.
-
-    Raises:
-        CheckpointError: `output` exists, or cannot be written. Then, and after any other error in
-            the block, nothing is left behind and an old output is as it was.
-    """
-    with _scratch_beside(output) as scratch:
-        _check_replaceable(output, overwrite, _why_no_model)
-        yield scratch
-        # Writing takes long: the output may have come into being meanwhile.
-        _check_replaceable(output, overwrite, _why_no_model)
-        publish_folder(scratch, output)
+def new_folder(output: Path, overwrite: bool) -> AbstractContextManager[Path]:
+    """Give a folder that becomes `output` (no symbolic link); only a whole model is replaced."""
+    return Output(output, overwrite, why_kept=_why_no_model).new_folder()
 
 
-@contextmanager
-def new_file(output: Path, overwrite: bool) -> Iterator[Path]:
-    """Give a place for a file; at the end of the block it becomes `output`.
-
-    Arguments and errors as in `new_folder`; only a file of tensors is replaced.
-    """
-    with _scratch_beside(output) as scratch:
-        _check_replaceable(output, overwrite, _why_no_tensors)
-        path = scratch / output.name
-        yield path
-        sync(path)
-        _check_replaceable(output, overwrite, _why_no_tensors)
-        os.replace(path, output)
-        sync(output.parent)
-
-
-@contextmanager
-def _scratch_beside(output: Path) -> Iterator[Path]:
-    scratch: Path | None = None
-    lock = -1
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        clean_up_after_killed(output)
-        scratch, lock = _make_locked(output)
-        yield scratch
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(
-            f"output={output}: cannot be written: {one_line(reason)}. Free space, or name "
-            "another place."
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if lock >= 0:
-            os.close(lock)
-
-
-def clean_up_after_killed(output: Path) -> None:
-    """Remove what killed processes left beside an output, and bring an old output back.
-
-    Killed between the two renames that replace a folder, a process leaves the old one under a
-    hidden name and nothing in its place.
-
-    Args:
-        output: the final place whose scratch folders are meant.
-    """
-    pattern = re.compile(re.escape(f".tmp-{output.name}-") + r"[a-z0-9_]{8}")
-    names = os.listdir(output.parent)
-    for name in names:
-        old = output.parent / (_OLD + name)
-        if pattern.fullmatch(name) and (lock := _try_lock(output.parent / name)) >= 0:
-            if old.exists() and not output.exists():
-                os.rename(old, output)
-            shutil.rmtree(output.parent / name, ignore_errors=True)
-            os.close(lock)
-    for name in names:
-        scratch = output.parent / name.removeprefix(_OLD)
-        if not name.startswith(_OLD) or not pattern.fullmatch(scratch.name) or scratch.exists():
-            continue
-        # Its scratch folder got its final name: that process holds the lock of the output now.
-        if (lock := _try_lock(output)) >= 0:
-            shutil.rmtree(output.parent / name, ignore_errors=True)
-            os.close(lock)
-
-
-def _check_replaceable(
-    output: Path, overwrite: bool, why_kept: Callable[[Path], str | None]
-) -> None:
-    """Refuse an output that is there, unless it may be deleted; an empty folder may."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise CheckpointError(f"output={output}: exists. Name a new one, or add --overwrite.")
-    reason = why_kept(output)
-    if reason is not None:
-        raise CheckpointError(
-            f"output={output}: exists and {reason}. Name a new one, or remove it yourself."
-        )
+def new_file(output: Path, overwrite: bool) -> AbstractContextManager[Path]:
+    """Give a place for a file that becomes `output`; only a file of tensors is replaced."""
+    return Output(output, overwrite, why_kept=_why_no_tensors).new_file()
 
 
 def _why_no_model(output: Path) -> str | None:
@@ -215,97 +108,41 @@ def _why_no_tensors(output: Path) -> str | None:
     return None if is_safetensors or start == _OLD_TORCH_FILE else rule
 
 
-def _make_locked(output: Path) -> tuple[Path, int]:
-    """Return a new scratch folder and its open lock, -1 where the file system has no locks."""
-    while True:
-        # Not `mkdtemp`, whose folders are private whatever the umask says.
-        scratch = output.parent / f".tmp-{output.name}-{secrets.token_hex(4)}"
-        scratch.mkdir()
-        try:
-            lock = os.open(scratch, os.O_RDONLY)
-        except FileNotFoundError:  # cleaned up by another process before it could be locked
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another process is about to clean it up
-            os.close(lock)
-            continue
-        except OSError:
-            os.close(lock)
-            return scratch, -1
-        if scratch.exists():
-            return scratch, lock
-        os.close(lock)
-
-
-def _try_lock(folder: Path) -> int:
-    """Return an open lock of a folder that no living process works on, -1 otherwise."""
-    try:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return -1
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        return -1
-    return lock
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file for people to read too."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
-
-
 def check_report(path: Path, inputs: Sequence[Path]) -> None:
     """Refuse a place for a Markdown report before the work for it begins.
 
-    Args:
-        path: of the report; an older report, by its suffix, may be there.
-        inputs: files and folders that are read: the report must not get into them.
-
-    Raises:
-        CheckpointError: it cannot be written there, or must not be.
+    An older report, by its suffix, may be there; `inputs` are read, and must not change.
     """
-    with _explain_report(path):
-        real = Path(os.path.realpath(path))
-        rule, fix = None, "Name another file"
-        for read in inputs:
-            folder = Path(os.path.realpath(read))
-            # A single weights file stands for its folder.
-            if (folder.parent / "config.json").is_file() and folder.is_file():
-                folder = folder.parent
-            if folder == real or folder in real.parents:
-                rule = f"would change the input {read}"
-        if rule is None and path.is_dir():
-            rule, fix = "is a folder", "Name a file in it"
-        elif rule is None and path.exists() and path.suffix.lower() != ".md":
-            rule = "exists and is no .md file, so it is not replaced"
-        elif rule is None and not path.parent.is_dir():
-            rule, fix = f"there is no folder {path.parent}", "Make it, or name another file"
-        elif rule is None and not os.access(path.parent, os.W_OK | os.X_OK):
-            rule = f"the folder {path.parent} cannot be written to"
-    if rule is not None:
-        raise CheckpointError(f"markdown={path}: {rule}. {fix}.")
+    with _report(path).explain():
+        if rule := _why_no_report(path, inputs):
+            raise CheckpointError(f"markdown={path}: {rule}.")
+
+
+def _why_no_report(path: Path, inputs: Sequence[Path]) -> str | None:
+    real = Path(os.path.realpath(path))
+    for read in inputs:
+        folder = Path(os.path.realpath(read))
+        # A single weights file stands for its folder.
+        if (folder.parent / "config.json").is_file() and folder.is_file():
+            folder = folder.parent
+        if folder == real or folder in real.parents:
+            return f"would change the input {read}. Name another file"
+    if path.is_dir():
+        return "is a folder. Name a file in it"
+    if path.exists() and path.suffix.lower() != ".md":
+        return "exists and is no .md file, so it is not replaced. Name another file"
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}. Make it, or name another file"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        return f"the folder {path.parent} cannot be written to. Name another file"
+    return None
 
 
 def write_report(path: Path, text: str) -> None:
-    """Write a Markdown report whose place was checked.
-
-    Raises:
-        CheckpointError: the disk is full, for example; an older report is as it was.
-    """
-    with _explain_report(path):
-        write_text_atomically(path, text)
+    """Write a Markdown report whose place was checked."""
+    with _report(path).new_file() as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def _explain_report(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(
-            f"markdown={path}: cannot be written: {reason}. Name another file."
-        ) from error
+def _report(path: Path) -> Output:
+    return Output(path, overwrite=True, field="markdown")

@@ -41,6 +41,7 @@ from megatron_bitcpm.conversion.source import TensorSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, equal_bytes, read_ahead
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.files import read_json
+from megatron_bitcpm.progress import track_tensors
 from megatron_bitcpm.quant.settings import BF16_RECIPROCAL, FP32
 from megatron_bitcpm.quantizer import Quantizer
 

@@ -40,6 +40,7 @@ from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES, read_tokenizer_ids
 from megatron_bitcpm.errors import BitcpmError, CheckpointError, one_line
 from megatron_bitcpm.files import read_json
+from megatron_bitcpm.progress import track_tensors
 
 _SHOWN = 3
 """Unsound tensors that the line names."""

@@ -8,9 +8,6 @@ and renames it, all ranks hear whether that worked, and then all read.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +20,7 @@ from megatron_bitcpm.data.indexed import IndexedFiles
 from megatron_bitcpm.data.tokenizer import TextTokenizer
 from megatron_bitcpm.errors import DataError
 from megatron_bitcpm.patching.versions import megatron_version
+from megatron_bitcpm.publish import replace_folder, scratch_beside
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -118,27 +116,18 @@ def _is_complete(folder: Path) -> bool:
 
 def _build(folder: Path, stock: Any) -> None:
     """Make the index folder, unless another run was faster."""
-    scratch: list[str] = []
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch.append(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        stock(Path(scratch[0]))
-        os.chmod(scratch[0], 0o755)  # mkdtemp makes it private
-        if _is_complete(folder):
-            return
-        if folder.exists():  # broken: aside first, so that nobody meets a half-deleted one
-            scratch.append(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            os.replace(folder, scratch[1])
-        os.rename(scratch[0], folder)
+        with scratch_beside(folder) as scratch:
+            stock(scratch)
+            if not _is_complete(folder):
+                replace_folder(scratch, folder)
     except OSError as error:
         if not _is_complete(folder):
             raise DataError(
                 f"data.cache={folder.parent}: the index cache cannot be written "
                 f"({error.strerror or error}). Set data.cache to a writable folder with free space."
             ) from error
-    finally:
-        for path in scratch:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def _stock_dataset(

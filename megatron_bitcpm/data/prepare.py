@@ -10,7 +10,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,10 @@ import numpy as np
 
 from megatron_bitcpm.data import text as text_source
 from megatron_bitcpm.data.indexed import manifest_path
-from megatron_bitcpm.data.scratch import make_scratch_folder
 from megatron_bitcpm.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_bitcpm.errors import DataError
-from megatron_bitcpm.files import sync
 from megatron_bitcpm.progress import Progress
+from megatron_bitcpm.publish import Output
 from megatron_bitcpm.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -74,12 +72,6 @@ def prepare(
     prefix = Path(output_prefix)
     targets = [Path(f"{prefix}_{split}.{ext}") for split in SPLITS for ext in ("bin", "idx")]
     targets.append(manifest_path(prefix))
-    existing = [path for path in targets if os.path.lexists(path)]
-    if existing and not overwrite:
-        raise DataError(
-            f"output_prefix={prefix}: {existing[0].name} exists. Give another prefix, or allow "
-            "overwriting."
-        )
     tokenizer = load_tokenizer(tokenizer_folder)
     files = text_source.list_input_files(inputs)
     report = text_source.ReadReport()
@@ -92,8 +84,7 @@ def prepare(
     )
     every = round(1 / valid_fraction)
     size = text_source.total_bytes(files)
-    scratch = make_scratch_folder("output_prefix", prefix)
-    try:
+    with Output(prefix, overwrite, "output_prefix", DataError).new_files(targets) as scratch:
         # Before the clock of the progress starts: this imports Megatron.
         writer = _SplitWriter(scratch, prefix.name, tokenizer, every)
 
@@ -125,13 +116,6 @@ def prepare(
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         (scratch / manifest_path(prefix).name).write_text(text, encoding="utf-8")
-        _publish(scratch, targets)
-    except OSError as error:
-        raise DataError(
-            f"output_prefix={prefix}: cannot be written ({error}). Free space, or another folder."
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return manifest
 
 
@@ -207,23 +191,3 @@ def _check_splits(
                 f"documents, {report.files} files{left_out}. Give more text"
                 f"{more if split == 'valid' else ''}."
             )
-
-
-def _publish(scratch: Path, targets: list[Path]) -> None:
-    """Move finished files to their names: data on disk first, the manifest last.
-
-    An old manifest goes first, so that a crash in between never leaves it beside new data.
-    """
-    for target in targets:
-        sync(scratch / target.name)
-    targets[-1].unlink(missing_ok=True)
-    moved: list[Path] = []
-    try:
-        for target in targets:
-            os.replace(scratch / target.name, target)
-            moved.append(target)
-    except OSError:
-        for target in moved:
-            target.unlink(missing_ok=True)
-        raise
-    sync(targets[0].parent)

@@ -10,16 +10,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.data import text as text_source
 from megatron_bitcpm.data import tokenizer_export as export
-from megatron_bitcpm.data.scratch import make_scratch_folder
 from megatron_bitcpm.errors import DataError
-from megatron_bitcpm.files import publish_folder
+from megatron_bitcpm.publish import Output
 
 # unknown, bos, eos and 256 bytes
 _RESERVED_PIECES = 3 + 256
@@ -60,58 +58,27 @@ def train_tokenizer(
     output = Path(output_dir)
     if vocab_size < _RESERVED_PIECES + 41:
         raise DataError(f"vocab_size={vocab_size}: 259 ids are reserved. Use 300 or more.")
-    _check_output_folder(output, overwrite)
     sample = _TrainingSample(inputs, sample_mb, jsonl_key, max_bad_lines)
+    target = Output(output, overwrite, "output_dir", DataError, _why_no_tokenizer)
     # Before the training: it is long, and a folder that cannot be written would waste it.
-    scratch = make_scratch_folder("output_dir", output)
-    try:
+    with target.new_folder() as scratch:
         model = _train_model(sample, vocab_size, character_coverage)
-        info = {
+        info: dict[str, Any] = {
             "vocab_size": vocab_size,
             "documents": sample.documents,
             "chars": sample.chars,
             "character_coverage": character_coverage,
         }
-        return _write_folder(scratch, output, model, info)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _write_folder(
-    scratch: Path, output: Path, model: bytes, facts: dict[str, Any]
-) -> dict[str, Any]:
-    """Fill the scratch folder and give it its name; return the content of the marker file."""
-    try:
         export.write_hf_files(scratch, model)
-        info = {**facts, "sha256": export.tokenizer_sha256(scratch)}
-        (scratch / export.MARKER_FILE).write_text(
-            json.dumps(info, indent=1) + "\n", encoding="utf-8"
-        )
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        publish_folder(scratch, output)
-        return info
-    except OSError as error:
-        raise DataError(
-            f"output_dir={output}: cannot be written ({error}). Free space, or another folder."
-        ) from error
+        info["sha256"] = export.tokenizer_sha256(scratch)
+        text = json.dumps(info, indent=1) + "\n"
+        (scratch / export.MARKER_FILE).write_text(text, encoding="utf-8")
+    return info
 
 
-def _check_output_folder(output: Path, overwrite: bool) -> None:
-    """Refuse to replace anything but a tokenizer folder of ours: replacing deletes."""
-    try:
-        if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-            return
-        is_ours = (output / export.MARKER_FILE).is_file()
-    except OSError as error:
-        raise DataError(
-            f"output_dir={output}: cannot be read ({error.strerror}). Give a new folder."
-        ) from error
-    if not is_ours:
-        raise DataError(
-            f"output_dir={output}: it exists and is no trained tokenizer. Give a new folder."
-        )
-    if not overwrite:
-        raise DataError(f"output_dir={output}: it exists. Give a new folder, or allow overwriting.")
+def _why_no_tokenizer(output: Path) -> str | None:
+    is_ours = (output / export.MARKER_FILE).is_file()
+    return None if is_ours else "is no trained tokenizer, so it is not replaced"
 
 
 class _TrainingSample:

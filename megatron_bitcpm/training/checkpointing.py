@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from megatron_bitcpm.checkpoint.init_from import check_init_from, find_origin
-from megatron_bitcpm.checkpoint.retention import clean_leftovers
+from megatron_bitcpm.checkpoint.retention import clean_leftovers, lock_run
 from megatron_bitcpm.checkpoint.store import (
     find_checkpoint,
     has_checkpoints,
@@ -21,7 +21,6 @@ from megatron_bitcpm.checkpoint.store import (
 )
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.errors import BitcpmError, CheckpointError, ConfigError
-from megatron_bitcpm.files import lock_folder
 from megatron_bitcpm.parallel.agree import from_main_rank, on_all_ranks
 from megatron_bitcpm.training.progress import Progress
 from megatron_bitcpm.training.resume import check_resumable, check_same_data
@@ -103,7 +102,7 @@ class Checkpointer:
 
         def prepare() -> None:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(self._directory)
+            self._lock = lock_run(self._directory)
             clean_leftovers(self._directory)
             probe = self._directory / ".tmp-writable"
             probe.write_text("x", encoding="utf-8")

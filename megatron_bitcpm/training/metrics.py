@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any
 from rich.progress import MofNCompleteColumn
 
 from megatron_bitcpm.errors import BitcpmError
-from megatron_bitcpm.files import write_text_atomically
 from megatron_bitcpm.progress import Progress
+from megatron_bitcpm.publish import Output, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class MetricsWriter:
             return
         lines = [line for line in read_metrics(self._path) if line["iteration"] <= iteration]
         text = "".join(json.dumps(line) + "\n" for line in (lines if iteration else []))
-        write_text_atomically(self._path, text)
+        write_text(self._path, text)
 
 
 def _finite_or_null(values: dict[str, Any]) -> dict[str, Any]:
@@ -188,12 +189,11 @@ def plot_losses(
     if axes.get_legend_handles_labels()[0]:  # a run stopped before its first validation has none
         axes.legend()
     figure.tight_layout()
+    # Without a suffix matplotlib would add one.
+    place = Path(os.path.realpath(output if output.suffix else f"{output}.png"))
     try:
-        figure.savefig(output)
-    except OSError as error:
-        raise BitcpmError(
-            f"plot={output}: cannot be written: {error.strerror}. Name another file."
-        ) from error
+        with Output(place, True, "plot", BitcpmError, make_parents=False).new_file() as scratch:
+            figure.savefig(scratch)
     finally:
         pyplot.close(figure)
     return True

@@ -75,17 +75,24 @@ def build(layout: dict[str, Any], **changes: Any) -> Any:
     return tiny_run(settings.pop("quant"), micro_batches=4 // dp, **settings)
 
 
+def save_state(folder: Path, run: Any, schedule: Schedule) -> None:
+    """Write Megatron's part of a checkpoint of step 2, at once."""
+    from megatron_bitcpm.checkpoint.state import begin_save
+
+    planned = begin_save(folder, run.chunks, run.optimizer, schedule, {"iteration": 2})
+    planned.write()
+    planned.commit()
+
+
 def train_and_save(rank: int, folder: str, layout: dict[str, Any]) -> list[Any]:
     """Two steps, a save, two steps; return the latter."""
-    from megatron_bitcpm.checkpoint.state import save_state
-
     if rank == 0:
         os.mkdir(folder)
     torch.distributed.barrier()
     with build(layout) as run:
         for step in (0, 1):
             run.train_step(step)
-        save_state(Path(folder), run.chunks, run.optimizer, Schedule(2), {"iteration": 2})
+        save_state(Path(folder), run, Schedule(2))
         return [run.train_step(step) for step in (2, 3)]
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 
 import pytest
 from checkpoint_cases import run_config, write_files
+from helpers.death import die_at
 
 from megatron_bitcpm.checkpoint.retention import clean_leftovers, delete_surplus
 from megatron_bitcpm.checkpoint.safe_load import find_damage
@@ -18,9 +18,6 @@ from megatron_bitcpm.checkpoint.store import (
     iteration_name,
     publish_checkpoint,
 )
-
-CHANGES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}
-DIED = 77
 
 
 def publish(run_dir, iteration, keep_last_n=None):
@@ -34,31 +31,6 @@ def finish(run_dir, iteration, keep_last_n=None):
     facts = {"iteration": iteration, "world_size": 1}
     publish_checkpoint(scratch, run_dir, iteration, run_config(run_dir), facts)
     delete_surplus(run_dir, iteration, keep_last_n, None)
-
-
-def die_at(event, action):
-    """Run an action in a process that ends, without any cleaning up, before its n-th change.
-
-    Returns:
-        Whether it died; False when the action has fewer changes.
-    """
-    pid = os.fork()
-    if pid == 0:
-        seen = 0
-
-        def count(name, args):
-            nonlocal seen
-            if name in CHANGES:
-                seen += 1
-                if seen == event:
-                    os._exit(DIED)
-
-        sys.addaudithook(count)
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == DIED
 
 
 @pytest.fixture

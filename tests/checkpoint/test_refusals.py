@@ -175,9 +175,9 @@ def random_states(rank, folder, layout):
     import random
     from pathlib import Path
 
-    from checkpoint_cases import Schedule, build
+    from checkpoint_cases import Schedule, build, save_state
 
-    from megatron_bitcpm.checkpoint.state import load_state, save_state
+    from megatron_bitcpm.checkpoint.state import load_state
 
     with build(layout) as run:
         path = Path(folder)
@@ -187,7 +187,7 @@ def random_states(rank, folder, layout):
                 path.mkdir()
             torch.distributed.barrier()
             random.seed(rank)
-            save_state(path, run.chunks, run.optimizer, Schedule(), {"iteration": 2})
+            save_state(path, run, Schedule())
         else:
             torch.distributed.barrier()
             torch.distributed.barrier()

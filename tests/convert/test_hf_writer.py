@@ -21,8 +21,8 @@ from megatron_bitcpm.conversion import tensor_stream
 from megatron_bitcpm.conversion.hf import writer as hf_writer
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.open import open_source
-from megatron_bitcpm.conversion.output_folder import clean_up_after_killed
 from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.publish import clean_up_after_killed
 from megatron_bitcpm.quant.fake_quant import fake_quantize
 from megatron_bitcpm.quantizer import Quantizer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -15,7 +16,6 @@ from trained_checkpoints import BASE
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig
-from megatron_bitcpm.conversion import derive_architecture as derive_module
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.infer_grid import infer_grid
 from megatron_bitcpm.conversion.inspect import inspect
@@ -311,8 +311,8 @@ def test_a_full_disk_leaves_the_config_as_it_was(tmp_path, monkeypatch):
     def fail(*unused):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(derive_module, "write_text_atomically", fail)
-    with pytest.raises(CheckpointError, match="cannot be replaced: No space left"):
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(CheckpointError, match=r"config\.json=.*: cannot be written: No space left"):
         inspect(folder, fix_config=True)
     assert (folder / "config.json").read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]

@@ -220,7 +220,7 @@ def pair(tmp_path):
         ("absent/report.md", "there is no folder {absent}. Make it, or name another file."),
         ("mine.txt/report.md", "there is no folder {mine}. Make it"),
         ("/proc/closed.md", "cannot be written: "),
-        ("x" * 300, "cannot be written: File name too long. Name another file."),
+        ("x" * 300, "cannot be written: File name too long. Free space, or name another place."),
     ],
 )
 def test_where_no_report_goes(place, rule, pair, tmp_path, capsys, monkeypatch):

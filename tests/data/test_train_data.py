@@ -131,7 +131,7 @@ def build_on_rank(rank: int, data: DataConfig, sha256: str, damage: str | None =
         def no_space(*args):
             raise OSError(28, "No space left on device")
 
-        index_cache.os.rename = no_space
+        os.rename = no_space
     try:
         return first_tokens(build_train_dataset(data, 80, 5, tokenizer), 80)
     except DataError as error:
@@ -240,15 +240,13 @@ def test_cut_caches_are_rebuilt(blend, tokenizer):
 
 
 def test_a_run_that_builds_the_same_cache_meanwhile_is_no_error(blend, tokenizer, monkeypatch):
-    from megatron_bitcpm.data import index_cache
-
     rename = os.rename
 
     def too_late(source, target):
         shutil.copytree(source, target)  # the other run was a moment faster
         rename(source, target)
 
-    monkeypatch.setattr(index_cache.os, "rename", too_late)
+    monkeypatch.setattr(os, "rename", too_late)
     order = first_tokens(build_train_dataset(blend, 80, 5, tokenizer), 80)
     monkeypatch.undo()
     assert order == first_tokens(build_train_dataset(blend, 80, 5, tokenizer), 80)
@@ -256,13 +254,11 @@ def test_a_run_that_builds_the_same_cache_meanwhile_is_no_error(blend, tokenizer
 
 
 def test_a_finished_cache_needs_no_writable_folder(blend, tokenizer, monkeypatch):
-    import tempfile
-
     def read_only(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
     order = first_tokens(build_train_dataset(blend, 80, 5, tokenizer), 80)
-    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    monkeypatch.setattr(os, "mkdir", read_only)
     assert first_tokens(build_train_dataset(blend, 80, 5, tokenizer), 80) == order
     with pytest.raises(DataError, match=r"data\.cache=.*a_cache: the index cache cannot be ") as e:
         build_train_dataset(blend, 80, 6, tokenizer)
@@ -270,8 +266,6 @@ def test_a_finished_cache_needs_no_writable_folder(blend, tokenizer, monkeypatch
 
 
 def test_moved_data_finds_its_cache(blend, tokenizer, tmp_path, monkeypatch):
-    import tempfile
-
     order = first_tokens(build_train_dataset(blend, 80, 5, tokenizer), 80)
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -281,6 +275,6 @@ def test_moved_data_finds_its_cache(blend, tokenizer, tmp_path, monkeypatch):
     tree = blend.model_dump()
     for entry in tree["blend"]:
         entry["prefix"] = str(moved / Path(entry["prefix"]).name)
-    monkeypatch.setattr(tempfile, "mkdtemp", None)  # no cache is written
+    monkeypatch.setattr(os, "mkdir", None)  # no cache is written
     assert first_tokens(build_train_dataset(DataConfig(**tree), 80, 5, tokenizer), 80) == order
     assert sorted(moved.rglob("*")) == files

@@ -1,10 +1,10 @@
 """Tokenizer training, its Hugging Face folder, and loading of any folder."""
 
 import json
+import os
 import random
 import shutil
 import socket
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -232,11 +232,11 @@ def test_an_output_that_cannot_be_made_is_refused_before_training(tmp_path, monk
     if place == "parent is a file":
         (tmp_path / "sub").write_text("x")
     elif place == "no permission":
-        monkeypatch.setattr(tempfile, "mkdtemp", fail)
+        monkeypatch.setattr(os, "mkdir", fail)
     else:
-        monkeypatch.setattr(Path, "exists", fail)
+        monkeypatch.setattr(os, "listdir", fail)
     monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", no_training)
-    with pytest.raises(DataError, match=r"output_dir=.*out: cannot be (written|read) \(") as caught:
+    with pytest.raises(DataError, match=r"output_dir=.*out: cannot be written: \w") as caught:
         train_tokenizer([tmp_path / "a.txt"], out, vocab_size=300)
     assert "\n" not in str(caught.value)
 
@@ -257,7 +257,7 @@ def test_overwriting_replaces_tokenizers_only(tmp_path):
     text.write_text("some words of text to learn from\n" * 300)
     out = tmp_path / "out"
     train_tokenizer([text], out, vocab_size=300)
-    with pytest.raises(DataError, match="it exists"):
+    with pytest.raises(DataError, match="exists"):
         train_tokenizer([text], out, vocab_size=310)
     train_tokenizer([text], out, vocab_size=310, overwrite=True)
     assert load_tokenizer(out).vocab_size == 310

@@ -15,7 +15,6 @@ from megatron_bitcpm.checkpoint.model_file import SIDE_FOLDER
 from megatron_bitcpm.conversion.hf.config import GENERATION_FILE, QUANTIZER_FILE
 from megatron_bitcpm.conversion.hf.fold import FoldedSource
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
-from megatron_bitcpm.conversion.output_folder import write_json
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.data.tokenizer_ids import (
     VOCABULARY_FILES,
@@ -24,7 +23,7 @@ from megatron_bitcpm.data.tokenizer_ids import (
     read_tokenizer_ids,
 )
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import TOKENIZER_FILES, read_json
+from megatron_bitcpm.files import TOKENIZER_FILES, read_json, write_json
 from megatron_bitcpm.version import __version__
 
 FORMAT_VERSION = 1

@@ -18,10 +18,11 @@ from megatron_bitcpm.conversion.hf.source import (
     INDEX_FILE,
     WEIGHTS_FILE,
 )
-from megatron_bitcpm.conversion.output_folder import write_json
 from megatron_bitcpm.conversion.quantization_error import check_finite
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, cut_shards, read_ahead
+from megatron_bitcpm.files import write_json
+from megatron_bitcpm.progress import track_tensors
 
 _FILES = {
     "safetensors": (WEIGHTS_FILE, INDEX_FILE, write_safetensors),

@@ -12,6 +12,7 @@ from megatron_bitcpm.checkpoint.store import (
     STATE_FILE,
     find_checkpoint,
     find_tracked_folder,
+    replaced_folder,
 )
 from megatron_bitcpm.data.tokenizer_ids import read_run_tokenizer, read_tokenizer_ids
 from megatron_bitcpm.errors import CheckpointError
@@ -49,7 +50,7 @@ def find_megatron_folder(path: str | Path) -> Path:
         return find_checkpoint(path)
     if not target.is_dir():
         # May be one of the trainer that was being replaced.
-        if target.with_name(f".old-{target.name}").is_dir():
+        if replaced_folder(target).is_dir():
             return find_checkpoint(path)
         raise CheckpointError(
             f"checkpoint={target}: is named by the tracker file but absent. Restore it, or name "

@@ -37,7 +37,6 @@ from megatron_bitcpm.conversion.megatron.output import (
     write_megatron,
 )
 from megatron_bitcpm.conversion.megatron.shards import Piece, Shards
-from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
 from megatron_bitcpm.conversion.torch_file_writer import LateTensor, SeekableFile, write_torch_file
