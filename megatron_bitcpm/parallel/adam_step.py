@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 
-
-def leaf_optimizers(optimizer: Any) -> list[Any]:
-    """Return the Megatron optimizers inside a ChainedOptimizer, or the optimizer itself."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+from megatron_bitcpm.parallel.optimizer_parts import leaf_optimizers
 
 
 def keep_adam_steps_apart(optimizer: Any) -> None:

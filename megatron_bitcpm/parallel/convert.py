@@ -27,10 +27,12 @@ from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig, RunConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.agree import first_reason
-from megatron_bitcpm.parallel.linear import TernarySite, ternary_class
+from megatron_bitcpm.parallel.linear import ternary_class
 from megatron_bitcpm.parallel.megatron_api import tensor_parallel_group
 from megatron_bitcpm.parallel.projections import ProjectionRows
-from megatron_bitcpm.parallel.requantize import Requantizer
+from megatron_bitcpm.parallel.requantize.base import Requantizer
+from megatron_bitcpm.parallel.requantize.unattached import Unattached
+from megatron_bitcpm.parallel.site import TernarySite
 from megatron_bitcpm.parallel.version import check_megatron_version
 from megatron_bitcpm.quant.groups import resolve_sharded_groups
 from megatron_bitcpm.quant.selection import is_excluded
@@ -39,7 +41,7 @@ from megatron_bitcpm.version import __version__
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TernaryModel:
     """What `ternarize_` returns: the report, and the handle on the quantisation state.
 
@@ -52,15 +54,16 @@ class TernaryModel:
     quant: QuantConfig
     sites: list[TernarySite]
     excluded: list[str]
-    requantizer: Requantizer
+    requantizer: Unattached | Requantizer
     tp_size: int
 
     def attach_optimizer(self, optimizer: Any) -> None:
-        """Choose the mode and follow the optimizer's steps, see `Requantizer.attach_optimizer`.
+        """Choose when to quantise and follow the optimizer's steps; log the report on rank 0.
 
-        Logs the report on rank 0.
+        Call it once; see `Unattached.attach`.
         """
-        self.requantizer.attach_optimizer(optimizer)
+        assert isinstance(self.requantizer, Unattached), "one optimizer per model"
+        self.requantizer = self.requantizer.attach(optimizer)
         if torch.distributed.get_rank() == 0:
             logger.info(self.report())
 
@@ -131,12 +134,11 @@ def ternarize_(
         raise ModelError("quant.enabled=False: there is nothing to swap. Do not call ternarize_.")
     check_megatron_version()
     chunks = model if isinstance(model, list) else [model]
-    requantizer = Requantizer(quant.requantize)
     sites: list[TernarySite] = []
     excluded: list[str] = []
     problem = None
     try:
-        sites, excluded = _plan(chunks, quant, requantizer, expected)
+        sites, excluded = _plan(chunks, quant, expected)
     except ModelError as error:
         problem = str(error)
     # Stages hold different layers; what one of them cannot do stops all, or the others would wait.
@@ -149,16 +151,13 @@ def ternarize_(
     for site in sites:
         site.module.__class__ = ternary_class(type(site.module))
         site.module.ternary = site
-        requantizer.add_site(site)
+    requantizer = Unattached(sites, quant.requantize)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     return TernaryModel(quant, sites, excluded, requantizer, tp_size)
 
 
 def _plan(
-    chunks: list[torch.nn.Module],
-    quant: QuantConfig,
-    requantizer: Requantizer,
-    expected: int | None,
+    chunks: list[torch.nn.Module], quant: QuantConfig, expected: int | None
 ) -> tuple[list[TernarySite], list[str]]:
     """Return the sites to make and the names of the linears left out; nothing is changed yet."""
     excluded: list[str] = []
@@ -170,7 +169,7 @@ def _plan(
         if is_excluded(name, layer, num_layers, quant):
             excluded.append(name)
         else:
-            sites.append(_make_site(name, module, quant, requantizer))
+            sites.append(_make_site(name, module, quant))
     if not sites and expected != 0:
         raise ModelError(
             f"model={_class_name(chunks)}: has no linear to make ternary. Check quant.exclude and "
@@ -233,9 +232,7 @@ def _check_patterns(
             )
 
 
-def _make_site(
-    name: str, module: torch.nn.Module, quant: QuantConfig, requantizer: Requantizer
-) -> TernarySite:
+def _make_site(name: str, module: torch.nn.Module, quant: QuantConfig) -> TernarySite:
     tp_group = tensor_parallel_group(module)
     site = TernarySite(
         name=name,
@@ -244,7 +241,6 @@ def _make_site(
         tp_group=tp_group,
         tp_size=tp_group.size(),
         row_parallel=isinstance(module, RowParallelLinear),
-        requantizer=requantizer,
     )
     if quant.group_size == "tensor":
         site.projection_rows = find_projection_rows(name, module)

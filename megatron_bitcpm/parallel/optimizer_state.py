@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel.adam_step import leaf_optimizers, seed_adam_state
-from megatron_bitcpm.parallel.every_step_check import gather_model_params
+from megatron_bitcpm.parallel.adam_step import seed_adam_state
 from megatron_bitcpm.parallel.megatron_api import megatron_version
+from megatron_bitcpm.parallel.optimizer_parts import gather_model_params, leaf_optimizers
 from megatron_bitcpm.platforms.megatron import megatron_patches
 
 

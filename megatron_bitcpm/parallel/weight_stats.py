@@ -19,8 +19,8 @@ import torch
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.parallel.convert import TernaryModel
-from megatron_bitcpm.parallel.linear import TernarySite
 from megatron_bitcpm.parallel.scale_sync import update_given_scales
+from megatron_bitcpm.parallel.site import TernarySite
 
 MAX_WEIGHTS = 1_000_000
 """Largest sample of one layer, in weights over all its linears and ranks."""
