@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,9 +37,10 @@ from megatron_bitcpm.training.progress import Progress
 from megatron_bitcpm.training.report import StepReport
 from megatron_bitcpm.training.runtime import Runtime, start_runtime
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from megatron_bitcpm.training.objectives.base import Batches, Objective
 
-Batches = Iterator[dict[str, torch.Tensor]]
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, resume: bool = False) -> None:
@@ -59,11 +59,19 @@ def train(config: RunConfig, resume: bool = False) -> None:
 
 
 class Trainer:
-    """One run on this rank."""
+    """One run on this rank.
 
-    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+    Args:
+        config: a checked configuration.
+        runtime: this rank's place.
+        objective: what to minimise; None means the loss of the next token.
+    """
+
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, objective: Objective | None = None
+    ) -> None:
+        from megatron_bitcpm.training.objectives.next_token import NextToken
         from megatron_bitcpm.training.setup import build_train_state
-        from megatron_bitcpm.training.step import build_forward_step
 
         self.config = config
         self.runtime = runtime
@@ -83,7 +91,7 @@ class Trainer:
         self.checkpointer = Checkpointer(
             config, runtime, self.state, data_fingerprints(data, tokenizer), tokenizer.vocab_size
         )
-        self._forward_step = build_forward_step(runtime.device)
+        self.objective = objective or NextToken(runtime.device)
         self._save_is_due = False
 
     # -- the run ---------------------------------------------------------------------------------
@@ -259,7 +267,7 @@ class Trainer:
         samples = training.micro_batch_size * self.runtime.dp_size
         return run_schedule(
             self.state.chunks,
-            self._forward_step,
+            self.objective,
             batches,
             num_microbatches=training.global_batch_size // samples,
             micro_batch_size=training.micro_batch_size,
