@@ -2,9 +2,8 @@
 
 The swap changes the class of each linear *instance* to a ternary subclass of whatever class it has.
 No global state changes, any model spec works, and parameters stay where optimizers and checkpoints
-expect them. Every matrix inside a transformer layer must be accounted for: swapped, excluded by the
-configuration, or a router. Anything else is an error, so that none silently trains in full
-precision. Matrices outside of transformer layers (embeddings, output layer) are left alone.
+expect them. Every matrix inside a transformer layer must be swapped, excluded by the configuration,
+or a router's. Anything else is an error, so that none silently trains in full precision.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class TernaryModel:
     """What `ternarize_` returns: the report, and the handle on the quantisation state.
 
     Attributes:
-        sites: the ternary linears of all chunks on this rank; none where `ternarize_` was told so.
+        sites: the ternary linears of all chunks on this rank.
         excluded: names of linears that stay in full precision.
         tp_size: ranks that share each layer.
     """
@@ -72,7 +71,7 @@ class TernaryModel:
         return self.requantizer.latents()
 
     def report(self) -> str:
-        """Return a text of several lines: what was swapped, what was not, and who computes."""
+        """Say what was swapped, what was not, and who computes, in several lines."""
         kinds = Counter(
             (site.name.rsplit(".", 1)[-1], tuple(site.weight.shape), site.row_parallel)
             for site in self.sites
@@ -111,19 +110,16 @@ def ternarize_(
     config: QuantConfig | RunConfig,
     expected: int | None = None,
 ) -> TernaryModel:
-    """Swap the linears of a built Megatron model to ternary ones, in place.
+    """Swap the linears of a built Megatron model to ternary ones, in place; collective.
 
-    Embeddings, the output layer, norms, routers and biases are left alone. Collective over all
-    ranks.
+    Embeddings, the output layer, norms, routers and biases are left alone. Call `attach_optimizer`
+    of the result once the optimizer exists.
 
     Args:
         model: a model, or the list of its (virtual) pipeline chunks; wrapped or not.
-        config: the quantiser's configuration.
+        config: the quantiser's configuration, or the run's.
         expected: ternary linears that must result on this rank; 0 allows a pipeline stage without
             any, None means at least one.
-
-    Returns:
-        The handle: call `attach_optimizer` once the optimizer exists.
 
     Raises:
         ModelError: a layer that cannot be ternary, a group size that does not divide, no linear at
@@ -188,11 +184,7 @@ def _class_name(chunks: list[torch.nn.Module]) -> str:
 
 
 def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, int, int]]:
-    """Yield (global name, linear, layer number from 0, number of layers) of every matrix.
-
-    Raises:
-        ModelError: a matrix of a transformer layer is neither a Megatron linear nor a router's.
-    """
+    """Yield (global name, linear, layer number from 0, number of layers) of every matrix."""
     layers = [m for m in chunk.modules() if isinstance(m, TransformerLayer)]
     for layer in layers:
         number = layer.layer_number - 1
@@ -256,11 +248,7 @@ def _make_site(name: str, module: torch.nn.Module, quant: QuantConfig) -> Ternar
 
 
 def find_projection_rows(name: str, module: torch.nn.Module) -> ProjectionRows:
-    """Return which rows of a linear belong to which Hugging Face projection.
-
-    Args:
-        name: global name of the linear; its last part says what it is.
-        module: the linear, with Megatron's TransformerConfig.
+    """Return which rows of a linear belong to which Hugging Face projection, by its name.
 
     Raises:
         ModelError: the order of its rows is not known.
@@ -277,7 +265,7 @@ def find_projection_rows(name: str, module: torch.nn.Module) -> ProjectionRows:
     if kind == "linear_qkv" and module.output_size == (heads + 2 * query_groups) * channels:
         return ProjectionRows(("q", "k", "v"), query_groups, heads, channels)
     raise ModelError(
-        f"quant.group_size=tensor: which projections the rows of {name} hold, "
-        f"{type(module).__name__} [{module.output_size}, {module.input_size}], is not known. "
-        "Exclude it (quant.exclude), or use group_size -1."
+        f"quant.group_size=tensor: cannot tell to which projections the rows of {name} belong "
+        f"({type(module).__name__} [{module.output_size}, {module.input_size}]). Exclude it "
+        "(quant.exclude), or use group_size -1."
     )

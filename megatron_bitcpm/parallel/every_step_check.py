@@ -40,9 +40,7 @@ _REFUSED_MODEL = {
 def reason_against_every_step(optimizer: Any, sites: list[TernarySite]) -> str | None:
     """Return why the ternary weights cannot be quantised in place, or None if they can.
 
-    Args:
-        optimizer: what `get_megatron_optimizer` returned, before its first step.
-        sites: the ternary linears; their weights are left as they were.
+    The optimizer has not stepped yet; the weights are left as they were.
     """
     leaves = leaf_optimizers(optimizer)
     configs = [(leaf.config, _REFUSED_OPTIMIZER) for leaf in leaves]

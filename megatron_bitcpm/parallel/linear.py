@@ -13,7 +13,6 @@ The input is quantised as this rank holds it. Before the gather of sequence para
 same as after it, since a token is never cut; row parallelism does cut tokens, and each slice has
 its own scale, as in the report.
 
-Shape suffixes: O output features, I input features (both of the local shard), G groups per row.
 Source: BitCPM-CANN technical report, sections 2 and 3.1.
 """
 
@@ -57,9 +56,9 @@ class TernaryLinear(torch.nn.Module):
         if site.quant.activation == "int8_per_token":
             if "input" not in kwargs:
                 raise ModelError(
-                    f"quant.activation=int8_per_token: {type(self).__name__} ({site.name}) names "
-                    "the input of its matrix multiplication otherwise: "
-                    f"{', '.join(sorted(kwargs))}. Use none."
+                    f"quant.activation=int8_per_token: {type(self).__name__} ({site.name}) calls "
+                    f"its matrix multiplication with {', '.join(sorted(kwargs))}, without `input`. "
+                    "Use none."
                 )
             kwargs["input"] = ops.int8_per_token(kwargs["input"])
         return stock(**kwargs)
@@ -86,11 +85,7 @@ _CLASSES: dict[type, type] = {
 
 
 def ternary_class(base: type) -> type:
-    """Return the ternary subclass of whatever linear class a model was built with.
-
-    Args:
-        base: `ColumnParallelLinear`, `RowParallelLinear` or a subclass (for example MindSpeed's).
-    """
+    """Return the ternary subclass of a Column- or RowParallelLinear, or of their subclass."""
     if base not in _CLASSES:
         _CLASSES[base] = type(f"Ternary{base.__name__}", (TernaryLinear, base), {})
     return _CLASSES[base]

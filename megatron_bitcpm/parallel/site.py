@@ -87,12 +87,7 @@ class TernarySite:
         return self.groups.local_group_size
 
     def fake_quantize(self, w_OI: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the quantised weight, differentiable straight-through.
-
-        Args:
-            w_OI: latent weight, [O, I].
-            rows: indices of the rows wanted, int64; None means all.
-        """
+        """Return the quantised weight of a latent one, straight-through; of all or some rows."""
         quant, scales_OG = self.quant, self.scales_OG
         if rows is not None:
             w_OI = w_OI[rows]

@@ -24,19 +24,8 @@ def run_schedule(
 ) -> tuple[float, float]:
     """Run forward (and backward) over one global batch; collective over all ranks.
 
-    Args:
-        chunks: the wrapped model chunks of this rank.
-        objective: what the loss of a micro-batch is.
-        batches: this rank's micro-batches.
-        num_microbatches: how many of them to take.
-        micro_batch_size: sequences in each.
-        seq_length: tokens in a sequence.
-        device: this rank's.
-        forward_only: no gradients.
-
-    Returns:
-        The sum of the losses of the global batch's tokens that count, nats, and how many they are;
-        the same on all ranks.
+    Takes `num_microbatches` of this rank's `batches`. Returns the sum of the losses, in nats, of
+    the global batch's tokens that count, and their number; the same on all ranks.
     """
     iterators: Any = batches
     if len(chunks) > 1:

@@ -1,9 +1,7 @@
-"""When a ternary weight is quantised: a strategy each, one result.
+"""When a ternary weight is quantised: strategies with one result.
 
-* `unattached`: before an optimizer is known. It chooses the strategy when one is attached.
-* `base`: what strategies share; what a strategy has to say.
-* `every_forward`: the forward of each linear quantises.
-* `every_step`: model parameters are quantised in place, once after each optimizer step.
+`unattached` holds until an optimizer is attached and chooses the strategy then; `base` is what all
+strategies share.
 
 Quantising is not idempotent, so it may happen only after a *real* rewrite of the latents: not after
 a skipped step, not when a gather repeats, not on a bucket whose gather is in flight. The state is a

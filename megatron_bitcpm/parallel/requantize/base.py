@@ -31,12 +31,8 @@ class Unit:
 class Requantizer(ABC):
     """The quantisation state of all ternary linears of a model (on this rank).
 
-    From its creation on it follows the optimizer, which was built before and has not stepped yet.
-    A strategy says what the methods under "strategy" do; the flags stay with this class.
-
-    Attributes:
-        mode: name of the strategy.
-        sites: the ternary linears, in forward order.
+    From its creation on it follows the optimizer, which has not stepped yet. A subclass is a
+    strategy: it fills in the methods under "strategy" and leaves the flags to this class.
     """
 
     mode: str
@@ -79,7 +75,7 @@ class Requantizer(ABC):
     # -- forward ---------------------------------------------------------------------------------
 
     def weight_for_forward(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
-        """Return the matrix for the GEMM of one linear; see `SuppliesWeight`."""
+        """See `SuppliesWeight`."""
         self._refuse_within_latents("forward")
         site.ran = True
         return self._matrix(site, weight)
@@ -160,9 +156,6 @@ class Requantizer(ABC):
 
         For saving, exporting and converting; in place, because sharded optimizer states find
         parameters by identity. Collective over all ranks; may be nested.
-
-        Raises:
-            ModelError: a forward or a step inside the block (``every_step``).
         """
         if self._is_in_latents:
             yield

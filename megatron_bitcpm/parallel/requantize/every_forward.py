@@ -24,7 +24,7 @@ class EveryForward(Requantizer):
         if any(getattr(site.module, "gradient_accumulation_fusion", False) for site in sites):
             raise ModelError(
                 "gradient_accumulation_fusion=True: the fused kernel needs a leaf weight, "
-                "which every_forward has not. Switch it off, or use "
+                "which every_forward does not have. Switch it off, or use "
                 "quant.requantize=every_step."
             )
         super().__init__(sites, optimizer)

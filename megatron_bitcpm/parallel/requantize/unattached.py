@@ -24,11 +24,8 @@ logger = logging.getLogger(__name__)
 class Unattached:
     """The state of a model from `ternarize_` until `attach`, for example in evaluation.
 
-    Nobody tells when a weight changes, so nothing is kept from one forward to the next.
-
-    Args:
-        sites: the ternary linears, in forward order.
-        requested: ``auto``, ``every_step`` or ``every_forward``.
+    Nobody tells when a weight changes, so nothing is kept from one forward to the next. `requested`
+    is the configuration's ``requantize``.
     """
 
     mode = EveryForward.mode
@@ -41,7 +38,7 @@ class Unattached:
             _follow_loads(site)
 
     def weight_for_forward(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
-        """Return the matrix for the GEMM of one linear; see `SuppliesWeight`."""
+        """See `SuppliesWeight`."""
         if self._requested == EveryStep.mode and torch.is_grad_enabled():
             raise ModelError(
                 "quant.requantize=every_step: the optimizer is not attached. Call attach_optimizer "
@@ -57,10 +54,7 @@ class Unattached:
         yield
 
     def attach(self, optimizer: Any) -> Requantizer:
-        """Choose the strategy for this optimizer and let it follow; collective over all ranks.
-
-        Args:
-            optimizer: what `get_megatron_optimizer` returned, before the first forward.
+        """Choose the strategy for a Megatron optimizer that has not stepped yet; collective.
 
         Raises:
             ModelError: ``every_step`` was requested and this optimizer cannot do it.

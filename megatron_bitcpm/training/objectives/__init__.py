@@ -1,4 +1,1 @@
-"""What a run minimises: an objective (`base`) says what the loss of one micro-batch is.
-
-* `next_token`: the cross entropy of the next token.
-"""
+"""What a run minimises: an objective (`base`) says what the loss of one micro-batch is."""
