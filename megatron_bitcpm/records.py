@@ -1,10 +1,11 @@
-"""Records: what is read from a file or given as options, its fields checked once, at the door."""
+"""Bases of what is read from a file or given as options: fields are checked once, at the door."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_bitcpm.errors import describe, one_line
 
@@ -23,6 +24,31 @@ class Record(BaseModel):
     model_config = ConfigDict(
         frozen=True, strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=()
     )
+
+
+class Section(BaseModel):
+    """Base of a group of settings: frozen, no unknown keys, numbers that are numbers."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    def changed(self, *names: str) -> list[str]:
+        """Return those of the named fields that differ from their defaults.
+
+        A saved configuration spells out every default, so that a field was given says nothing.
+        """
+        return [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse ``true`` where a number belongs: pydantic would read it as 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if not {int, float}.isdisjoint({annotation, *get_args(annotation)}):
+                raise PydanticCustomError("bool_for_number", "must be a number, not true or false")
+        return value
 
 
 def explain(error: Exception) -> str:

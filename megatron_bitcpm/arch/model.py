@@ -19,7 +19,7 @@ from megatron_bitcpm.arch.tensors import (
     iter_specs,
     name_of,
 )
-from megatron_bitcpm.section import Section
+from megatron_bitcpm.records import Section
 
 Form = Literal["latent", "pseudo", "plain"]
 """What the weights of a model are: trained parameters of a quantised model, which its forward

@@ -14,7 +14,7 @@ from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.quant.grids import GRIDS
 from megatron_bitcpm.quant.settings import parse_group_size
-from megatron_bitcpm.section import Section
+from megatron_bitcpm.records import Section
 
 
 class QuantConfig(Section):

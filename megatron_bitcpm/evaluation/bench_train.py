@@ -128,14 +128,15 @@ def _tokens(device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
 
 def train_step(state: Any, device: torch.device) -> None:
     """Do one step of the benchmark on synthetic tokens."""
-    from megatron_bitcpm.training.step import build_forward_step, run_schedule
+    from megatron_bitcpm.training.objectives.next_token import NextToken
+    from megatron_bitcpm.training.step import run_schedule
 
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     run_schedule(
         state.chunks,
-        build_forward_step(device),
+        NextToken(device),
         _tokens(device),
         num_microbatches=MICRO_BATCHES,
         micro_batch_size=1,

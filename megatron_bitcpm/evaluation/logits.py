@@ -50,10 +50,10 @@ def megatron_model(
     if not isinstance(source, MegatronSource):
         source = open_megatron(source, tokenizer)
     with start_runtime(ParallelConfig(), seed=0) as runtime:
-        from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+        from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
 
         model, quantizer = source.model, source.quantizer
-        built = build_model(
+        built = Decoder(
             build_transformer_config(model, ParallelConfig(), torch.float32),
             model,
             source.padded_tensor(EMBEDDING.hf).shape[0],

@@ -63,21 +63,9 @@ class CausalAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Attend from this rank's part of the sequence, see `causal_attention`; [S, B, H * D].
 
-        Args:
-            query: [S, B, H, D], this rank's part of the sequence.
-            key, value: [S, B, key heads, D], this rank's part.
-            attention_mask: int64 [B, whole sequence], for each token the number of its document's
-                first token, as `causal_attention` wants it; or None.
-            attn_mask_type: causal.
-            attention_bias, packed_seq_params: None; not supported.
-
-        Returns:
-            [S, B, H * D].
-
-        Raises:
-            ModelError: an attention mask of another kind.
+        The `attention_mask` is the `document_start` of the whole sequence.
         """
         assert attention_bias is None and packed_seq_params is None
         cp_size = self.cp_group.size()
@@ -110,7 +98,7 @@ def causal_attention(
     document_start: torch.Tensor | None,
     softmax_scale: float,
 ) -> torch.Tensor:
-    """Attend from some chunks of a sequence to the whole sequence, within documents.
+    """Attend from some chunks of a sequence to all of it, within documents; [S, B, H * D].
 
     Args:
         query: [S, B, H, D]: equally long chunks of the sequence, one after the other.
@@ -120,9 +108,6 @@ def causal_attention(
             token; documents are contiguous. None: each sequence is one document. The work is
             planned on the host, so that a tensor on the host spares a synchronisation.
         softmax_scale: factor of the scores.
-
-    Returns:
-        [S, B, H * D].
     """
     length = query.shape[0] // len(first_tokens)
     plans = _plan(first_tokens, length, document_start)

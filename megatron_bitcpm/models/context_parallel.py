@@ -18,15 +18,7 @@ def chunks_of_rank(cp_rank: int, cp_size: int) -> list[int]:
 
 
 def slice_for_context_parallel(x: torch.Tensor, cp_rank: int, cp_size: int) -> torch.Tensor:
-    """Return this rank's part of sequences.
-
-    Args:
-        x: [B, S, ...]; S a multiple of 2 * cp_size.
-        cp_rank, cp_size: place in the context-parallel group.
-
-    Returns:
-        [B, S / cp_size, ...]; x itself when cp_size is 1.
-    """
+    """Return a rank's part [B, S / cp_size, ...] of sequences [B, S, ...]."""
     if cp_size == 1:
         return x
     assert x.shape[1] % (2 * cp_size) == 0, (x.shape, cp_size)
@@ -35,17 +27,10 @@ def slice_for_context_parallel(x: torch.Tensor, cp_rank: int, cp_size: int) -> t
 
 
 def gather_for_context_parallel(x: torch.Tensor, cp_group: dist.ProcessGroup) -> torch.Tensor:
-    """Return the whole sequence, in its natural order, on every context-parallel rank.
+    """Return [S, ...], in its natural order, of each rank's part [S / cp_size, ...].
 
     Differentiable: every rank uses the whole sequence for its own queries, so that the gradient of
     a part is the sum over the ranks of their gradients of it.
-
-    Args:
-        x: this rank's part, [S / cp_size, ...].
-        cp_group: the context-parallel ranks.
-
-    Returns:
-        [S, ...]
     """
     gathered: torch.Tensor = _Gather.apply(x, cp_group)
     return gathered

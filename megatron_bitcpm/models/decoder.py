@@ -39,12 +39,6 @@ def build_transformer_config(
 ) -> TransformerConfig:
     """Translate the model and parallel sections into Megatron's TransformerConfig.
 
-    Args:
-        model: the architecture.
-        parallel: the layout.
-        params_dtype: float32, bfloat16 or float16.
-        recompute: ``none``; ``selective``, the attention scores; or ``full``, every layer.
-
     Raises:
         ModelError: the installed Megatron cannot share a key head between tensor ranks.
     """
@@ -99,36 +93,18 @@ def build_transformer_config(
     )
 
 
-def build_model(
-    config: TransformerConfig,
-    model: ModelConfig,
-    padded_vocab_size: int,
-    seq_length: int,
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-) -> Decoder:
-    """Build the model, or one pipeline chunk of it, on this rank, in full precision.
+class Decoder(GPTModel):
+    """The model, or one pipeline chunk of it, on this rank, in full precision.
+
+    A GPTModel, with its checkpoint names, whose rotary angles follow the position ids, and with
+    MiniCPM's constants.
 
     Args:
         config: from `build_transformer_config`.
         model: the architecture.
         padded_vocab_size: rows of the embedding, see `arch.layout.pad_rows`.
         seq_length: of the run, in tokens; chooses between LongRoPE's two arrays.
-        pre_process: the chunk holds the embedding.
-        post_process: the chunk holds the output layer.
-        vp_stage: number of the chunk on its stage, if the installed Megatron takes it; see
-            `megatron_api.build_pipeline_chunks`, which calls this with the last three.
-    """
-    return Decoder(
-        config, model, padded_vocab_size, seq_length, pre_process, post_process, vp_stage
-    )
-
-
-class Decoder(GPTModel):
-    """A GPTModel whose rotary angles follow the position ids, with MiniCPM's constants.
-
-    Checkpoint names are GPTModel's.
+        pre_process, post_process, vp_stage: see `megatron_api.build_pipeline_chunks`.
     """
 
     def __init__(
@@ -137,11 +113,10 @@ class Decoder(GPTModel):
         model: ModelConfig,
         padded_vocab_size: int,
         seq_length: int,
-        pre_process: bool,
-        post_process: bool,
-        vp_stage: int | None,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
-        """See `build_model`."""
         vpp = config.virtual_pipeline_model_parallel_size or 1
         num_layers = model.num_layers // (config.pipeline_model_parallel_size * vpp)
         super().__init__(
@@ -173,10 +148,8 @@ class Decoder(GPTModel):
         Args:
             input_ids: int64 [B, S], S this context-parallel rank's part of the sequence.
             position_ids: int64 [B, S], the part of `input_ids`; needed on every stage.
-            attention_mask: None, plain causal attention; or int64 [B, whole sequence], for each
-                token the place in the sequence of its document's first token. Best on the host.
-            decoder_input: embeddings to use instead of `input_ids`, [S, B, hidden].
-            **kwargs: as for GPTModel, for example ``labels``, int64 [B, S].
+            attention_mask: `document_start` of `attention.causal_attention`, or None.
+            decoder_input, **kwargs: as for GPTModel, for example ``labels``, int64 [B, S].
         """
         self.rotary_pos_emb.position_ids = position_ids
         if self.embedding_scale is not None and self.pre_process and decoder_input is None:

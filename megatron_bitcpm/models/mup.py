@@ -33,11 +33,7 @@ def logits_divisor(model: ModelConfig) -> float:
 
 
 def scaled_bias_dropout_add(scale: float) -> Callable[..., Callable[..., torch.Tensor]]:
-    """Return what Megatron calls in place of its bias-dropout-add: a scaled addition.
-
-    Args:
-        scale: factor of what is added to the residual stream.
-    """
+    """Return what Megatron calls in place of its bias-dropout-add: a scaled addition."""
 
     def get_scaled_add(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
         def scaled_add(

@@ -24,15 +24,7 @@ class RMSNorm(torch.nn.Module):
         divisor: float = 1.0,
         **unused: Any,
     ) -> None:
-        """Create the weight, all ones.
-
-        Args:
-            config: type of the weight, and whether the sequence is sharded over tensor ranks.
-            hidden_size: length of the last dimension.
-            eps: added to the mean square.
-            divisor: of the output.
-            unused: what Megatron hands to other norms.
-        """
+        """Create the weight, all ones; the output is divided by `divisor`."""
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel

@@ -31,10 +31,8 @@ def softmax_scale(model: ModelConfig) -> float:
 def rope_factors(model: ModelConfig, seq_length: int) -> list[float]:
     """Return the divisors of the frequencies, D / 2 numbers.
 
-    Args:
-        model: the architecture.
-        seq_length: of the run. One array serves the whole run: the short one when its sequences fit
-            into the original length. (Transformers decides anew for each batch, by its length.)
+    One array serves the whole run: the short one when its sequences fit into the original length.
+    (Transformers decides anew for each batch, by its length.)
     """
     rope = model.rope_scaling
     if rope is None:

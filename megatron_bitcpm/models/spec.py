@@ -17,12 +17,7 @@ from megatron_bitcpm.models.norm import RMSNorm
 
 
 def build_block_spec(model: ModelConfig, num_layers: int) -> TransformerBlockSubmodules:
-    """Return the spec of the layers of one pipeline chunk and of the norm behind the last layer.
-
-    Args:
-        model: the architecture.
-        num_layers: layers of the chunk.
-    """
+    """Return the spec of one pipeline chunk's layers and of the norm behind the last layer."""
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm

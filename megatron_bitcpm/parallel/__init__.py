@@ -1,17 +1,6 @@
 """The ternary linears and what keeps them right in parallel runs.
 
-* `linear`: the ternary linear (start here).
-* `convert`: `ternarize_`, which swaps the linears of a built model.
-* `requantize`: when weights are quantised: in every forward, or in place after each step.
-* `scale_sync`: scales of rows and projections that span tensor-parallel ranks.
-* `projections`: whose rows are whose inside fused weights, for one scale per projection.
-* `weight_stats`: statistics of the codes, by layer.
-* `agree`: failures and decisions that all ranks share.
-* `megatron_api`: calls that differ between releases of megatron-core.
-* `optimizer_state`: the optimizer's part of a checkpoint, loadable in other layouts.
-* `adam_step`: a guard for optimizers loaded without Apex and Transformer Engine.
-* `every_step_check`: whether an optimizer allows quantising in place.
-
+Start with `linear`, then `convert` (`ternarize_`) and `requantize` (when weights are quantised).
 Only this folder and `patching` touch names of Megatron that are not public, and
 `checkpoint.writer`, for the format of the files.
 """

@@ -12,18 +12,11 @@ from typing import Any
 
 import torch
 
-
-def leaf_optimizers(optimizer: Any) -> list[Any]:
-    """Return the Megatron optimizers inside a ChainedOptimizer, or the optimizer itself."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+from megatron_bitcpm.parallel.optimizer_parts import leaf_optimizers
 
 
 def keep_adam_steps_apart(optimizer: Any) -> None:
-    """Give every parameter its own `step` after each load from now on; may be called again.
-
-    Args:
-        optimizer: a Megatron optimizer; the hooks are set on torch's optimizers inside it.
-    """
+    """Give every parameter its own `step` after each load from now on; may be called again."""
     for leaf in leaf_optimizers(optimizer):
         if isinstance(leaf.optimizer, torch.optim.Optimizer):
             leaf.optimizer.register_load_state_dict_pre_hook(_add_missing_steps)
@@ -46,13 +39,9 @@ def _unshare_steps(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def seed_adam_state(leaf: Any) -> None:
-    """Give a Megatron optimizer that has not stepped yet the state of step 0.
+    """Give one of `leaf_optimizers` that has not stepped yet the state of step 0.
 
-    Checkpoints describe the state by its tensors, which torch's Adam makes in its first step;
-    nothing changes where there is a state.
-
-    Args:
-        leaf: one of `leaf_optimizers`.
+    Checkpoints describe the state by its tensors, which torch's Adam makes in its first step.
     """
     inner = leaf.optimizer
     if isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and not inner.state:

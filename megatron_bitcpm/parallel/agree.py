@@ -22,12 +22,9 @@ def on_all_ranks(
     """Do this rank's part of some work; raise on every rank when it failed on one. Collective.
 
     Args:
-        action: this rank's part, without collectives.
+        action: this rank's part, without collectives; its result is returned on this rank.
         error: makes the error out of the reason. A BitcpmError keeps its own message.
-        main_only: only rank 0 has a part.
-
-    Returns:
-        What `action` returned on this rank; None where it was not called.
+        main_only: only rank 0 has a part, the others return None.
     """
     result: T | None = None
     failure: tuple[type[BitcpmError], Any] | None = None
@@ -53,11 +50,7 @@ def from_main_rank(action: Callable[[], T], error: Callable[[str], BitcpmError])
     """Do some work on rank 0 and return its result, or raise its failure, on all. Collective.
 
     What is read from files goes this way where ranks must not differ: on a shared file system one
-    may still see the state of a moment ago.
-
-    Args:
-        action: called on rank 0 only; its result must pickle.
-        error: see `on_all_ranks`.
+    may still see the state of a moment ago. The result must pickle; see `on_all_ranks` for `error`.
     """
     box: list[Any] = [on_all_ranks(action, error, main_only=True)]
     torch.distributed.broadcast_object_list(box, src=0)
@@ -66,11 +59,7 @@ def from_main_rank(action: Callable[[], T], error: Callable[[str], BitcpmError])
 
 
 def first_reason(reason: str | None) -> str | None:
-    """Return the first rank's reason, so that all ranks decide alike; collective.
-
-    Args:
-        reason: this rank's; None has none.
-    """
+    """Return the reason of the first rank that has one, so that all decide alike; collective."""
     reasons: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(reasons, reason)
     return next((r for r in reasons if r), None)

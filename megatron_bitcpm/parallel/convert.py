@@ -2,9 +2,8 @@
 
 The swap changes the class of each linear *instance* to a ternary subclass of whatever class it has.
 No global state changes, any model spec works, and parameters stay where optimizers and checkpoints
-expect them. Every matrix inside a transformer layer must be accounted for: swapped, excluded by the
-configuration, or a router. Anything else is an error, so that none silently trains in full
-precision. Matrices outside of transformer layers (embeddings, output layer) are left alone.
+expect them. Every matrix inside a transformer layer must be swapped, excluded by the configuration,
+or a router's. Anything else is an error, so that none silently trains in full precision.
 """
 
 from __future__ import annotations
@@ -27,10 +26,12 @@ from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig, RunConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.agree import first_reason
-from megatron_bitcpm.parallel.linear import TernarySite, ternary_class
+from megatron_bitcpm.parallel.linear import ternary_class
 from megatron_bitcpm.parallel.megatron_api import tensor_parallel_group
 from megatron_bitcpm.parallel.projections import ProjectionRows
-from megatron_bitcpm.parallel.requantize import Requantizer
+from megatron_bitcpm.parallel.requantize.base import Requantizer
+from megatron_bitcpm.parallel.requantize.unattached import Unattached
+from megatron_bitcpm.parallel.site import TernarySite
 from megatron_bitcpm.patching.versions import check_megatron_version
 from megatron_bitcpm.quant.groups import resolve_sharded_groups
 from megatron_bitcpm.quantizer import Quantizer
@@ -38,12 +39,12 @@ from megatron_bitcpm.quantizer import Quantizer
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TernaryModel:
     """What `ternarize_` returns: the report, and the handle on the quantisation state.
 
     Attributes:
-        sites: the ternary linears of all chunks on this rank; none where `ternarize_` was told so.
+        sites: the ternary linears of all chunks on this rank.
         excluded: names of linears that stay in full precision.
         tp_size: ranks that share each layer.
     """
@@ -51,15 +52,16 @@ class TernaryModel:
     quant: QuantConfig
     sites: list[TernarySite]
     excluded: list[str]
-    requantizer: Requantizer
+    requantizer: Unattached | Requantizer
     tp_size: int
 
     def attach_optimizer(self, optimizer: Any) -> None:
-        """Choose the mode and follow the optimizer's steps, see `Requantizer.attach_optimizer`.
+        """Choose when to quantise and follow the optimizer's steps; log the report on rank 0.
 
-        Logs the report on rank 0.
+        Call it once; see `Unattached.attach`.
         """
-        self.requantizer.attach_optimizer(optimizer)
+        assert isinstance(self.requantizer, Unattached), "one optimizer per model"
+        self.requantizer = self.requantizer.attach(optimizer)
         if torch.distributed.get_rank() == 0:
             logger.info(self.report())
 
@@ -68,7 +70,7 @@ class TernaryModel:
         return self.requantizer.latents()
 
     def report(self) -> str:
-        """Return a text of several lines: what was swapped, what was not, and who computes."""
+        """Say what was swapped, what was not, and who computes, in several lines."""
         kinds = Counter(
             (site.name.rsplit(".", 1)[-1], tuple(site.weight.shape), site.row_parallel)
             for site in self.sites
@@ -102,19 +104,16 @@ def ternarize_(
     config: QuantConfig | RunConfig,
     expected: int | None = None,
 ) -> TernaryModel:
-    """Swap the linears of a built Megatron model to ternary ones, in place.
+    """Swap the linears of a built Megatron model to ternary ones, in place; collective.
 
-    Embeddings, the output layer, norms, routers and biases are left alone. Collective over all
-    ranks.
+    Embeddings, the output layer, norms, routers and biases are left alone. Call `attach_optimizer`
+    of the result once the optimizer exists.
 
     Args:
         model: a model, or the list of its (virtual) pipeline chunks; wrapped or not.
-        config: the quantiser's configuration.
+        config: the quantiser's configuration, or the run's.
         expected: ternary linears that must result on this rank; 0 allows a pipeline stage without
             any, None means at least one.
-
-    Returns:
-        The handle: call `attach_optimizer` once the optimizer exists.
 
     Raises:
         ModelError: a layer that cannot be ternary, a group size that does not divide, no linear at
@@ -125,12 +124,11 @@ def ternarize_(
         raise ModelError("quant.enabled=False: there is nothing to swap. Do not call ternarize_.")
     check_megatron_version()
     chunks = model if isinstance(model, list) else [model]
-    requantizer = Requantizer(quant.requantize)
     sites: list[TernarySite] = []
     excluded: list[str] = []
     problem = None
     try:
-        sites, excluded = _plan(chunks, quant, requantizer, expected)
+        sites, excluded = _plan(chunks, quant, expected)
     except ModelError as error:
         problem = str(error)
     # Stages hold different layers; what one of them cannot do stops all, or the others would wait.
@@ -143,16 +141,13 @@ def ternarize_(
     for site in sites:
         site.module.__class__ = ternary_class(type(site.module))
         site.module.ternary = site
-        requantizer.add_site(site)
+    requantizer = Unattached(sites, quant.requantize)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     return TernaryModel(quant, sites, excluded, requantizer, tp_size)
 
 
 def _plan(
-    chunks: list[torch.nn.Module],
-    quant: QuantConfig,
-    requantizer: Requantizer,
-    expected: int | None,
+    chunks: list[torch.nn.Module], quant: QuantConfig, expected: int | None
 ) -> tuple[list[TernarySite], list[str]]:
     """Return the sites to make and the names of the linears left out; nothing is changed yet."""
     excluded: list[str] = []
@@ -164,7 +159,7 @@ def _plan(
         if quant.excludes(name, layer, num_layers):
             excluded.append(name)
         else:
-            sites.append(_make_site(name, module, quant, requantizer))
+            sites.append(_make_site(name, module, quant))
     if not sites and expected != 0:
         raise ModelError(
             f"model={_class_name(chunks)}: has no linear to make ternary. Check quant.exclude and "
@@ -183,11 +178,7 @@ def _class_name(chunks: list[torch.nn.Module]) -> str:
 
 
 def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, int, int]]:
-    """Yield (global name, linear, layer number from 0, number of layers) of every matrix.
-
-    Raises:
-        ModelError: a matrix of a transformer layer is neither a Megatron linear nor a router's.
-    """
+    """Yield (global name, linear, layer number from 0, number of layers) of every matrix."""
     layers = [m for m in chunk.modules() if isinstance(m, TransformerLayer)]
     for layer in layers:
         number = layer.layer_number - 1
@@ -227,9 +218,7 @@ def _check_patterns(
             )
 
 
-def _make_site(
-    name: str, module: torch.nn.Module, quant: QuantConfig, requantizer: Requantizer
-) -> TernarySite:
+def _make_site(name: str, module: torch.nn.Module, quant: QuantConfig) -> TernarySite:
     tp_group = tensor_parallel_group(module)
     site = TernarySite(
         name=name,
@@ -238,7 +227,6 @@ def _make_site(
         tp_group=tp_group,
         tp_size=tp_group.size(),
         row_parallel=isinstance(module, RowParallelLinear),
-        requantizer=requantizer,
     )
     if quant.group_size == "tensor":
         site.projection_rows = find_projection_rows(name, module)
@@ -254,11 +242,7 @@ def _make_site(
 
 
 def find_projection_rows(name: str, module: torch.nn.Module) -> ProjectionRows:
-    """Return which rows of a linear belong to which Hugging Face projection.
-
-    Args:
-        name: global name of the linear; its last part says what it is.
-        module: the linear, with Megatron's TransformerConfig.
+    """Return which rows of a linear belong to which Hugging Face projection, by its name.
 
     Raises:
         ModelError: the order of its rows is not known.
@@ -275,7 +259,7 @@ def find_projection_rows(name: str, module: torch.nn.Module) -> ProjectionRows:
     if kind == "linear_qkv" and module.output_size == (heads + 2 * query_groups) * channels:
         return ProjectionRows(("q", "k", "v"), query_groups, heads, channels)
     raise ModelError(
-        f"quant.group_size=tensor: which projections the rows of {name} hold, "
-        f"{type(module).__name__} [{module.output_size}, {module.input_size}], is not known. "
-        "Exclude it (quant.exclude), or use group_size -1."
+        f"quant.group_size=tensor: cannot tell to which projections the rows of {name} belong "
+        f"({type(module).__name__} [{module.output_size}, {module.input_size}]). Exclude it "
+        "(quant.exclude), or use group_size -1."
     )

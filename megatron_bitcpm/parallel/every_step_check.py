@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.parallel.adam_step import leaf_optimizers
-from megatron_bitcpm.parallel.linear import TernarySite
+from megatron_bitcpm.parallel.optimizer_parts import (
+    leaf_optimizers,
+    model_chunks,
+    rewrite_model_params,
+)
+from megatron_bitcpm.parallel.site import TernarySite
 
 # Options, by the object that carries them, under which the model parameter is something else than
 # a rounded copy of a main parameter, or is rewritten by somebody else.
@@ -36,9 +40,7 @@ _REFUSED_MODEL = {
 def reason_against_every_step(optimizer: Any, sites: list[TernarySite]) -> str | None:
     """Return why the ternary weights cannot be quantised in place, or None if they can.
 
-    Args:
-        optimizer: what `get_megatron_optimizer` returned, before its first step.
-        sites: the ternary linears; their weights are left as they were.
+    The optimizer has not stepped yet; the weights are left as they were.
     """
     leaves = leaf_optimizers(optimizer)
     configs = [(leaf.config, _REFUSED_OPTIMIZER) for leaf in leaves]
@@ -81,37 +83,3 @@ def _probe(optimizer: Any, sites: list[TernarySite]) -> str | None:
     if lost:
         return f"this optimizer did not rewrite {len(lost)} of {len(sites)} ternary weights"
     return None
-
-
-def model_chunks(optimizer: Any) -> list[Any]:
-    """Return the DDP-wrapped model chunks that distributed optimizers gather parameters of."""
-    chunks: list[Any] = []
-    for leaf in leaf_optimizers(optimizer):
-        for chunk in getattr(leaf, "model_chunks", []):
-            if all(chunk is not known for known in chunks):
-                chunks.append(chunk)
-    return chunks
-
-
-def rewrite_model_params(optimizer: Any) -> None:
-    """Let Megatron copy the main parameters into the model parameters, gathers included."""
-    for leaf in leaf_optimizers(optimizer):
-        if not leaf.is_stub_optimizer:
-            leaf._copy_main_params_to_model_params()
-    gather_model_params(optimizer)
-
-
-def gather_model_params(optimizer: Any) -> None:
-    """Complete the model parameters that distributed optimizers have written in part.
-
-    While gathers overlap with the forward, parameters are incomplete between a step and the next
-    forward: whoever reads them there, a checkpoint for example, must call this first. Collective
-    over the data-parallel ranks; nothing happens with other optimizers.
-    """
-    for chunk in model_chunks(optimizer):
-        if not chunk.ddp_config.use_distributed_optimizer:
-            continue
-        chunk.start_param_sync(force_sync=True)
-        for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
-            # A forced sync marks the next overlapped gather as done already.
-            group.param_gather_dispatched = False

@@ -35,11 +35,8 @@ M = TypeVar("M")
 
 
 def tensor_parallel_group(linear: torch.nn.Module) -> torch.distributed.ProcessGroup:
-    """Return the process group over which a Column- or RowParallelLinear is sharded.
-
-    Args:
-        linear: the module; from 0.13 on it knows its group itself.
-    """
+    """Return the process group over which a Column- or RowParallelLinear is sharded."""
+    # From 0.13 on it knows its group itself.
     group = getattr(linear, "tp_group", None)
     if group is not None:
         return group
@@ -49,13 +46,8 @@ def tensor_parallel_group(linear: torch.nn.Module) -> torch.distributed.ProcessG
 
 
 def get_optimizer(config: OptimizerConfig, chunks: list[Any]) -> MegatronOptimizer:
-    """Build Megatron's optimizer; biases and vectors do not decay, every parameter has its step.
-
-    Args:
-        config: its settings. ``overlap_param_gather``, which only newer releases have here, is
-            taken from the chunks.
-        chunks: the model chunks of this rank, wrapped in DistributedDataParallel.
-    """
+    """Build Megatron's optimizer for wrapped chunks; biases and vectors do not decay."""
+    # Only newer releases have it here.
     if hasattr(config, "overlap_param_gather"):
         config.overlap_param_gather = chunks[0].ddp_config.overlap_param_gather
     _check_buckets(chunks)
@@ -91,12 +83,8 @@ def finalize_gradients(
     """Megatron's `finalize_model_grads`, dividing by the tokens of whole sequences.
 
     0.12 adds up the tokens of data-parallel ranks only, so that with context parallelism every
-    gradient is too large by that size; clipping and Adam hide it in the loss.
-
-    Args:
-        chunks: the wrapped model chunks of this rank.
-        num_tokens: of this rank, int [1]; zero except on the last pipeline stage.
-        **keywords: what newer schedules pass on.
+    gradient is too large by that size; clipping and Adam hide it in the loss. `num_tokens` is int
+    [1], zero except on the last pipeline stage.
     """
     if megatron_version() < (0, 13) and num_tokens is not None:
         torch.distributed.all_reduce(num_tokens, group=parallel_state.get_context_parallel_group())
@@ -109,9 +97,6 @@ def check_pipeline_config(config: Any) -> None:
     With virtual stages and batched point-to-point messages the sends and receives of two stages
     meet in another order than they were meant, and gradients reach the wrong chunk. Megatron's own
     command line refuses that; `megatron.core` does not look.
-
-    Args:
-        config: a finished TransformerConfig.
 
     Raises:
         ModelError: virtual stages without ``overlap_p2p_comm`` or with ``batch_p2p_comm``.
@@ -128,13 +113,10 @@ def check_pipeline_config(config: Any) -> None:
 
 @contextmanager
 def virtual_stage(index: int) -> Iterator[None]:
-    """Let 0.12 know with which chunk it has to do; it numbers a chunk's layers by a global.
+    """Tell 0.12, which numbers a chunk's layers by a global, the chunk's position on this rank.
 
     Building a chunk and asking it for its `sharded_state_dict` need this: without it every chunk
     passes for the one that ran last. Nothing happens without virtual stages.
-
-    Args:
-        index: position of the chunk on this rank.
     """
     if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
         yield
@@ -171,11 +153,7 @@ def build_pipeline_chunks(build: Callable[..., M]) -> list[M]:
 
 
 def sharded_state_dict_of_chunks(chunks: list[Any]) -> dict[str, Any]:
-    """Return the sharded state dicts of this rank's chunks, by ``model0``, ``model1``, ...
-
-    Args:
-        chunks: the models themselves, not wrapped, in pipeline order.
-    """
+    """Return the state dicts of this rank's unwrapped chunks as ``model0``, ``model1``, ..."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     result = {}
     for index, chunk in enumerate(chunks):

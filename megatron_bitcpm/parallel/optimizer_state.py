@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel.adam_step import leaf_optimizers, seed_adam_state
-from megatron_bitcpm.parallel.every_step_check import gather_model_params
+from megatron_bitcpm.parallel.adam_step import seed_adam_state
 from megatron_bitcpm.parallel.megatron_api import megatron_version
+from megatron_bitcpm.parallel.optimizer_parts import gather_model_params, leaf_optimizers
 from megatron_bitcpm.patching.core import megatron_patches
 
 
@@ -25,17 +25,9 @@ def optimizer_sharded_state_dict(
 ) -> dict[str, Any]:
     """Return the optimizer's sharded state dict; give the loaded one to its `load_state_dict`.
 
-    Collective over all ranks. Before a save it also completes the model parameters, which
-    `model_sharded_state_dict` refers to, see `gather_model_params`.
-
-    Args:
-        optimizer: what `get_optimizer` returned.
-        model_sharded_state_dict: of the model whose parameters it updates, made on the live
-            parameters; of several chunks, a dict of theirs.
-        is_loading: the result says what to read; otherwise it holds what to write.
-
-    Raises:
-        CheckpointError: the state would be saved wrong.
+    Collective over all ranks. `model_sharded_state_dict` is made on the live parameters; of several
+    chunks it is a dict of theirs. Before a save the parameters are completed, see
+    `gather_model_params`.
     """
     guard_padded_buckets(optimizer)
     if not is_loading:
@@ -52,10 +44,7 @@ def optimizer_sharded_state_dict(
 
 
 def guard_padded_buckets(optimizer: Any) -> None:
-    """Refuse a distributed optimizer with padded buckets where Megatron would save them shifted.
-
-    Args:
-        optimizer: what `get_optimizer` returned.
+    """Refuse padded buckets where Megatron would save them shifted.
 
     Raises:
         CheckpointError: `Platform.prepare` was not called, or was undone.

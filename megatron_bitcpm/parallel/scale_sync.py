@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 
 from megatron_bitcpm import ops
-from megatron_bitcpm.parallel.linear import TernarySite
 from megatron_bitcpm.parallel.projections import (
     join_ranks,
     projection_scales,
     scales_of_statistics,
 )
+from megatron_bitcpm.parallel.site import TernarySite
 
 
 @torch.no_grad()

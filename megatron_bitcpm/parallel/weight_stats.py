@@ -2,8 +2,7 @@
 
 Looks at a fixed sample of whole rows, at most `MAX_WEIGHTS` weights of each layer. Everything is
 measured on latent weights, inside `TernaryModel.latents`, and the sampled rows are quantised with
-the very operator and scales of the forward: so the codes are exactly those of the next forward in
-both modes, under the distributed optimizer and while parameter gathers overlap with the forward.
+the very operator and scales of the forward: the codes are exactly those of the next forward.
 Where weights are quantised in place that costs one more rewrite of them, the tail of a step.
 
 Shape suffixes: R sampled rows, I input features of the local shard, G groups per row.
@@ -19,8 +18,8 @@ import torch
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.parallel.convert import TernaryModel
-from megatron_bitcpm.parallel.linear import TernarySite
 from megatron_bitcpm.parallel.scale_sync import update_given_scales
+from megatron_bitcpm.parallel.site import TernarySite
 
 MAX_WEIGHTS = 1_000_000
 """Largest sample of one layer, in weights over all its linears and ranks."""
@@ -49,11 +48,9 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """Statistics of one moment; the same on all ranks of a model.
+    """Statistics of one moment, the same on all ranks of a model.
 
-    Attributes:
-        total: over the samples of all layers.
-        layers: by global layer number, from 0, in order; layers without ternary linears are absent.
+    `layers` has the global numbers, from 0, of the layers with ternary linears.
     """
 
     total: LayerStatistics
@@ -76,10 +73,9 @@ class CodeSampler:
 
     @torch.no_grad()
     def measure(self) -> CodeStatistics:
-        """Look at the weights as they are now, between two steps.
+        """Look at the weights as they are now, between two steps; collective over all ranks.
 
-        Collective over all ranks. The ranks that together hold one model (tensor and pipeline
-        parallel) put their sums together in rank order; data-parallel ranks hold the same weights.
+        The ranks that together hold one model put their sums together in rank order.
         """
         sites, first_look = self._ternary.sites, not self._has_looked
         self._has_looked = True
@@ -105,10 +101,7 @@ class CodeSampler:
         )
 
     def _look_at(self, site: TernarySite) -> torch.Tensor:
-        """Return the fields of `_Sums` for one linear's rows, float32, and keep their codes.
-
-        Counts are exact: a sample is far smaller than 2**24.
-        """
+        """Return the fields of `_Sums` for one linear's rows, float32, and keep their codes."""
         rows, quant = self._rows[id(site)], site.quant
         w_RI, wq_RI = site.weight.detach()[rows], site.fake_quantize(site.weight.detach(), rows)
         if site.takes_scales:
@@ -119,6 +112,7 @@ class CodeSampler:
         codes_RI = _half_levels(wq_RI, scales_RG)
         before_RI = self._codes_before.get(id(site), codes_RI)
         self._codes_before[id(site)] = codes_RI
+        # Counts are exact: a sample is far smaller than 2**24.
         numbers = [
             (codes_RI == 0).sum(),
             (codes_RI != before_RI).sum(),

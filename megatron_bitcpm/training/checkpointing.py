@@ -1,4 +1,4 @@
-"""The trainer's side of checkpoints: where a run may start, what it saves, what it goes on from."""
+"""The trainer's side of checkpoints: where a run may start, what it saves, what it continues."""
 
 from __future__ import annotations
 
@@ -34,12 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_run_folder(config: RunConfig, resume: bool) -> None:
-    """Refuse to mix two runs in one folder, before anything is built or written; collective.
-
-    Raises:
-        CheckpointError: nothing to resume, or nothing to begin from.
-        ConfigError: there is a run already, or the weights to begin with are another model's.
-    """
+    """Refuse to mix two runs in one folder, before anything is built or written; collective."""
     directory = Path(config.checkpoint.directory)
 
     def check() -> None:
@@ -66,12 +61,7 @@ def _unreadable(folder: str | Path, reason: str) -> BitcpmError:
 class Checkpointer:
     """Saves and restores one run; all methods are collective over all ranks.
 
-    Args:
-        config: the run.
-        runtime: this rank's place.
-        state: the live objects.
-        data_facts: from `data_fingerprints`.
-        vocab_size: ids of the tokenizer.
+    `data_facts` are from `data_fingerprints`.
     """
 
     def __init__(
@@ -164,7 +154,7 @@ class Checkpointer:
         with self._latents():
             load_weights(folder, self._state.chunks)
             self._state.optimizer.reload_model_params()
-        logger.info("begun with the weights of %s", folder)
+        logger.info("started from the weights of %s", folder)
 
     def _find_origin(self, source: str) -> Path:
         origin = find_origin(source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,11 +17,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class ExitRequest:
-    """Watches for reasons to stop; a context manager that holds the signal handlers.
+    """Watches for reasons to stop, of which one may be a time in minutes from now.
 
-    Args:
-        duration_min: minutes from now after which to stop, or None.
-        device: where a tensor for the collective lives.
+    A context manager that holds the signal handlers.
     """
 
     def __init__(self, duration_min: float | None, device: torch.device) -> None:
@@ -35,12 +33,7 @@ class ExitRequest:
             self._previous[number] = signal.signal(number, self._remember)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

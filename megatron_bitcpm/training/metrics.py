@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from rich.progress import MofNCompleteColumn
@@ -28,21 +27,12 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Writes the metrics of a run; a context manager.
-
-    Args:
-        directory: the run's folder.
-        first_iter: steps already done.
-        train_iters: steps of the whole run.
-        title: shown before the progress bar.
-    """
+    """Writes the metrics of a run, of which `first_iter` steps are done; a context manager."""
 
     def __init__(self, directory: Path, first_iter: int, train_iters: int, title: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / METRICS_FILE
-        self._forget_after(first_iter)
-        self._stream = self._path.open("a", encoding="utf-8")
-        self._tensorboard = _open_tensorboard(directory / "tensorboard", first_iter)
+        self._open_files(first_iter)
         columns = (MofNCompleteColumn(), "eta")
         self._progress = Progress(title, train_iters, *columns, completed=first_iter)
 
@@ -50,17 +40,10 @@ class MetricsWriter:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
         with self._tolerating_a_full_disk():
-            self._stream.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+            self._close_files()
 
     def say(self, text: str) -> None:
         """Print text above the progress bar."""
@@ -82,8 +65,7 @@ class MetricsWriter:
             iteration: optimizer steps done.
             layers: layer number -> numbers by metric name; one key in the file, in TensorBoard
                 ``layers/<number>/<name>``.
-            **values: numbers by metric name; units in the names where they have one. A number that
-                is not finite becomes null in the file, which has no other word for it.
+            **values: numbers by metric name. One that is not finite becomes null in the file.
         """
         kept = {key: value for key, value in values.items() if value is not None}
         line: dict[str, Any] = _finite_or_null(kept)
@@ -101,20 +83,23 @@ class MetricsWriter:
     def rewind(self, iteration: int) -> None:
         """Forget what was recorded after an iteration, to which the run returned."""
         with self._tolerating_a_full_disk():
-            self._stream.close()
-            self._forget_after(iteration)
-            self._stream = self._path.open("a", encoding="utf-8")
-            if self._tensorboard is not None:
-                self._tensorboard.close()
-                self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", iteration)
+            self._close_files()
+            self._open_files(iteration)
         self.advance(iteration)
+
+    def _open_files(self, iteration: int) -> None:
+        self._forget_after(iteration)
+        self._stream = self._path.open("a", encoding="utf-8")
+        self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", iteration)
+
+    def _close_files(self) -> None:
+        self._stream.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     @contextmanager
     def _tolerating_a_full_disk(self) -> Iterator[None]:
-        """Lose numbers rather than the run: only this rank knows, and the others go on.
-
-        A checkpoint that cannot be written stops all ranks.
-        """
+        """Lose numbers rather than the run: only this rank knows, and the others continue."""
         try:
             yield
         except OSError as error:
@@ -159,15 +144,12 @@ def _open_tensorboard(directory: Path, first_iter: int) -> Any:
 def plot_losses(
     runs: dict[str, Path], output: Path, levels: dict[str, float] | None = None
 ) -> bool:
-    """Draw training and validation losses of one or more runs.
+    """Draw training and validation losses of runs; return False without matplotlib.
 
     Args:
         runs: label -> run folder.
         output: PNG file.
         levels: label -> loss in nats of models without a run, drawn as horizontal lines.
-
-    Returns:
-        False when matplotlib is not installed.
     """
     try:
         import matplotlib

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_bitcpm.arch.counts import tflops_per_device, training_flops_per_token
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.parallel.weight_stats import CodeSampler
-from megatron_bitcpm.training.memory import measure_memory
+from megatron_bitcpm.training.memory import measure_peak_memory_gb
 from megatron_bitcpm.training.metrics import MetricsWriter, format_duration
 from megatron_bitcpm.training.progress import Progress
 from megatron_bitcpm.training.runtime import Runtime
@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 class StepReport:
     """Collects the numbers of steps and writes them; on every rank, since some are collective.
 
-    Args:
-        config: the run.
-        runtime: this rank's place.
-        state: the live objects.
-        writer: where to write; None on all ranks but the main one.
+    `writer` is None on all ranks but the main one.
     """
 
     def __init__(
@@ -61,13 +57,7 @@ class StepReport:
             self._writer.say(text)
 
     def add(self, loss: float, grad_norm: float | None, progress: Progress) -> None:
-        """Count a finished step.
-
-        Args:
-            loss: nats per token.
-            grad_norm: None when the step was skipped.
-            progress: the run's counters, this step included.
-        """
+        """Count a finished step: its loss in nats per token, and no norm if it was skipped."""
         self._losses.append(loss)
         self._grad_norm = grad_norm
         now = time.perf_counter()
@@ -79,9 +69,9 @@ class StepReport:
     def log(self, progress: Progress) -> None:
         """Write the numbers since the last call; collective over all ranks."""
         codes = self._sampler.measure() if self._sampler else None
-        memory = measure_memory(self._runtime.device)
+        memory_gb = measure_peak_memory_gb(self._runtime.device)
         if self._writer:
-            values = {**self._numbers(progress), "memory_gb": memory.peak_gb}
+            values = {**self._numbers(progress), "memory_gb": memory_gb}
             if codes is not None:
                 values.update(asdict(codes.total))
             layers = {k: asdict(v) for k, v in codes.layers.items()} if codes else None

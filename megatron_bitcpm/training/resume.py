@@ -35,16 +35,7 @@ _MUST_STAY = (
 
 
 def check_resumable(config: RunConfig, saved: RunConfig, folder: Path) -> None:
-    """Refuse to resume with settings under which it would not be the same run.
-
-    Args:
-        config: what the user asks for now.
-        saved: the checkpoint's configuration.
-        folder: the checkpoint, for the message.
-
-    Raises:
-        ConfigError: one line for each setting that differs.
-    """
+    """Refuse to resume a checkpoint with settings under which it would not be the same run."""
     now, then = _flatten(config.model_dump()), _flatten(saved.model_dump())
     problems = [
         (
@@ -82,16 +73,9 @@ def _local_scale_problems(config: RunConfig, saved: RunConfig, folder: Path) -> 
 def check_same_data(
     config: RunConfig, facts: dict[str, str], saved: dict[str, Any], folder: Path
 ) -> None:
-    """Refuse to continue in the middle of other data.
+    """Refuse to continue a checkpoint with other training data; validation sets may change.
 
-    Args:
-        config: for the names of the files.
-        facts: from `data_fingerprints`: what is there now. Validation sets may change.
-        saved: the checkpoint's state, which holds those of the training.
-        folder: the checkpoint, for the message.
-
-    Raises:
-        ConfigError: one line for each difference.
+    `facts` are the `data_fingerprints` of now, `saved` is the checkpoint's state.
     """
     data = config.data
     fields = {

@@ -24,7 +24,6 @@ class Runtime:
     device: torch.device
     rank: int
     world_size: int
-    tp_rank: int
     tp_size: int
     pp_rank: int
     pp_size: int
@@ -43,11 +42,7 @@ def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
     """Initialise torch.distributed and Megatron's parallel state; tear both down at the end.
 
     Under torchrun the ranks find each other through its environment; a process started by hand is a
-    world of one.
-
-    Args:
-        parallel: the layout; what the world size leaves is data parallel.
-        seed: seeds Python-free initialisation and Megatron's random states.
+    world of one. What the layout leaves of the world is data parallel.
 
     Raises:
         BitcpmError: the ranks cannot reach each other.
@@ -76,7 +71,6 @@ def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
             device=device,
             rank=torch.distributed.get_rank(),
             world_size=torch.distributed.get_world_size(),
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             tp_size=parallel_state.get_tensor_model_parallel_world_size(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
             pp_size=parallel_state.get_pipeline_model_parallel_world_size(),

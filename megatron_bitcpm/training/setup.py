@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_bitcpm.arch.counts import count_ternary_linears
 from megatron_bitcpm.arch.layout import pad_rows
 from megatron_bitcpm.config import ParallelConfig, RunConfig
-from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
 from megatron_bitcpm.parallel.convert import TernaryModel, ternarize_
 from megatron_bitcpm.parallel.megatron_api import (
     build_pipeline_chunks,
@@ -56,13 +56,7 @@ class TrainState:
 
 
 def build_train_state(config: RunConfig, runtime: Runtime, vocab_size: int) -> TrainState:
-    """Build model, optimizer and schedule on this rank; collective over all ranks.
-
-    Args:
-        config: the run.
-        runtime: this rank's place.
-        vocab_size: ids of the tokenizer.
-    """
+    """Build model, optimizer and schedule for a tokenizer's size; collective over all ranks."""
     dtype = DTYPES[config.training.precision]
     padded_vocab_size = pad_rows(vocab_size, config.model.make_vocab_size_divisible_by)
     transformer = build_transformer_config(
@@ -89,7 +83,7 @@ def build_model_chunks(
 ) -> list[GPTModel]:
     """Build this rank's pipeline chunks, with weights that do not depend on the layout."""
     build = functools.partial(
-        build_model, transformer, config.model, padded_vocab_size, config.data.seq_length
+        Decoder, transformer, config.model, padded_vocab_size, config.data.seq_length
     )
     models = [model.to(runtime.device) for model in build_pipeline_chunks(build)]
     for model in models:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,17 +37,14 @@ from megatron_bitcpm.training.progress import Progress
 from megatron_bitcpm.training.report import StepReport
 from megatron_bitcpm.training.runtime import Runtime, start_runtime
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from megatron_bitcpm.training.objectives.base import Batches, Objective
 
-Batches = Iterator[dict[str, torch.Tensor]]
+logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, resume: bool = False) -> None:
-    """Run a configuration to its end on this rank; every rank calls it.
-
-    Args:
-        config: a checked configuration.
-        resume: continue from the newest checkpoint in ``checkpoint.directory``.
+    """Run a configuration, or resume it, to its end on this rank; every rank calls it.
 
     Raises:
         BitcpmError: an input that cannot be used, or a run that had to stop.
@@ -59,11 +55,13 @@ def train(config: RunConfig, resume: bool = False) -> None:
 
 
 class Trainer:
-    """One run on this rank."""
+    """One run on this rank; without an objective it minimises the loss of the next token."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, objective: Objective | None = None
+    ) -> None:
+        from megatron_bitcpm.training.objectives.next_token import NextToken
         from megatron_bitcpm.training.setup import build_train_state
-        from megatron_bitcpm.training.step import build_forward_step
 
         self.config = config
         self.runtime = runtime
@@ -83,7 +81,7 @@ class Trainer:
         self.checkpointer = Checkpointer(
             config, runtime, self.state, data_fingerprints(data, tokenizer), tokenizer.vocab_size
         )
-        self._forward_step = build_forward_step(runtime.device)
+        self.objective = objective or NextToken(runtime.device)
         self._save_is_due = False
 
     # -- the run ---------------------------------------------------------------------------------
@@ -100,7 +98,7 @@ class Trainer:
         first_iter = self.progress.iteration
         if first_iter >= training.train_iters:
             logger.info(
-                "already at step %d of %d; raise training.train_iters to go on",
+                "already at step %d of %d; raise training.train_iters to continue",
                 first_iter,
                 training.train_iters,
             )
@@ -128,14 +126,13 @@ class Trainer:
 
     def _open_metrics(self, first_iter: int, title: str) -> MetricsWriter | None:
         """Return the writer on the main rank; a folder that it cannot use stops all ranks."""
-        writers: list[MetricsWriter] = []
-
-        def open_writer() -> None:
-            iters = self.config.training.train_iters
-            writers.append(MetricsWriter(self.directory, first_iter, iters, title))
-
-        on_all_ranks(open_writer, partial(write_error, self.directory), main_only=True)
-        return writers[0] if writers else None
+        return on_all_ranks(
+            lambda: MetricsWriter(
+                self.directory, first_iter, self.config.training.train_iters, title
+            ),
+            partial(write_error, self.directory),
+            main_only=True,
+        )
 
     def _loop(self, report: StepReport, exit_request: ExitRequest) -> None:
         training = self.config.training
@@ -155,8 +152,8 @@ class Trainer:
         report.published(self.checkpointer.finish())
         if reason is not None:
             iteration = self.progress.iteration
-            what = "in the middle of trouble, not saved" if self._save_is_due else "saved"
-            report.say(f"step {iteration:6d}  {reason}: {what}; --resume goes on")
+            what = "stopped while losses were bad, not saved" if self._save_is_due else "saved"
+            report.say(f"step {iteration:6d}  {reason}: {what}; --resume continues")
 
     def _after_step(self, report: StepReport, stopping: bool) -> None:
         """Log, validate and save as is due."""
@@ -179,17 +176,13 @@ class Trainer:
         report.published(self.checkpointer.poll())
 
     def _is_worth_returning_to(self) -> bool:
-        """A rollback must not lead into the middle of what it flees from."""
+        """Whether to save now: a rollback must not return to bad losses."""
         if self.config.guard.action == "stop" or not self.guard.in_trouble:
             return True
         return not self.checkpointer.has_checkpoint()
 
     def _roll_back(self, verdict: Verdict, report: StepReport) -> Batches:
-        """Return to the newest checkpoint, and to later data; return the new batches.
-
-        Raises:
-            TrainingError: the run has to stop instead.
-        """
+        """Return to the newest checkpoint, and to later data; return the new batches."""
         bad_iteration, consumed = self.progress.iteration, self.progress.consumed_samples
         report.published(self.checkpointer.finish())
         self.guard.begin_rollback(verdict)
@@ -210,14 +203,12 @@ class Trainer:
         """Return the layout and the size of the model; what is ternary was logged by then."""
         place = self.runtime
         parameters = sum(p.numel() for model in self.state.models for p in model.parameters())
-        lines = [
+        text = (
             f"{place.platform.name}: {place.world_size} rank(s), tp {place.tp_size}, "
             f"pp {place.pp_size}, cp {place.cp_size}, dp {place.dp_size}; "
-            f"{self.config.model.architecture}, {parameters:,} parameters on this rank",
-        ]
-        if not self.state.ternary:
-            lines.append("full precision (quant.enabled is false)")
-        return "\n".join(lines)
+            f"{self.config.model.architecture}, {parameters:,} parameters on this rank"
+        )
+        return text if self.state.ternary else f"{text}\nfull precision (quant.enabled is false)"
 
     # -- steps -----------------------------------------------------------------------------------
 
@@ -259,7 +250,7 @@ class Trainer:
         samples = training.micro_batch_size * self.runtime.dp_size
         return run_schedule(
             self.state.chunks,
-            self._forward_step,
+            self.objective,
             batches,
             num_microbatches=training.global_batch_size // samples,
             micro_batch_size=training.micro_batch_size,

@@ -152,7 +152,7 @@ def load_decoder(rank, folder, case, layout):
 
     from megatron_bitcpm.checkpoint.state import load_weights
     from megatron_bitcpm.config import ParallelConfig
-    from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+    from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
     from megatron_bitcpm.parallel.megatron_api import build_pipeline_chunks
 
     source, (tp, pp, vpp) = make_source(Path(folder), case), layout
@@ -164,7 +164,7 @@ def load_decoder(rank, folder, case, layout):
     config = build_transformer_config(source.model, parallel, torch.bfloat16)
     with model_parallel(*layout):
         chunks = build_pipeline_chunks(
-            lambda **place: build_model(config, source.model, 64, 32, **place)
+            lambda **place: Decoder(config, source.model, 64, 32, **place)
         )
         load_weights(Path(folder) / "out" / "release", chunks)
         check_chunks(chunks, source, layout, 64)

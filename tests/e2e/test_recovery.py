@@ -72,7 +72,7 @@ def test_exit_after_a_time(write_config, tmp_path):
     )
     messages = train_well(1, config)
     assert tracked(tmp_path / "run") >= 1
-    assert "training.exit_duration_in_mins: saved; --resume goes on" in messages[0]
+    assert "training.exit_duration_in_mins: saved; --resume continues" in messages[0]
 
 
 def train_with_full_disk(rank: int, arguments: list[str]) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from helpers.ranks import run_ranks
 from model_cases import MUP, VOCAB, global_name, model_config, shard
 
 from megatron_bitcpm.config import ParallelConfig
-from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
 from megatron_bitcpm.parallel.megatron_api import build_pipeline_chunks
 
 pytestmark = pytest.mark.both_versions
@@ -33,9 +33,7 @@ def initial_weights(rank: int, name: str, layout: dict, seed: int = 5) -> tuple[
     # The seed from which Megatron draws is another on each rank.
     with start_runtime(parallel, 100 + rank):
         config = build_transformer_config(model, parallel, torch.float32)
-        chunks = build_pipeline_chunks(
-            lambda **stage: build_model(config, model, VOCAB, 16, **stage)
-        )
+        chunks = build_pipeline_chunks(lambda **stage: Decoder(config, model, VOCAB, 16, **stage))
         found = []
         for chunk in chunks:
             initialize_weights_(chunk, seed)

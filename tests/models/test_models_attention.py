@@ -14,7 +14,7 @@ from megatron_bitcpm.config import ParallelConfig
 from megatron_bitcpm.models import attention
 from megatron_bitcpm.models.attention import causal_attention
 from megatron_bitcpm.models.context_parallel import chunks_of_rank, slice_for_context_parallel
-from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
 from megatron_bitcpm.training.runtime import start_runtime
 
 pytestmark = pytest.mark.both_versions
@@ -87,7 +87,7 @@ def peak_of_long_sequence(rank: int, cp_size: int, documents: list[int] | None):
     )
     with start_runtime(parallel, 0):
         config = build_transformer_config(model, parallel, torch.float32)
-        built = build_model(config, model, VOCAB, LONG)
+        built = Decoder(config, model, VOCAB, LONG)
         whole = torch.arange(LONG)[None]
         starts = None
         if documents:

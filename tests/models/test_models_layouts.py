@@ -13,7 +13,7 @@ from megatron_bitcpm.config import ParallelConfig, QuantConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.models import context_parallel
 from megatron_bitcpm.models.context_parallel import slice_for_context_parallel
-from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
 from megatron_bitcpm.parallel.megatron_api import (
     build_pipeline_chunks,
     megatron_version,
@@ -32,7 +32,7 @@ MODELS = {
 
 def build_chunks(model: ModelConfig, parallel: ParallelConfig, recompute: str = "none"):
     config = build_transformer_config(model, parallel, torch.float32, recompute)
-    chunks = build_pipeline_chunks(lambda **stage: build_model(config, model, VOCAB, SEQ, **stage))
+    chunks = build_pipeline_chunks(lambda **stage: Decoder(config, model, VOCAB, SEQ, **stage))
     for chunk in chunks:
         fill_by_name_(chunk)
     return config, chunks

@@ -12,7 +12,7 @@ from plain_decoder import Shape
 
 from megatron_bitcpm.config import ParallelConfig
 from megatron_bitcpm.errors import ModelError
-from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
 from megatron_bitcpm.training.runtime import start_runtime
 
 pytestmark = pytest.mark.both_versions
@@ -58,7 +58,7 @@ CASES = {
 def build(changes: dict, seq_length: int, recompute: str = "none"):
     model = model_config(**changes)
     config = build_transformer_config(model, ParallelConfig(), torch.float32, recompute)
-    built = build_model(config, model, VOCAB, seq_length)
+    built = Decoder(config, model, VOCAB, seq_length)
     fill_by_name_(built)
     return built
 

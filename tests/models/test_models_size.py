@@ -48,7 +48,7 @@ def test_no_released_configuration_is_missing():
 
 @pytest.mark.parametrize("size", RELEASED)
 def test_released_sizes_build_on_meta_with_the_published_count(size):
-    from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+    from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
     from megatron_bitcpm.training.runtime import start_runtime
 
     published, ranks = RELEASED[size]
@@ -58,7 +58,7 @@ def test_released_sizes_build_on_meta_with_the_published_count(size):
     assert pad_vocab_size(VOCAB, model) == VOCAB
     with start_runtime(ParallelConfig(), 0), torch.device("meta"):
         config = build_transformer_config(model, ParallelConfig(), torch.bfloat16)
-        built = build_model(config, model, VOCAB, 4096)
+        built = Decoder(config, model, VOCAB, 4096)
     assert {p.device.type for p in built.parameters()} == {"meta"}
     assert sum(p.numel() for p in built.parameters()) == formula
 

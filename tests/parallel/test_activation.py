@@ -9,7 +9,7 @@ from helpers.tiny_models import tiny_model_config, tiny_run
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.config import ParallelConfig, QuantConfig
-from megatron_bitcpm.models.decoder import build_model, build_transformer_config
+from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
 from megatron_bitcpm.parallel.convert import ternarize_
 
 pytestmark = pytest.mark.both_versions
@@ -87,7 +87,7 @@ def megatron_mlp(rank: int, tp: int, sequence: bool, mutant: str | None) -> dict
     with start_runtime(parallel, 0):
         model = tiny_model_config(num_layers=1, num_query_groups=4)
         config = build_transformer_config(model, parallel, torch.float32)
-        built = build_model(config, model, 128, 16)
+        built = Decoder(config, model, 128, 16)
         ternarize_(built, QuantConfig(**INT8))
         mlp, values = built.decoder.layers[0].mlp, full_values()
         if mutant == "output quantised":

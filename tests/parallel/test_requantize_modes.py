@@ -10,7 +10,7 @@ from helpers.ranks import run_ranks
 from helpers.tiny_models import TinyRun, tiny_model_config, tiny_run
 
 from megatron_bitcpm.config import QuantConfig
-from megatron_bitcpm.parallel.requantize import Requantizer
+from megatron_bitcpm.parallel.requantize.base import Requantizer
 from megatron_bitcpm.parallel.scale_sync import update_given_scales
 
 pytestmark = pytest.mark.both_versions
@@ -110,6 +110,7 @@ INT8 = {"activation": "int8_per_token"}
     [
         pytest.param(TENSOR, True, marks=SLOW),
         pytest.param({**TENSOR, **INT8}, False, marks=SLOW),
+        ({"grid": "ternary"}, False),
         ({"grid": "five"}, False),
         pytest.param({**TENSOR, "grid": "half_sym4", **INT8}, True, marks=SLOW),
         pytest.param({"grid": "asym4", "group_size": 32}, True, marks=SLOW),
@@ -117,7 +118,7 @@ INT8 = {"activation": "int8_per_token"}
         pytest.param(INT8, False, marks=SLOW),
     ],
 )
-def test_other_quantisers(quant, overlap):
+def test_quantisers(quant, overlap):
     """At tp 2; with overlap at dp 2, where the scales of each bucket group come by themselves."""
     layout = {"distributed_optimizer": True, "overlap": True, "bucket_size": 20_000}
     step, forward = both_modes(
@@ -202,7 +203,7 @@ def train_with_naive_hook(rank: int) -> dict:
     def careless(self, step):
         def followed(*args, **kwargs):
             result = step(*args, **kwargs)
-            self._mark_rewritten()
+            self._mark_stale()
             self.refresh()
             return result
 

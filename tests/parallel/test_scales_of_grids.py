@@ -345,9 +345,9 @@ def experts_and_refusals(rank: int) -> tuple:
 def test_experts_have_their_own_projections_and_unknown_rows_are_refused():
     message, counts = run_ranks(1, experts_and_refusals)[0]
     assert message.startswith(
-        "quant.group_size=tensor: which projections the rows of "
-        "decoder.layers.0.self_attention.linear_qkv hold, ColumnParallelLinear [256, 64], is not "
-        "known. Exclude it"
+        "quant.group_size=tensor: cannot tell to which projections the rows of "
+        "decoder.layers.0.self_attention.linear_qkv belong (ColumnParallelLinear [256, 64]). "
+        "Exclude it"
     ), message
     experts = {name: n for name, n in counts.items() if "experts" in name}
     assert sorted(experts.values()) == [1, 1, 2, 2] and len(counts) == 6

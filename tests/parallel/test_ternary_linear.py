@@ -336,5 +336,5 @@ def input_of_another_name(rank: int) -> str:
 def test_int8_activations_need_the_input_by_name():
     assert run_ranks(1, input_of_another_name)[0] == (
         "quant.activation=int8_per_token: TernaryRenamed (decoder.layers.0.self_attention."
-        "linear_proj) names the input of its matrix multiplication otherwise: weight, x. Use none."
+        "linear_proj) calls its matrix multiplication with weight, x, without `input`. Use none."
     )

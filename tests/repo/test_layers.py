@@ -1,4 +1,4 @@
-"""A module imports from its own folder and from lower layers only."""
+"""A module imports from its own folder and from lower layers only, and no two import each other."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ LAYERS = {
     "errors": 0,
     "version": 0,
     "files": 1,
-    "records": 1,
+    "publish": 1,
     "progress": 1,
-    "config": 1,
+    "records": 1,
+    "arch": 2,
     "quant": 2,
-    "ops": 3,
-    "patching": 4,
-    "platforms": 5,
-    "parallel": 6,
-    "models": 7,
-    "data": 7,
-    "checkpoint": 7,
-    "export": 7,
-    "conversion": 8,
-    "training": 8,
-    "evaluation": 9,
-    "doctor": 9,
-    "cli": 10,
-    "__init__": 11,
-    "__main__": 11,
+    "config": 3,
+    "ops": 4,
+    "quantizer": 5,
+    "patching": 6,
+    "platforms": 7,
+    "parallel": 8,
+    "models": 9,
+    "data": 9,
+    "checkpoint": 9,
+    "conversion": 10,
+    "training": 10,
+    "evaluation": 11,
+    "doctor": 11,
+    "bench": 12,
+    "cli": 13,
+    "__init__": 14,
+    "__main__": 14,
 }
 
 
@@ -76,7 +79,88 @@ def test_imports_go_downwards(path):
 def test_the_walk_sees_an_upward_import():
     assert violations("quant", "def f():\n    from megatron_bitcpm import ops\n") == ["ops"]
     assert violations("data", "import megatron_bitcpm.models.decoder") == ["models"]
-    assert violations("training", "from megatron_bitcpm.models.decoder import build_model") == []
+    assert violations("training", "from megatron_bitcpm.models.decoder import Decoder") == []
+
+
+def module_name(file: str) -> str:
+    """`a/b.py` is a.b, and `a/__init__.py` is a."""
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports_of_files(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Map each file to those of its fellows that it imports by name, at any depth of its code.
+
+    Args:
+        sources: contents by path below the folder that holds the top package.
+    """
+    files = {module_name(file): file for file in sources}
+    graph = {}
+    for file, source in sources.items():
+        # What a relative import counts its dots from; a package counts from itself.
+        package = module_name(file) + (".x" if file.endswith("__init__.py") else "")
+        names = set()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = package.rsplit(".", node.level)[0] + "." if node.level else ""
+                module = (base + (node.module or "")).rstrip(".")
+                members = {f"{module}.{alias.name}" for alias in node.names}
+                names |= {member if member in files else module for member in members}
+        graph[file] = {files[name] for name in names if name in files}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Return the groups of files that reach each other, and files that import themselves."""
+
+    def reachable(start: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = graph[waiting.pop()] - found
+            found |= new
+            waiting += new
+        return found
+
+    reach = {file: reachable(file) for file in graph}
+    groups = {
+        tuple(sorted(other for other in reach[file] if file in reach[other]))
+        for file in graph
+        if file in reach[file]
+    }
+    return sorted(groups)
+
+
+def test_no_two_files_import_each_other():
+    sources = {
+        str(path.relative_to(PACKAGE.parent)): path.read_text() for path in PACKAGE.rglob("*.py")
+    }
+    graph = imports_of_files(sources)
+    assert sum(map(len, graph.values())) > len(graph), "the walk sees too few imports"
+    assert circles(graph) == []
+
+
+@pytest.mark.parametrize(
+    "way_back",
+    [
+        "from p.a import f",
+        "def f():\n    import p.a",
+        "if TYPE_CHECKING:\n    from p import a",
+        "from .. import a",
+        "from ..a import f",
+    ],
+)
+def test_the_walk_sees_a_circle_however_it_is_closed(way_back):
+    sources = {
+        "p/__init__.py": "",
+        "p/a.py": "from p.sub import x",
+        "p/sub/__init__.py": "from p.sub.b import x",
+        "p/sub/b.py": way_back,
+        "p/c.py": "import os, p.a\nfrom p.sub import b",
+    }
+    assert circles(imports_of_files(sources)) == [("p/a.py", "p/sub/__init__.py", "p/sub/b.py")]
+    assert circles(imports_of_files({**sources, "p/sub/b.py": "import q.a"})) == []
 
 
 def test_compiled_modules_are_imported_by_ops_only():

@@ -1,0 +1,122 @@
+"""What a ternary linear knows beyond Megatron's module, and how its weight is quantised.
+
+Shape suffixes: O output features, I input features (both of the local shard), G groups per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from megatron_bitcpm import ops
+from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.errors import ModelError
+from megatron_bitcpm.parallel.projections import ProjectionRows
+from megatron_bitcpm.quant.groups import ShardedGroups
+
+
+class SuppliesWeight(Protocol):
+    """What a linear needs of the object that decides when weights are quantised."""
+
+    mode: str
+
+    def weight_for_forward(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
+        """Return the matrix for the GEMM, [O, I]; `weight` is the module's parameter."""
+        ...
+
+
+@dataclass(eq=False)
+class TernarySite:
+    """One ternary linear on this rank.
+
+    Attributes:
+        name: global name, for example ``decoder.layers.3.mlp.linear_fc2`` (layers count from 0
+            over the whole model, whatever the pipeline stage).
+        tp_group, tp_size: the tensor-parallel group that shards this linear.
+        row_parallel: whether the input dimension is sharded.
+        groups: how the groups lie over the ranks; None with one scale per projection.
+        projection_rows: which row belongs to which projection, only with ``group_size: tensor``.
+        fresh: the in-place weight (or the cached scales) belongs to the current latent weight.
+        ran: a forward used the current weight.
+        scales_OG: cached scales of the local rows, float32 [O, 1], only where `takes_scales`.
+        requantizer: decides when the weight is quantised; shared by all sites of a model.
+    """
+
+    name: str
+    module: torch.nn.Module
+    quant: QuantConfig
+    tp_group: Any
+    tp_size: int
+    row_parallel: bool
+    groups: ShardedGroups | None = None
+    projection_rows: ProjectionRows | None = None
+    fresh: bool = False
+    ran: bool = False
+    scales_OG: torch.Tensor | None = None
+    requantizer: SuppliesWeight = field(init=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TernarySite:
+        # A copy would share the optimizer and the process groups, and mark the original's weight.
+        raise ModelError(
+            f"model={self.name}: a ternary linear cannot be copied. Build the model again and load "
+            "the state_dict taken within latents()."
+        )
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        """The parameter, float [O, I]: latent, or quantised in place (see `requantize`)."""
+        return self.module.weight
+
+    @property
+    def in_features_full(self) -> int:
+        """Length of an unsharded row."""
+        local = self.weight.shape[1]
+        return local * self.tp_size if self.row_parallel else local
+
+    @property
+    def takes_scales(self) -> bool:
+        """Whether the scales come from `scale_sync`, being of more than this shard of a row."""
+        return self.groups is None or self.groups.needs_sum_exchange
+
+    @property
+    def local_group_size(self) -> int:
+        """What the operators are told where they find the scales themselves."""
+        assert self.groups is not None, "scales are given"
+        return self.groups.local_group_size
+
+    def fake_quantize(self, w_OI: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the quantised weight of a latent one, straight-through; of all or some rows."""
+        quant, scales_OG = self.quant, self.scales_OG
+        if rows is not None:
+            w_OI = w_OI[rows]
+            scales_OG = None if scales_OG is None else scales_OG[rows]
+        if self.takes_scales:
+            assert scales_OG is not None
+            return ops.fake_quantize_with_scales(w_OI, scales_OG, quant.grid)
+        return ops.fake_quantize(w_OI, self.local_group_size, quant.eps, quant.grid)
+
+
+def fake_quantize_sites_(sites: list[TernarySite]) -> None:
+    """Overwrite the parameters with their quantised values; keep the latents first.
+
+    One operator for all weights whose scales are given, one for all others, so that threads are
+    shared out over the whole model.
+    """
+    if not sites:
+        return
+    quant = sites[0].quant
+    given = [site for site in sites if site.takes_scales]
+    if given:
+        scales = [site.scales_OG for site in given if site.scales_OG is not None]
+        assert len(scales) == len(given)
+        ops.foreach_fake_quantize_with_scales_(
+            [site.weight.data for site in given], scales, quant.grid
+        )
+    by_group_size: dict[int, list[torch.Tensor]] = {}
+    for site in sites:
+        if not site.takes_scales:
+            by_group_size.setdefault(site.local_group_size, []).append(site.weight.data)
+    for group_size, weights in by_group_size.items():
+        ops.foreach_fake_quantize_(weights, group_size, quant.eps, quant.grid)
