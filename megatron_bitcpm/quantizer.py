@@ -27,7 +27,7 @@ import torch
 from pydantic import ValidationError
 
 from megatron_bitcpm import ops
-from megatron_bitcpm.arch.tensors import Place, Shape, TensorSpec, find_projection
+from megatron_bitcpm.arch.tensors import Dimensions, Place, Shape, TensorSpec, find_projection
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import CheckpointError, one_line
 from megatron_bitcpm.quant.fake_quant import codes_from_scales
@@ -72,11 +72,11 @@ class Quantizer:
         assert place.layer is not None
         return not self.config.excludes(place.module, place.layer, num_layers)
 
-    def groups_of(self, spec: TensorSpec, in_features: int) -> ShardedGroups | None:
+    def groups_of(self, row_parallel: bool, in_features: int) -> ShardedGroups | None:
         """How the groups of a linear lie over its ranks; None with one scale per projection.
 
         Args:
-            spec: the linear's row of the map.
+            row_parallel: whether ranks share its rows, rather than hold some of them.
             in_features: of the full weight.
 
         Raises:
@@ -85,14 +85,14 @@ class Quantizer:
         size = self.config.group_size
         if not isinstance(size, int):
             return None
-        parallel: Literal["row", "column"] = "row" if spec.row_parallel else "column"
+        parallel: Literal["row", "column"] = "row" if row_parallel else "column"
         return resolve_sharded_groups(
             in_features, self.tp_size, size, parallel, self.config.scale_sync
         )
 
     def weights_per_scale(self, place: Place, shape: Shape) -> int:
         """Return how many consecutive weights share a scale: inputs of a row, or all of them."""
-        groups = self.groups_of(place.spec, shape[1])
+        groups = self.groups_of(place.spec.row_parallel, shape[1])
         return shape[0] * shape[1] if groups is None else groups.scale_len
 
     def tensors(self, shapes: Mapping[str, Shape], num_layers: int) -> dict[str, int]:
@@ -137,6 +137,22 @@ class Quantizer:
         if self.grid.statistic == "abs_sum":
             return ops.scales_from_sums(stats, num_weights, self.config.eps)
         return stats
+
+    def projection_scales(
+        self, stats_O: torch.Tensor, spec: TensorSpec, dims: Dimensions, in_features: int
+    ) -> torch.Tensor:
+        """Return the scale of each row of a fused weight, float32 [O, 1], one value per part.
+
+        Args:
+            stats_O: statistics of the full rows.
+            spec, dims: say which row is of which part.
+            in_features: of a full row.
+        """
+        scales_O = torch.empty_like(stats_O)
+        for rows in spec.split(torch.arange(len(stats_O), device=stats_O.device), dims):
+            stat = self.reduce_rows(stats_O[rows])
+            scales_O[rows] = self.scales_of(stat, len(rows) * in_features)
+        return scales_O.unsqueeze(1)
 
     def fake_quantize(
         self, w_OI: torch.Tensor, group_size: int, scales_OG: torch.Tensor | None = None
@@ -184,7 +200,7 @@ class Quantizer:
         self, w_OI: torch.Tensor, spec: TensorSpec
     ) -> tuple[int, torch.Tensor | None]:
         """Return the inputs per scale, and the scales where operators cannot find them alone."""
-        groups = self.groups_of(spec, w_OI.shape[1])
+        groups = self.groups_of(spec.row_parallel, w_OI.shape[1])
         # The largest |w| of a row is that of its slices.
         alone = groups is not None and self.grid.statistic == "abs_max"
         if groups is not None and (alone or not groups.needs_sum_exchange):
@@ -195,7 +211,7 @@ class Quantizer:
     def _sums(self, w_OI: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, int]:
         """Return the statistics of the groups, float32 [O, G], and the weights behind each."""
         out_features, in_features = w_OI.shape
-        groups = self.groups_of(spec, in_features)
+        groups = self.groups_of(spec.row_parallel, in_features)
         if groups is not None and not groups.needs_sum_exchange:
             return ops.abs_sums(w_OI, groups.scale_len), groups.scale_len
         slices = self.tp_size if spec.row_parallel else 1

@@ -208,10 +208,10 @@ class TensorSpec:
         return _join_rows(pieces)
 
     def join_ranks(self, shards: Sequence[torch.Tensor], dims: Dimensions) -> torch.Tensor:
-        """Put the parts of all tensor-parallel ranks together."""
+        """Put the parts of all tensor-parallel ranks together, [O, I]; of rows also values, [O]."""
         if len(shards) == 1 or self.sharded is None:
             return shards[0]
-        full = shards[0].new_empty(self.shape(dims))
+        full = shards[0].new_empty(self.shape(dims)[: shards[0].ndim])
         start = 0
         for rank, shard in enumerate(shards):
             if self.row_parallel:

@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,17 +23,16 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_bitcpm import ops
+from megatron_bitcpm.arch.tensors import Dimensions, TensorSpec, all_specs
 from megatron_bitcpm.config import QuantConfig, RunConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.agree import first_reason
 from megatron_bitcpm.parallel.linear import ternary_class
 from megatron_bitcpm.parallel.megatron_api import tensor_parallel_group
-from megatron_bitcpm.parallel.projections import ProjectionRows
 from megatron_bitcpm.parallel.requantize.base import Requantizer
 from megatron_bitcpm.parallel.requantize.unattached import Unattached
 from megatron_bitcpm.parallel.site import TernarySite
 from megatron_bitcpm.patching.versions import check_megatron_version
-from megatron_bitcpm.quant.groups import resolve_sharded_groups
 from megatron_bitcpm.quantizer import Quantizer
 
 logger = logging.getLogger(__name__)
@@ -46,14 +45,13 @@ class TernaryModel:
     Attributes:
         sites: the ternary linears of all chunks on this rank.
         excluded: names of linears that stay in full precision.
-        tp_size: ranks that share each layer.
+        quantizer: of the model.
     """
 
-    quant: QuantConfig
+    quantizer: Quantizer
     sites: list[TernarySite]
     excluded: list[str]
     requantizer: Unattached | Requantizer
-    tp_size: int
 
     def attach_optimizer(self, optimizer: Any) -> None:
         """Choose when to quantise and follow the optimizer's steps; log the report on rank 0.
@@ -76,7 +74,7 @@ class TernaryModel:
             for site in self.sites
         )
         weights = sum(site.weight.numel() for site in self.sites)
-        quant = self.quant
+        quant = self.quantizer.config
         lines = [
             f"{len(self.sites)} ternary linears, {weights:,} weights on this rank; "
             f"{quant.grid}, group_size {quant.group_size}, scale_sync {quant.scale_sync}, "
@@ -96,7 +94,7 @@ class TernaryModel:
 
     def stamp(self) -> dict[str, Any]:
         """Return what a checkpoint must record to reproduce these codes exactly."""
-        return Quantizer(self.quant, self.tp_size).stamp()
+        return self.quantizer.stamp()
 
 
 def ternarize_(
@@ -143,7 +141,7 @@ def ternarize_(
         site.module.ternary = site
     requantizer = Unattached(sites, quant.requantize)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    return TernaryModel(quant, sites, excluded, requantizer, tp_size)
+    return TernaryModel(Quantizer(quant, tp_size), sites, excluded, requantizer)
 
 
 def _plan(
@@ -220,46 +218,37 @@ def _check_patterns(
 
 def _make_site(name: str, module: torch.nn.Module, quant: QuantConfig) -> TernarySite:
     tp_group = tensor_parallel_group(module)
-    site = TernarySite(
-        name=name,
-        module=module,
-        quant=quant,
-        tp_group=tp_group,
-        tp_size=tp_group.size(),
-        row_parallel=isinstance(module, RowParallelLinear),
-    )
-    if quant.group_size == "tensor":
-        site.projection_rows = find_projection_rows(name, module)
-    else:
-        site.groups = resolve_sharded_groups(
-            site.in_features_full,
-            site.tp_size,
-            quant.group_size,
-            "row" if site.row_parallel else "column",
-            quant.scale_sync,
-        )
+    quantizer = Quantizer(quant, tp_group.size())
+    site = TernarySite(name, module, quantizer, tp_group, isinstance(module, RowParallelLinear))
+    site.groups = quantizer.groups_of(site.row_parallel, site.in_features_full)
+    if quantizer.per_projection:
+        site.fused = find_fused_rows(name, module)
     return site
 
 
-def find_projection_rows(name: str, module: torch.nn.Module) -> ProjectionRows:
-    """Return which rows of a linear belong to which Hugging Face projection, by its name.
+def find_fused_rows(name: str, module: torch.nn.Module) -> tuple[TensorSpec, Dimensions]:
+    """Return which rows of a linear belong to which projection: its row of the map, and the sizes.
 
     Raises:
         ModelError: the order of its rows is not known.
     """
-    config, kind = module.config, name.rsplit(".", 1)[-1]
-    if kind == "linear_proj":
-        return ProjectionRows(("o",))
-    if kind == "linear_fc2":
-        return ProjectionRows(("down",))
-    if kind == "linear_fc1":
-        return ProjectionRows(("gate", "up") if config.gated_linear_unit else ("up",))
-    heads, channels = config.num_attention_heads, config.kv_channels
-    query_groups = config.num_query_groups or heads
-    if kind == "linear_qkv" and module.output_size == (heads + 2 * query_groups) * channels:
-        return ProjectionRows(("q", "k", "v"), query_groups, heads, channels)
-    raise ModelError(
-        f"quant.group_size=tensor: cannot tell to which projections the rows of {name} belong "
-        f"({type(module).__name__} [{module.output_size}, {module.input_size}]). Exclude it "
-        "(quant.exclude), or use group_size -1."
+    config, out_features = module.config, module.output_size
+    kind = name.rsplit(".", 1)[-1]
+    spec = next((spec for spec in all_specs() if spec.module.endswith(f".{kind}")), None)
+    if spec is not None and kind == "linear_fc1" and not config.gated_linear_unit:
+        spec = replace(spec, parts=spec.parts[:1])
+    heads = config.num_attention_heads
+    dims = Dimensions(
+        hidden=out_features,  # of weights that write to the residual stream
+        heads=heads,
+        groups=config.num_query_groups or heads,
+        head_dim=config.kv_channels,
+        ffn=out_features // (len(spec.parts) if spec else 1),  # of experts, their own
     )
+    if spec is None or spec.shape(dims)[0] != out_features:
+        raise ModelError(
+            f"quant.group_size=tensor: cannot tell to which projections the rows of {name} belong "
+            f"({type(module).__name__} [{out_features}, {module.input_size}]). Exclude it "
+            "(quant.exclude), or use group_size -1."
+        )
+    return spec, dims

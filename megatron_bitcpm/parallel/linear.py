@@ -7,7 +7,7 @@ The parameter stays Megatron's `weight` (name, tensor-parallel attributes, shard
 what enters the GEMM changes. Gradients of the quantised weight go to the latent weight unchanged
 (straight-through), and so do those of the quantised input. Groups run along the input dimension, so
 column parallelism and fused or permuted output rows never touch a scale; `group_size: tensor` alone
-looks at the rows, see `projections`.
+looks at the rows, see `quantizer`.
 
 The input is quantised as this rank holds it. Before the gather of sequence parallelism that is the
 same as after it, since a token is never cut; row parallelism does cut tokens, and each slice has
@@ -53,7 +53,7 @@ class TernaryLinear(torch.nn.Module):
     ) -> torch.Tensor:
         site = self.ternary
         kwargs["weight"] = site.requantizer.weight_for_forward(site, kwargs["weight"])
-        if site.quant.activation == "int8_per_token":
+        if site.quantizer.config.activation == "int8_per_token":
             if "input" not in kwargs:
                 raise ModelError(
                     f"quant.activation=int8_per_token: {type(self).__name__} ({site.name}) calls "
@@ -65,7 +65,7 @@ class TernaryLinear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """Name the quantiser in the module's printed form."""
-        quant = self.ternary.quant
+        quant = self.ternary.quantizer.config
         text = f"{quant.grid}, group_size={quant.group_size}, {self.ternary.requantizer.mode}"
         return text if quant.activation == "none" else f"{text}, {quant.activation}"
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 
 from megatron_bitcpm import ops
-from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.arch.tensors import Dimensions, TensorSpec
 from megatron_bitcpm.errors import ModelError
-from megatron_bitcpm.parallel.projections import ProjectionRows
 from megatron_bitcpm.quant.groups import ShardedGroups
+from megatron_bitcpm.quantizer import Quantizer
 
 
 class SuppliesWeight(Protocol):
@@ -34,10 +34,11 @@ class TernarySite:
     Attributes:
         name: global name, for example ``decoder.layers.3.mlp.linear_fc2`` (layers count from 0
             over the whole model, whatever the pipeline stage).
-        tp_group, tp_size: the tensor-parallel group that shards this linear.
+        quantizer: how; its tp_size is that of `tp_group`.
+        tp_group: the tensor-parallel ranks that share this linear.
         row_parallel: whether the input dimension is sharded.
         groups: how the groups lie over the ranks; None with one scale per projection.
-        projection_rows: which row belongs to which projection, only with ``group_size: tensor``.
+        fused: which row belongs to which projection; None where scales do not depend on that.
         fresh: the in-place weight (or the cached scales) belongs to the current latent weight.
         ran: a forward used the current weight.
         scales_OG: cached scales of the local rows, float32 [O, 1], only where `takes_scales`.
@@ -46,12 +47,11 @@ class TernarySite:
 
     name: str
     module: torch.nn.Module
-    quant: QuantConfig
+    quantizer: Quantizer
     tp_group: Any
-    tp_size: int
     row_parallel: bool
     groups: ShardedGroups | None = None
-    projection_rows: ProjectionRows | None = None
+    fused: tuple[TensorSpec, Dimensions] | None = None
     fresh: bool = False
     ran: bool = False
     scales_OG: torch.Tensor | None = None
@@ -73,7 +73,7 @@ class TernarySite:
     def in_features_full(self) -> int:
         """Length of an unsharded row."""
         local = self.weight.shape[1]
-        return local * self.tp_size if self.row_parallel else local
+        return local * self.quantizer.tp_size if self.row_parallel else local
 
     @property
     def takes_scales(self) -> bool:
@@ -88,14 +88,13 @@ class TernarySite:
 
     def fake_quantize(self, w_OI: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Return the quantised weight of a latent one, straight-through; of all or some rows."""
-        quant, scales_OG = self.quant, self.scales_OG
         if rows is not None:
             w_OI = w_OI[rows]
-            scales_OG = None if scales_OG is None else scales_OG[rows]
-        if self.takes_scales:
-            assert scales_OG is not None
-            return ops.fake_quantize_with_scales(w_OI, scales_OG, quant.grid)
-        return ops.fake_quantize(w_OI, self.local_group_size, quant.eps, quant.grid)
+        if not self.takes_scales:
+            return self.quantizer.fake_quantize(w_OI, self.local_group_size)
+        assert self.scales_OG is not None
+        scales_OG = self.scales_OG if rows is None else self.scales_OG[rows]
+        return self.quantizer.fake_quantize(w_OI, -1, scales_OG)
 
 
 def fake_quantize_sites_(sites: list[TernarySite]) -> None:
@@ -106,7 +105,7 @@ def fake_quantize_sites_(sites: list[TernarySite]) -> None:
     """
     if not sites:
         return
-    quant = sites[0].quant
+    quant = sites[0].quantizer.config
     given = [site for site in sites if site.takes_scales]
     if given:
         scales = [site.scales_OG for site in given if site.scales_OG is not None]

@@ -65,7 +65,9 @@ class CodeSampler:
         # The sample of a layer is shared by its linears and by the ranks that shard them.
         per_layer = Counter(_layer_of(site) for site in ternary.sites)
         self._rows = {
-            id(site): _spread_rows(site, MAX_WEIGHTS // (per_layer[_layer_of(site)] * site.tp_size))
+            id(site): _spread_rows(
+                site, MAX_WEIGHTS // (per_layer[_layer_of(site)] * site.quantizer.tp_size)
+            )
             for site in ternary.sites
         }
         self._codes_before: dict[int, torch.Tensor] = {}
@@ -102,7 +104,7 @@ class CodeSampler:
 
     def _look_at(self, site: TernarySite) -> torch.Tensor:
         """Return the fields of `_Sums` for one linear's rows, float32, and keep their codes."""
-        rows, quant = self._rows[id(site)], site.quant
+        rows, quant = self._rows[id(site)], site.quantizer.config
         w_RI, wq_RI = site.weight.detach()[rows], site.fake_quantize(site.weight.detach(), rows)
         if site.takes_scales:
             assert site.scales_OG is not None

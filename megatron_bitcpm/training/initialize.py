@@ -14,10 +14,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-_RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, TensorSpec, find_tensor
 
 
-def named_matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _named_matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield (global name, parameter) of every matrix of one model chunk.
 
     Layers are numbered over the whole model. The copy of a tied embedding that the last pipeline
@@ -33,8 +33,8 @@ def named_matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Param
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             continue
-        if tied and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"
+        if tied and name == OUTPUT.name:
+            name = EMBEDDING.name
         for local, everywhere in layers.items():
             if name.startswith(local):
                 name = everywhere + name.removeprefix(local)
@@ -51,14 +51,16 @@ def initialize_weights_(model: torch.nn.Module, seed: int) -> None:
         seed: the run's seed; equal on all ranks.
     """
     config = model.config
-    for name, parameter in named_matrices(model):
-        residual = name.endswith(_RESIDUAL_OUTPUTS)
+    for name, parameter in _named_matrices(model):
+        place = find_tensor(name, "megatron")
+        assert place is not None, name
+        residual = place.spec.writes_residual
         draw = config.output_layer_init_method if residual else config.init_method
         full = torch.empty(_full_shape(parameter), dtype=torch.float32, device="cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_stream_seed(seed, name))
             draw(full)
-        parameter.copy_(_shard(full, name, parameter))
+        parameter.copy_(_shard(full, place.spec, parameter))
 
 
 def _stream_seed(seed: int, name: str) -> int:
@@ -73,12 +75,12 @@ def _full_shape(parameter: torch.nn.Parameter) -> list[int]:
     return shape
 
 
-def _shard(full: torch.Tensor, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+def _shard(full: torch.Tensor, spec: TensorSpec, parameter: torch.nn.Parameter) -> torch.Tensor:
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
     dim = parameter.partition_dim
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     # SwiGLU's gate and up matrices are stacked, and each is cut by itself.
-    stacked = 2 if name.endswith("mlp.linear_fc1.weight") else 1
+    stacked = 1 if spec.interleaved else len(spec.parts)
     return torch.cat([part.chunk(size, dim)[rank] for part in full.chunk(stacked, dim)], dim)

@@ -243,7 +243,7 @@ def compare_with_transformers(rank: int) -> dict:
     with tiny_run(quant, model=tiny_model_config(num_layers=1), dtype=torch.float32) as run:
         for number, site in enumerate(run.ternary.sites):
             rows, inputs = site.weight.shape
-            order = site.projection_rows.split(torch.arange(rows))
+            order = site.fused[0].split(torch.arange(rows), site.fused[1])
             linears = []
             for index, part in enumerate(order):
                 linear = AutoBitLinear(inputs, len(part), bias=False, online_quant=True)
@@ -255,7 +255,7 @@ def compare_with_transformers(rank: int) -> dict:
         for site in run.ternary.sites:
             weight, linears = site.weight, theirs[site.name]
             sizes = [linear.out_features for linear in linears]
-            order = torch.cat(site.projection_rows.split(torch.arange(sum(sizes))))
+            order = torch.cat(site.fused[0].split(torch.arange(sum(sizes)), site.fused[1]))
             x = torch.randn(5, 2, weight.shape[1], generator=torch.Generator().manual_seed(1))
             mine_x, their_x = x.clone().requires_grad_(), x.clone().requires_grad_()
             mine = site.module(mine_x)[0][..., order]

@@ -98,7 +98,7 @@ def scales_of_experts(rank: int, expert_tp: int) -> dict[str, tuple]:
     for site in ternary.sites:
         level = (1 if rank == 0 else 3) * (1 + len(found))
         torch.nn.init.constant_(site.weight, level)
-        found[site.name] = [site.tp_size, level]
+        found[site.name] = [site.quantizer.tp_size, level]
     update_given_scales(ternary.sites)
     for site in ternary.sites:
         found[site.name].append(site.scales_OG.unique().tolist())

@@ -91,10 +91,10 @@ def full_weight(name: str, shape: tuple[int, int]) -> torch.Tensor:
 
 def local_part(full: torch.Tensor, site, rank: int) -> torch.Tensor:
     if site.row_parallel:
-        return full.chunk(site.tp_size, 1)[rank]
+        return full.chunk(site.quantizer.tp_size, 1)[rank]
     if site.name.endswith("linear_fc1"):
-        return torch.cat([half.chunk(site.tp_size)[rank] for half in full.chunk(2)])
-    return full.chunk(site.tp_size)[rank]
+        return torch.cat([half.chunk(site.quantizer.tp_size)[rank] for half in full.chunk(2)])
+    return full.chunk(site.quantizer.tp_size)[rank]
 
 
 def weights_of_forward(rank: int, changes: dict, tp: int, dtype, groups: int) -> dict:
