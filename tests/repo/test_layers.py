@@ -14,23 +14,27 @@ LAYERS = {
     "errors": 0,
     "version": 0,
     "files": 1,
-    "config": 1,
+    "records": 1,
+    "section": 1,
+    "arch": 2,
     "quant": 2,
-    "ops": 3,
-    "platforms": 4,
-    "parallel": 5,
-    "models": 6,
-    "data": 6,
-    "patching": 6,
-    "checkpoint": 6,
-    "export": 6,
-    "conversion": 7,
-    "training": 7,
-    "evaluation": 8,
-    "doctor": 8,
-    "cli": 9,
-    "__init__": 10,
-    "__main__": 10,
+    "config": 3,
+    "ops": 4,
+    "quantizer": 5,
+    "platforms": 6,
+    "parallel": 7,
+    "models": 8,
+    "data": 8,
+    "patching": 8,
+    "checkpoint": 8,
+    "export": 8,
+    "conversion": 9,
+    "training": 9,
+    "evaluation": 10,
+    "doctor": 10,
+    "cli": 11,
+    "__init__": 12,
+    "__main__": 12,
 }
 
 
@@ -75,6 +79,11 @@ def test_the_walk_sees_an_upward_import():
     assert violations("quant", "def f():\n    from megatron_bitcpm import ops\n") == ["ops"]
     assert violations("data", "import megatron_bitcpm.models.decoder") == ["models"]
     assert violations("training", "from megatron_bitcpm.models.decoder import build_model") == []
+
+
+def test_the_map_and_the_grids_do_not_know_each_other():
+    grids, tensors = ("from megatron_bitcpm.quant import grids", "import megatron_bitcpm.arch.model")
+    assert violations("arch", grids) == ["quant"] and violations("quant", tensors) == ["arch"]
 
 
 def test_compiled_modules_are_imported_by_ops_only():
