@@ -34,7 +34,7 @@ from megatron_bitcpm.quant.fake_quant import codes_from_scales
 from megatron_bitcpm.quant.grids import Grid, find_grid
 from megatron_bitcpm.quant.groups import ShardedGroups, add_in_rank_order, resolve_sharded_groups
 from megatron_bitcpm.quant.reciprocal import fake_quantize_reciprocal, quantize_reciprocal
-from megatron_bitcpm.quant.settings import BF16_RECIPROCAL, FP32, NUMERICS, TENSOR
+from megatron_bitcpm.quant.settings import BF16_RECIPROCAL, FP32, NUMERICS, TENSOR, WHOLE_ROW
 from megatron_bitcpm.version import __version__
 
 _NOT_STAMPED = {"enabled", "backend", "requantize"}
@@ -83,12 +83,16 @@ class Quantizer:
             BitcpmError: the groups do not fit.
         """
         size = self.config.group_size
-        if not isinstance(size, int):
-            return None
         parallel: Literal["row", "column"] = "row" if row_parallel else "column"
-        return resolve_sharded_groups(
-            in_features, self.tp_size, size, parallel, self.config.scale_sync
+        # A scale of a projection is made of whole rows, which must be cut evenly too.
+        groups = resolve_sharded_groups(
+            in_features,
+            self.tp_size,
+            size if isinstance(size, int) else WHOLE_ROW,
+            parallel,
+            self.config.scale_sync,
         )
+        return None if self.per_projection else groups
 
     def weights_per_scale(self, place: Place, shape: Shape) -> int:
         """Return how many consecutive weights share a scale: inputs of a row, or all of them."""

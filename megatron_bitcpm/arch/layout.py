@@ -69,7 +69,11 @@ class Layout:
             for size in range(1, 65)
             if axis not in dict(dataclasses.replace(self, **{axis: size}).problems(model, rows))
         ]
-        return f"Use {', '.join(map(str, sizes))}"
+        if axis != "vpp":
+            return f"Use {', '.join(map(str, sizes))}"
+        # One chunk on a stage is what an absent size means.
+        larger = ", ".join(map(str, sizes[1:]))
+        return f"Use {larger}, or leave it out" if larger else "Leave it out"
 
     def layers(self, model: ModelConfig, pp_rank: int, chunk: int) -> range:
         """Return the global numbers, from 0, of a chunk's layers; chunks go round the stages."""

@@ -73,7 +73,7 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
             f"{_divisors_text(heads)}."
         )
     needed = model.family.constants
-    for name in {name for family in FAMILIES.values() for name in family.constants}:
+    for name in dict.fromkeys(name for family in FAMILIES.values() for name in family.constants):
         value = getattr(model, name)
         if name in needed and value is None:
             yield f"model.{name}=(absent): is required by {model.architecture}. Add the key."
@@ -292,16 +292,15 @@ def _quant_problems(config: RunConfig) -> Iterator[str]:
         dims, rows = model.dimensions(), {}
         for spec in model.family.tensors:
             if spec.role == "projection" and spec.inputs is not None:
-                cut = tp if spec.row_parallel else 1
-                name = f"{spec.inputs} / tp {tp}" if cut > 1 else spec.inputs
-                rows[name] = dims.size(spec.inputs) // cut
+                name = spec.module.rpartition(".")[2]
+                rows[name] = dims.size(spec.inputs) // (tp if spec.row_parallel else 1)
         bad = {name: n for name, n in rows.items() if n % size}
         if bad:
             shared = [g for g in range(1, 1025) if all(n % g == 0 for n in rows.values())]
             near = sorted(shared, key=lambda g: abs(g - size))[:3]
             listed = ", ".join(f"{n} ({name})" for name, n in bad.items())
             fix = f"Use {', '.join(map(str, sorted(near)))} or -1"
-            yield f"quant.group_size={size}: does not divide {listed}. {fix}."
+            yield f"quant.group_size={size}: does not divide the inputs of a rank, {listed}. {fix}."
     # At tp 1 it is allowed: the setting belongs to the run, whatever its layout of the day.
     if quant.scale_sync == "local" and size != WHOLE_ROW:
         reason = (

@@ -72,7 +72,7 @@ VPP = "virtual_pipeline_model_parallel_size"
     ids=["tied-tp2", "tied-pp2", "tied-tp2-pp2", "untied-tp2", "untied-pp2-vpp2"],
 )
 def test_shards_are_those_of_one_rank(model, layout, one_rank):
-    world = ParallelConfig(**layout).model_parallel_size
+    world = ParallelConfig(**layout).layout.model_parallel_size
     seen, copies_of_embedding = set(), set()
     for tp_rank, found in run_ranks(world, initial_weights, model, layout):
         for local, name, values, dim in found:

@@ -7,7 +7,7 @@ import torch
 from helpers.ranks import run_ranks
 from model_cases import LONGROPE, MUP, VOCAB, batch, fill_by_name_, global_name, model_config, shard
 
-from megatron_bitcpm.arch.counts import count_ternary_linears, layers_of_stage
+from megatron_bitcpm.arch.counts import count_ternary_linears
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.config import ParallelConfig, QuantConfig
 from megatron_bitcpm.errors import ModelError
@@ -146,7 +146,7 @@ SLOW = ("cp3-full", "tp2-cp2-sp", "tp4-replicated-keys", "tp2", "pp2", "cp2", "t
 
 
 def world_of(layout: dict) -> int:
-    return ParallelConfig(**layout).model_parallel_size
+    return ParallelConfig(**layout).layout.model_parallel_size
 
 
 def largest_error(one_rank, ranks) -> float:
@@ -206,7 +206,7 @@ def layers_and_checkpoint(rank: int, layout: dict):
     model, quant = model_config(), QuantConfig(full_precision_first_layers=1)
     with start_runtime(parallel, 0) as runtime:
         _, chunks = build_chunks(model, parallel)
-        stage = layers_of_stage(model, parallel, runtime.pp_rank)
+        stage = parallel.layout.layers_of_stage(model, runtime.pp_rank)
         built = [layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers]
         tensors = [
             (tensor.key, tensor.global_offset)
@@ -219,7 +219,7 @@ def layers_and_checkpoint(rank: int, layout: dict):
         return (
             stage,
             built,
-            count_ternary_linears(model, quant, stage),
+            count_ternary_linears(model, quant.excludes, stage),
             len(ternary.sites),
             (
                 tensors,

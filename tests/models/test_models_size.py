@@ -10,12 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bitcpm.arch.counts import (
-    count_parameters,
-    count_ternary_linears,
-    layers_of_stage,
-    pad_vocab_size,
-)
+from megatron_bitcpm.arch.counts import count_parameters, count_ternary_linears
+from megatron_bitcpm.arch.layout import Layout, pad_rows
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.config import ParallelConfig, QuantConfig, load_config
 
@@ -55,7 +51,7 @@ def test_released_sizes_build_on_meta_with_the_published_count(size):
     model = load_config(CONFIGS / f"bitcpm-{size}.yaml", world_size=ranks).model
     formula = count_parameters(model, VOCAB)
     assert formula == pytest.approx(published, rel=1e-3)
-    assert pad_vocab_size(VOCAB, model) == VOCAB
+    assert pad_rows(VOCAB, model.make_vocab_size_divisible_by) == VOCAB
     with start_runtime(ParallelConfig(), 0), torch.device("meta"):
         config = build_transformer_config(model, ParallelConfig(), torch.bfloat16)
         built = Decoder(config, model, VOCAB, 4096)
@@ -65,7 +61,7 @@ def test_released_sizes_build_on_meta_with_the_published_count(size):
 
 def test_the_program_prints_the_table():
     paths = [str(CONFIGS / f"bitcpm-{size}.yaml") for size in RELEASED]
-    command = [sys.executable, "-m", "megatron_bitcpm.models.size", *paths]
+    command = [sys.executable, "-m", "megatron_bitcpm.arch.counts", *paths]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = [line.split() for line in printed.splitlines()]
     assert [name for name, _ in lines] == [f"bitcpm-{size}" for size in RELEASED]
@@ -94,18 +90,17 @@ def test_counts_by_hand():
 
 
 def test_layers_and_ternary_linears_of_stages_by_hand():
-    pipeline = ParallelConfig(pipeline_model_parallel_size=2)
     rounds = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
-    assert layers_of_stage(tiny(), ParallelConfig(), 0) == list(range(8))
-    assert layers_of_stage(tiny(), pipeline, 1) == [4, 5, 6, 7]
-    assert layers_of_stage(tiny(), rounds, 0) == [0, 1, 4, 5]
-    assert layers_of_stage(tiny(), rounds, 1) == [2, 3, 6, 7]
+    assert Layout().layers_of_stage(tiny(), 0) == list(range(8))
+    assert Layout(pp=2).layers_of_stage(tiny(), 1) == [4, 5, 6, 7]
+    assert rounds.layout.layers_of_stage(tiny(), 0) == [0, 1, 4, 5]
+    assert rounds.layout.layers_of_stage(tiny(), 1) == [2, 3, 6, 7]
     quant = QuantConfig(full_precision_last_layers=1, exclude=("decoder.layers.2.mlp.*",))
-    assert count_ternary_linears(tiny(), quant) == 4 * 7 - 2
-    assert count_ternary_linears(tiny(), quant, [0, 1, 4, 5]) == 16
-    assert count_ternary_linears(tiny(), quant, [2, 3, 6, 7]) == 16 - 4 - 2
+    assert count_ternary_linears(tiny(), quant.excludes) == 4 * 7 - 2
+    assert count_ternary_linears(tiny(), quant.excludes, [0, 1, 4, 5]) == 16
+    assert count_ternary_linears(tiny(), quant.excludes, [2, 3, 6, 7]) == 16 - 4 - 2
 
 
 def test_the_vocabulary_is_padded_to_the_multiple():
-    assert pad_vocab_size(VOCAB, tiny()) == 73472
-    assert pad_vocab_size(128, tiny()) == 128
+    assert pad_rows(VOCAB, tiny().make_vocab_size_divisible_by) == 73472
+    assert pad_rows(128, 128) == 128

@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from megatron_bitcpm import ops
+from megatron_bitcpm.arch.tensors import find_projection
+from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.ops._schema import SCHEMAS
 from megatron_bitcpm.quant import groups
 from megatron_bitcpm.quant.grids import find_grid
+from megatron_bitcpm.quantizer import Quantizer
 
 
 def random_weight(rows=8, cols=64, dtype=torch.float32):
@@ -364,13 +367,15 @@ def test_members_that_share_memory_are_refused_and_nothing_is_written(torch_back
 
 def test_sums_added_in_rank_order_equal_the_full_row_scale(torch_backend):
     w = random_weight(16, 4096, torch.bfloat16)
+    down = find_projection("model.layers.0.mlp.down_proj.weight").spec
     for tp in (1, 2, 4):
         gathered = [ops.abs_sums(part) for part in w.chunk(tp, dim=1)]
         total = gathered[0].numpy().copy()
         for sums in gathered[1:]:
             total = total + sums.numpy()
         assert groups.add_in_rank_order(gathered).tolist() == total.tolist()
-        assert torch.equal(groups.abs_sums_sliced(w, tp), groups.add_in_rank_order(gathered))
+        _, scales = Quantizer(QuantConfig(), tp).codes_scales(w, down)
+        assert torch.equal(scales, ops.scales_from_sums(torch.from_numpy(total), 4096))
     one = ops.fake_quantize_with_scales(w, ops.scales_from_sums(ops.abs_sums(w), 4096))
     assert torch.equal(one, ops.fake_quantize(w))
 

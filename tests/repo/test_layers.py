@@ -163,6 +163,11 @@ def test_the_walk_sees_a_circle_however_it_is_closed(way_back):
     assert circles(imports_of_files({**sources, "p/sub/b.py": "import q.a"})) == []
 
 
+def test_the_map_and_the_grids_do_not_know_each_other():
+    grids, model = "from megatron_bitcpm.quant import grids", "import megatron_bitcpm.arch.model"
+    assert violations("arch", grids) == ["quant"] and violations("quant", model) == ["arch"]
+
+
 def test_compiled_modules_are_imported_by_ops_only():
     importers = {
         part_of(path)

@@ -80,35 +80,39 @@ def test_all_problems_at_once():
         world_size=6,
     )
     assert [line.split("=")[0] for line in found] == [
-        "parallel.tensor_model_parallel_size",
+        "parallel",
         "training.global_batch_size",
         "data.seq_length",
         "optimizer.min_lr",
         "quant.group_size",
     ]
-    assert "Start a multiple of 4 ranks, or use 1, 2, 3, 6." in found[0]
+    assert found[0] == (
+        "parallel=tp 4 x pp 1 x cp 1: 4 does not divide the world size 6. "
+        "Start a multiple of 4 ranks."
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("quant.group_size=0", "quant.group_size=0: is not a size. Use -1 for the whole row."),
+        ("quant.group_size=0", "quant.group_size=0: must be a whole number of at least 1, -1 for "),
         (
             "quant.group_size=96",
-            "quant.group_size=96: does not divide 256 (hidden_size), 256 (attention width / tp 1), "
-            "512 (ffn_hidden_size / tp 1). Use 32, 64, 128 or -1.",
+            "quant.group_size=96: does not divide the inputs of a rank, 256 (linear_qkv), "
+            "256 (linear_proj), 256 (linear_fc1), 512 (linear_fc2). Use 32, 64, 128 or -1.",
         ),
         ("quant.eps=0", "quant.eps=0: must be greater than or equal to "),
         (
             "quant.grid=six",
-            "quant.grid=six: must be 'ternary', 'asym4', 'half_sym4', 'int_sym4' or 'five'. ",
+            "quant.grid=six: must be one of ternary, asym4, half_sym4, int_sym4, five. ",
         ),
         (
             "quant.group_size=row",
-            "quant.group_size=row: must be a whole number of at least -1, or ",
+            "quant.group_size=row: must be a whole number of at least 1, -1 for the whole row, or "
+            "tensor. Correct the value.",
         ),
-        ("quant.group_size=true", "group_size=True: must be a whole number of at least -1, or "),
-        ("quant.group_size=-2", "quant.group_size=-2: must be a whole number of at least -1, or "),
+        ("quant.group_size=true", "group_size=True: must be a whole number of at least 1, -1 "),
+        ("quant.group_size=-2", "quant.group_size=-2: must be a whole number of at least 1, -1 "),
         ("quant.activation=int4", "quant.activation=int4: must be 'none' or 'int8_per_token'."),
         ("model.num_attention_heads=3", "does not divide hidden_size 256"),
         ("model.num_query_groups=3", "does not divide num_attention_heads 4. Use 1, 2, 4."),
@@ -226,11 +230,24 @@ LAYOUT = ["model.num_layers=8", "model.num_attention_heads=8", "training.global_
             "parallel=tp 1 x pp 2 x cp 2: 4 does not divide the world size 6. "
             "Start a multiple of 4 ranks.",
         ),
-        (["parallel.pipeline_model_parallel_size=3"], 3, "is not a multiple of the 3 pipeline"),
+        (
+            ["parallel.pipeline_model_parallel_size=3"],
+            3,
+            "pipeline_model_parallel_size=3: 8 layers cannot be cut into 3 equal pieces. Use 1, 2,",
+        ),
+        (
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "parallel.virtual_pipeline_model_parallel_size=3",
+            ],
+            2,
+            "virtual_pipeline_model_parallel_size=3: 8 layers cannot be cut into 6 equal pieces. "
+            "Use 2, 4, or leave it out.",
+        ),
         (
             ["parallel.virtual_pipeline_model_parallel_size=2"],
             1,
-            "has no effect with pipeline_model_parallel_size 1",
+            "virtual_pipeline_model_parallel_size=2: has no effect with pipeline size 1. Leave it",
         ),
         (
             [
@@ -273,7 +290,8 @@ LAYOUT = ["model.num_layers=8", "model.num_attention_heads=8", "training.global_
                 "parallel.tensor_model_parallel_size=6",
             ],
             6,
-            "model.num_query_groups=4: neither divides nor is divided by",
+            "parallel.tensor_model_parallel_size=6: neither divides nor is a multiple of "
+            "num_query_groups 4. Use 1, 2, 4, 8.",
         ),
     ],
 )

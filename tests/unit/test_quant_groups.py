@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from megatron_bitcpm import ops
+from megatron_bitcpm.arch.tensors import find_projection
+from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import BitcpmError
-from megatron_bitcpm.parallel.projections import join_ranks
 from megatron_bitcpm.quant import groups
+from megatron_bitcpm.quantizer import Quantizer
 
 
 def test_nearest_divisors():
@@ -83,17 +86,22 @@ def test_rank_order_matters_and_is_left_to_right():
 def test_row_statistics_of_ranks_are_joined_in_rank_order():
     # From the other end the ones would survive: 16777220.
     parts = [torch.tensor([x]) for x in (2.0**24, 1.0, 1.0, 1.0)]
-    assert join_ranks(parts, None, True, "ternary").tolist() == [16777216.0]
-    assert join_ranks(parts[::-1], None, True, "ternary").tolist() == [16777220.0]
+    ternary = Quantizer(QuantConfig())
+    assert ternary.combine(parts).tolist() == [16777216.0]
+    assert ternary.combine(parts[::-1]).tolist() == [16777220.0]
     # Of other grids the scales are joined, and a NaN stays one wherever it is.
     others = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, float("nan")]), torch.tensor([2.0, 4.0])]
-    joined = join_ranks(others, None, True, "five")
+    joined = Quantizer(QuantConfig(grid="five")).combine(others)
     assert joined[0] == 3.0 and joined[1].isnan()
 
 
 def test_sliced_sums_are_the_shards_sums():
     w = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
-    halves = [groups.abs_sums_sliced(half, 1) for half in (w[:, :512], w[:, 512:])]
-    assert torch.equal(groups.abs_sums_sliced(w, 2), halves[0] + halves[1])
-    with pytest.raises(BitcpmError, match=r"tp=3: in_features 1024 is not a multiple. Use tp 2 or"):
-        groups.abs_sums_sliced(w, 3)
+    down = find_projection("model.layers.0.mlp.down_proj.weight").spec
+    halves = [ops.abs_sums(half) for half in (w[:, :512], w[:, 512:])]
+    _, scales = Quantizer(QuantConfig(), 2).codes_scales(w, down)
+    assert torch.equal(scales, ops.scales_from_sums(halves[0] + halves[1], 1024))
+    message = r"^tp=3: in_features 1024 of a row-parallel linear is not a multiple. Use tp 2 or 4."
+    for group_size in (-1, "tensor"):
+        with pytest.raises(BitcpmError, match=message):
+            Quantizer(QuantConfig(group_size=group_size), 3).codes_scales(w, down)
