@@ -75,7 +75,7 @@ def describe_quantizer(model: ModelConfig, quantizer: Quantizer) -> dict[str, An
         if not quantizer.quantizes(place, model.num_layers):
             full_precision.append(place.name("hf").removesuffix(".weight"))
         if place.layer == 0:
-            groups = quantizer.groups_of(place.spec, place.shape(dims)[1])
+            groups = quantizer.groups_of(place.spec.row_parallel, place.shape(dims)[1])
             projections[place.local_hf] = {
                 "group_size": quantizer.config.group_size if groups is None else groups.scale_len,
                 "slices": quantizer.tp_size if place.spec.row_parallel else 1,
