@@ -31,14 +31,10 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> ModelS
     kind = detect_kind(path)
     if kind == "hf":
         return open_hf(path)
-    # Each reader brings its own weight of imports.
-    if kind == "legacy":
-        from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
+    # It brings a weight of imports of its own.
+    from megatron_bitcpm.conversion.megatron.open import open_megatron
 
-        return open_legacy(path, tokenizer)
-    from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
-
-    return open_torch_dist(path, tokenizer)
+    return open_megatron(path, tokenizer)
 
 
 def detect_kind(path: Path) -> Kind:

@@ -2,5 +2,5 @@
 
 * `source`: fused weights as a `ModelSource`; `torch_dist_reader`, `legacy_reader` fill it.
 * `shards`: what each rank of a layout holds; `torch_dist_writer`, `legacy_writer` write it.
-* `legacy_args`: the argparse.Namespace that Megatron keeps in its checkpoints.
+* `stock_args`: the argparse.Namespace that Megatron keeps in its checkpoints.
 """

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.arch.model import megatron_shapes
 from megatron_bitcpm.arch.tensors import (
     EMBEDDING,
     OUTPUT,
@@ -28,24 +27,11 @@ from megatron_bitcpm.arch.tensors import (
     find_tensor,
     name_of,
 )
-from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.conversion.difference import list_first
-from megatron_bitcpm.conversion.megatron.folder import (
-    SHARD_FILE,
-    converted_fields,
-    find_megatron_folder,
-    refuse_format,
-    resolve_vocab_size,
-)
-from megatron_bitcpm.conversion.megatron.legacy_args import StockModel, read_args
-from megatron_bitcpm.conversion.megatron.source import (
-    DAMAGED,
-    MegatronSource,
-    MegatronTensors,
-    check_shapes,
-    refuse_dtype,
-)
+from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL, SHARD_FILE, refusal
+from megatron_bitcpm.conversion.megatron.source import MegatronTensors, refuse_dtype
+from megatron_bitcpm.conversion.megatron.stock_args import StockModel, read_args
 from megatron_bitcpm.conversion.tensor_stream import equal_bytes
 from megatron_bitcpm.errors import CheckpointError, describe
 
@@ -53,10 +39,6 @@ _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _IGNORED = ("_extra_state", "rotary_pos_emb.inv_freq")
 _LEAST_VERSION = 3.0
-
-
-def _refusal(path: Path, rule: str, fix: str = DAMAGED) -> CheckpointError:
-    return CheckpointError(f"checkpoint={path}: {rule}. {fix}.")
 
 
 class _Shard:
@@ -76,40 +58,40 @@ class _Shard:
             self.file = TorchFile(map_file(self.path))
         # A damaged or malicious file raises nearly anything while it is decoded.
         except Exception as error:
-            raise _refusal(
+            raise refusal(
                 self.path,
                 f"cannot be read: {describe(error)}",
                 "The shard is damaged or not of Megatron; use another checkpoint",
             ) from error
         content = self.file.content
         if not isinstance(content, dict):
-            raise _refusal(self.path, "holds no checkpoint of Megatron")
+            raise refusal(self.path, "does not hold a checkpoint of Megatron")
         self.content = content
         version = content.get("checkpoint_version", 0)
         if not isinstance(version, int | float):
-            raise _refusal(self.path, "checkpoint_version is no number")
+            raise refusal(self.path, "checkpoint_version is not a number")
         if version < _LEAST_VERSION:
-            raise _refusal(
+            raise refusal(
                 self.path,
                 f"checkpoint_version {version}, rows of linear_qkv in another order",
                 f"Load and save it with a Megatron of version {_LEAST_VERSION} or later first",
             )
         self.iteration = content.get("iteration")
         if not isinstance(self.iteration, int | None):
-            raise _refusal(self.path, "iteration is no number")
+            raise refusal(self.path, "iteration is not a number")
         virtual = [
             f"model{number}" for number in range(len(content)) if f"model{number}" in content
         ]
         keys = ["model"] if "model" in content else virtual
         if not keys:
-            raise _refusal(self.path, "holds no model")
+            raise refusal(self.path, "does not hold a model")
         self.chunks = [self._read_chunk(content[key]) for key in keys]
 
     def _read_chunk(self, model: Any) -> dict[str, StoredTensor]:
         if not isinstance(model, dict):
-            raise _refusal(self.path, "holds no model")
+            raise refusal(self.path, "does not hold a model")
         if "language_model" in model:
-            raise _refusal(
+            raise refusal(
                 self.path,
                 "holds a model of Megatron before Megatron-Core (language_model)",
                 "Convert it to Megatron-Core with Megatron's tools first",
@@ -119,7 +101,7 @@ class _Shard:
             if not isinstance(name, str) or name.endswith(_IGNORED):
                 continue
             if not isinstance(value, StoredTensor):
-                raise _refusal(self.path, f"{name} is no tensor")
+                raise refusal(self.path, f"{name} is not a tensor")
             refuse_dtype(value.dtype, name, self.path)
             tensors[name] = value
         return tensors
@@ -129,7 +111,7 @@ class _Shard:
             return self.file.tensor(stored)
         except Exception as error:
             rule = f"tensor {name} cannot be read: {describe(error)}"
-            raise _refusal(self.path, rule) from error
+            raise refusal(self.path, rule) from error
 
 
 @dataclass(frozen=True)
@@ -154,14 +136,16 @@ def _find_shards(folder: Path) -> list[list[_Shard]]:
     for path in sorted(folder.glob("mp_rank_*")):
         match = _FOLDER.fullmatch(path.name)
         if match is None:
-            raise _refusal(path, "is no name of a shard's folder", "Remove it, or restore its name")
+            raise refusal(
+                path, "is not the name of a shard's folder", "Remove it, or restore its name"
+            )
         if match[3]:
-            raise _refusal(
+            raise refusal(
                 path, "is a shard of experts", "Only Llama and MiniCPM decoders are converted"
             )
         place = int(match[2] or 0), int(match[1])
         if place in places:
-            raise _refusal(
+            raise refusal(
                 path, f"is of the same rank as {places[place].name}", "Remove the wrong one"
             )
         places[place] = path
@@ -174,7 +158,7 @@ def _find_shards(folder: Path) -> list[list[_Shard]]:
             if found is None:
                 raise _missing_shard(folder, name, (stage, rank), places)
             if not (found / SHARD_FILE).is_file():
-                raise _refusal(folder, f"{name}/{SHARD_FILE} is missing", "Restore the shard")
+                raise refusal(folder, f"{name}/{SHARD_FILE} is missing", "Restore the shard")
     return [[_Shard(places[stage, rank]) for rank in range(ranks)] for stage in range(stages)]
 
 
@@ -188,7 +172,7 @@ def _missing_shard(
     ]
     fewest = beyond[0] if len(beyond[0]) < len(beyond[1]) else beyond[1]
     called = list_first(fewest, "shards")
-    return _refusal(
+    return refusal(
         folder,
         f"{name}/{SHARD_FILE} is missing, beside {called}",
         f"Restore it, or remove {called} if that is surplus",
@@ -211,61 +195,26 @@ class LegacyTensors(MegatronTensors):
         self._tied_copy: list[_Part] = []
         self._dims: Dimensions | None = None
         self._parts = self._collect()
-
-    @property
-    def first(self) -> _Shard:
-        """The shard of rank 0."""
-        return self._shards[0][0]
+        self._stock = self._read_args()
+        self._check_args(self._stock)
 
     def read_args(self) -> StockModel:
-        """Return what the arguments say.
+        """Return what the arguments say, alike on all ranks."""
+        return self._stock
 
-        Raises:
-            CheckpointError: damaged, of a model not computed here, or not alike on all ranks.
-        """
+    def _read_args(self) -> StockModel:
         shards = list(itertools.chain(*self._shards))
-        found = [self._read_args(shard) for shard in shards]
+        found = [read_args(s.content.get("args"), s.iteration, s.path) for s in shards]
         said = [(stock.model, stock.layout) for stock in found]
         _refuse_unlike(shards, said, "model and layout of the arguments")
         return found[0]
 
-    @staticmethod
-    def _read_args(shard: _Shard) -> StockModel:
-        return read_args(shard.content.get("args"), shard.iteration, shard.path)
-
-    def dtype(self, spec: TensorSpec, layer: int | None) -> torch.dtype:
-        """Type of a tensor."""
-        return self._find(spec, layer)[0].stored.dtype
-
-    def tensor(self, spec: TensorSpec, layer: int | None) -> torch.Tensor:
-        """Read a full tensor.
-
-        Raises:
-            CheckpointError: absent, damaged, or copies on several ranks differ.
-        """
-        parts = self._find(spec, layer)
-        tensors = [part.read() for part in parts]
-        if spec == EMBEDDING:
-            for copy, tensor in zip(self._tied_copy, tensors, strict=False):
-                if not equal_bytes(copy.read(), tensor):
-                    rule = f"{OUTPUT.name} differs from the embedding that it is tied to"
-                    raise _refusal(copy.shard.path, rule)
-        if spec.sharded is None:
-            shards, what = [part.shard for part in parts], f"values of {name_of(spec, layer)}"
-            _refuse_unlike(shards, tensors, what, alike=equal_bytes)
-        assert self._dims is not None
-        return spec.join_ranks(tensors, self._dims)
-
-    def check(self, stock: StockModel) -> int:
-        """Compare layout, names and shapes with the arguments; return the embedding's rows.
-
-        Raises:
-            CheckpointError: they differ.
-        """
+    def _check_args(self, stock: StockModel) -> None:
+        """Compare layout, names and shapes with the arguments."""
         found = {"tp": len(self._shards[0]), "pp": len(self._shards)}
         for axis, size in found.items():
             if stock.layout[axis] != size:
-                raise _refusal(
+                raise refusal(
                     self.folder,
                     f"its folders are those of {axis} {size}, its arguments say "
                     f"{axis} {stock.layout[axis]}",
@@ -273,16 +222,30 @@ class LegacyTensors(MegatronTensors):
                 )
         if stock.model.share_embeddings_and_output_weights:
             self._tied_copy = self._parts.pop(OUTPUT.name, [])
-        rows = sum(part.stored.shape[0] for part in self._find(EMBEDDING, None))
+        rows = self.check(stock.model)
         self._dims = stock.model.dimensions(rows)
-        check_shapes(self.shapes(), megatron_shapes(stock.model, rows), self.folder)
         if stock.padded_vocab_size not in (None, rows):
-            raise _refusal(
-                self.folder,
-                f"{EMBEDDING.name} has {rows} rows, args.padded_vocab_size is "
-                f"{stock.padded_vocab_size}",
-            )
-        return rows
+            rule = f"args.padded_vocab_size is {stock.padded_vocab_size}"
+            raise refusal(self.folder, f"{EMBEDDING.name} has {rows} rows, {rule}")
+
+    def dtype(self, spec: TensorSpec, layer: int | None) -> torch.dtype:
+        """Type of a tensor."""
+        return self._find(spec, layer)[0].stored.dtype
+
+    def tensor(self, spec: TensorSpec, layer: int | None) -> torch.Tensor:
+        """Read a full tensor; copies on several ranks must be equal."""
+        parts = self._find(spec, layer)
+        tensors = [part.read() for part in parts]
+        if spec == EMBEDDING:
+            for copy, tensor in zip(self._tied_copy, tensors, strict=False):
+                if not equal_bytes(copy.read(), tensor):
+                    rule = f"{OUTPUT.name} differs from the embedding that it is tied to"
+                    raise refusal(copy.shard.path, rule)
+        if spec.sharded is None:
+            shards, what = [part.shard for part in parts], f"values of {name_of(spec, layer)}"
+            _refuse_unlike(shards, tensors, what, alike=equal_bytes)
+        assert self._dims is not None
+        return spec.join_ranks(tensors, self._dims)
 
     def shapes(self) -> dict[str, Shape]:
         """Return Megatron's name -> full shape of every tensor, layers numbered."""
@@ -291,8 +254,7 @@ class LegacyTensors(MegatronTensors):
     def _find(self, spec: TensorSpec, layer: int | None) -> list[_Part]:
         name = name_of(spec, layer)
         if name not in self._parts:
-            fix = "Use a checkpoint of a Llama or MiniCPM model"
-            raise _refusal(self.folder, f"has no tensor {name}", fix)
+            raise refusal(self.folder, f"has no tensor {name}", OTHER_MODEL)
         return self._parts[name]
 
     def _collect(self) -> dict[str, list[_Part]]:
@@ -305,18 +267,18 @@ class LegacyTensors(MegatronTensors):
             ("number of virtual stages", [len(shard.chunks) for shard in shards]),
         ):
             _refuse_unlike(shards, values, what, show=str)
-        for chunk in range(len(self.first.chunks)):
+        for chunk in range(len(self._shards[0][0].chunks)):
             for ranks in self._shards:
                 _check_same_tensors(ranks, chunk)
                 names = ranks[0].chunks[chunk]
                 layers = sorted({int(m[1]) for m in map(_LAYER.fullmatch, names) if m})
                 if layers != list(range(len(layers))):
                     rule = f"holds layers {layers}, not the first ones of its stage"
-                    raise _refusal(ranks[0].path, rule)
+                    raise refusal(ranks[0].path, rule)
                 for name in names:
                     full = _full_name(name, next_layer)
                     if full in parts:
-                        raise _refusal(ranks[0].path, f"{full} is in two stages")
+                        raise refusal(ranks[0].path, f"{full} is in two stages")
                     parts[full] = [_Part(shard, shard.chunks[chunk][name], name) for shard in ranks]
                 next_layer += len(layers)
         return parts
@@ -382,42 +344,11 @@ def _refuse_unlike(
             else (f"{what} are not those of most ranks")
         )
         fix = "The shard is damaged or of another checkpoint; restore it"
-        raise _refusal(shards[odd].path, rule, fix)
+        raise refusal(shards[odd].path, rule, fix)
     first, second = sorted((odd, most))
     names = [f"{shards[n].path.parent.name}/{SHARD_FILE}" for n in (first, second)]
     rule = f"{what} differ in {names[0]} and {names[1]}"
     if show:
         rule = f"{what} {show(values[first])} in {names[0]}, {show(values[second])} in {names[1]}"
     fix = "One of them is damaged or of another checkpoint; restore it"
-    raise _refusal(shards[odd].path.parent.parent, rule, fix)
-
-
-def open_legacy(path: str | Path, tokenizer: str | Path | None = None) -> MegatronSource:
-    """Open legacy shards.
-
-    Args:
-        path: the folder with ``mp_rank_*``, or the one above with the tracker file.
-        tokenizer: tokenizer folder; needed where the arguments do not say how many ids there are,
-            otherwise it must fit.
-
-    Raises:
-        CheckpointError: there are none, damaged, unsafe, or a model not computed here.
-    """
-    folder = find_megatron_folder(path)
-    refuse_format(folder, "legacy")
-    tensors = LegacyTensors(folder)
-    stock = tensors.read_args()
-    rows = tensors.check(stock)
-    if (folder / MODEL_FILE).is_file():
-        fields = converted_fields(folder, tokenizer)
-        check_shapes(tensors.shapes(), megatron_shapes(fields["model"], rows), folder)
-        resolve_vocab_size(folder, rows, fields["vocab_size"], None)
-    else:
-        fields = {
-            "form": "plain",
-            "model": stock.model,
-            "vocab_size": resolve_vocab_size(folder, rows, stock.vocab_size, tokenizer),
-            "facts": stock.facts,
-            "side_files": None if tokenizer is None else Path(tokenizer),
-        }
-    return MegatronSource(path=folder, kind="legacy", tensors=tensors, **fields)
+    raise refusal(shards[odd].path.parent.parent, rule, fix)

@@ -16,15 +16,8 @@ import torch
 
 from megatron_bitcpm.arch.layout import Layout, pad_rows
 from megatron_bitcpm.arch.tensors import LAYER_PREFIXES
-from megatron_bitcpm.checkpoint.model_file import ModelFile
 from megatron_bitcpm.conversion.megatron.folder import SHARD_FILE
-from megatron_bitcpm.conversion.megatron.legacy_args import make_args
-from megatron_bitcpm.conversion.megatron.output import (
-    Check,
-    describe_model,
-    main_dtype,
-    write_megatron,
-)
+from megatron_bitcpm.conversion.megatron.output import Check, run_args, write_megatron
 from megatron_bitcpm.conversion.megatron.shards import Piece, Shards
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
@@ -42,21 +35,10 @@ def write_legacy(
     check: Check | None = None,
     transformer_impl: str = "local",
 ) -> dict[str, Any]:
-    """Write a model as legacy shards.
+    """Write a model as legacy shards; arguments and report as of `write_torch_dist`.
 
-    Args:
-        source: the model; its tensors are written as they are.
-        output: folder that gets ``release`` and the tracker file; made if absent.
-        layout: ranks that will load the shards.
-        overwrite: replace a converted checkpoint that is there.
-        check: called with the written folder before it gets its name; raises on a difference.
-        transformer_impl: of the run that will load them: decides the names of the layers' norms.
-
-    Returns:
-        See `write_megatron`.
-
-    Raises:
-        CheckpointError: the output exists or cannot be written, or the layout does not fit.
+    Only the ranks of `layout` load them. `transformer_impl` of the run that will do so decides the
+    names of the layers' norms.
     """
     layout, model = layout or Layout(), source.model
     if model.num_query_groups % layout.tp:
@@ -69,21 +51,10 @@ def write_legacy(
     rows = pad_rows(source.vocab_size, model.make_vocab_size_divisible_by * layout.tp)
     shards = Shards(source, layout, rows)
 
-    def fill(folder: Path) -> ModelFile:
-        args = make_args(
-            model,
-            vocab_size=source.vocab_size,
-            padded_vocab_size=rows,
-            dtype=main_dtype(source),
-            layout=(layout.tp, layout.pp, layout.vpp),
-            ckpt_format="torch",
-            transformer_impl=transformer_impl,
-            seq_length=source.facts.get("seq_length"),
-        )
-        _write_shards(shards, folder, args)
-        return describe_model(source, model, rows, layout.sizes())
+    def fill(folder: Path) -> None:
+        _write_shards(shards, folder, run_args(shards, model, "torch", transformer_impl))
 
-    return write_megatron(source, output, fill, overwrite=overwrite, check=check)
+    return write_megatron(shards, model, output, fill, overwrite=overwrite, check=check)
 
 
 def _write_shards(shards: Shards, folder: Path, args: argparse.Namespace) -> None:

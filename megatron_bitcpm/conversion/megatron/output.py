@@ -10,14 +10,13 @@ renamed as a whole.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from megatron_bitcpm.arch.hf_config import CONFIG_FILE
 from megatron_bitcpm.arch.model import ModelConfig
@@ -26,6 +25,8 @@ from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, Model
 from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.conversion.hf.side_files import copy_companions, find_original_config
 from megatron_bitcpm.conversion.megatron.folder import RELEASE
+from megatron_bitcpm.conversion.megatron.shards import Shards
+from megatron_bitcpm.conversion.megatron.stock_args import make_args
 from megatron_bitcpm.conversion.output_folder import new_folder
 from megatron_bitcpm.conversion.source import ModelSource
 
@@ -33,9 +34,10 @@ Check = Callable[[Path], dict[str, Any]]
 
 
 def write_megatron(
-    source: ModelSource,
+    shards: Shards,
+    model: ModelConfig,
     output: str | Path,
-    fill: Callable[[Path], ModelFile],
+    fill: Callable[[Path], None],
     *,
     overwrite: bool,
     check: Check | None,
@@ -43,9 +45,10 @@ def write_megatron(
     """Make a checkpoint's folder around the files that `fill` writes.
 
     Args:
-        source: the model.
+        shards: the model, cut.
+        model: its architecture as Megatron holds it.
         output: the folder; made if absent.
-        fill: writes the tensors' files into an empty folder and describes the model.
+        fill: writes the tensors' files into an empty folder.
         overwrite: replace a converted checkpoint that is there.
         check: compares the written checkpoint with the source; raises on a difference.
 
@@ -55,12 +58,13 @@ def write_megatron(
     Raises:
         CheckpointError: the output exists or cannot be written; an existing one is as it was.
     """
-    output = Path(os.path.realpath(output))
+    output, source = Path(os.path.realpath(output)), shards.source
     with new_folder(output, overwrite) as scratch:
         begin = time.perf_counter()
         folder = scratch / RELEASE
         folder.mkdir()
-        described = fill(folder)
+        fill(folder)
+        described = _describe(shards, model)
         (folder / MODEL_FILE).write_text(described.to_json(), encoding="utf-8")
         _copy_side_files(source, folder / SIDE_FOLDER)
         (scratch / TRACKER).write_text(RELEASE, encoding="ascii")
@@ -91,30 +95,33 @@ def _copy_side_files(source: ModelSource, target: Path) -> None:
         shutil.copyfile(original, target / CONFIG_FILE)
 
 
-def describe_model(
-    source: ModelSource, model: ModelConfig, rows: int, layout: dict[str, int]
-) -> ModelFile:
-    """Return the content of ``bitcpm_model.json``.
-
-    Args:
-        source: the model.
-        model: its architecture as Megatron holds it.
-        rows: of the embedding, with its padding.
-        layout: sizes that the files are cut for.
-    """
+def _describe(shards: Shards, model: ModelConfig) -> ModelFile:
+    source = shards.source
     return ModelFile(
         form=source.form,
         model=model,
         vocab_size=source.vocab_size,
-        padded_vocab_size=rows,
+        padded_vocab_size=shards.rows,
         quantizer=None if source.quantizer is None else source.quantizer.stamp(),
         folding=source.folding,
         facts=source.facts,
-        layout=layout,
+        layout=shards.layout.sizes(),
     )
 
 
-def main_dtype(source: ModelSource) -> torch.dtype:
-    """Return the type that a run would have said: that of the projections."""
+def run_args(
+    shards: Shards, model: ModelConfig, ckpt_format: str, transformer_impl: str = "local"
+) -> argparse.Namespace:
+    """Return the arguments that a run with this model would have saved; see `make_args`."""
+    source = shards.source
     names = source.quantized_tensors() or [n for n in source.shapes() if find_projection(n)]
-    return source.dtype(next(iter(names)))
+    return make_args(
+        model,
+        vocab_size=source.vocab_size,
+        padded_vocab_size=shards.rows,
+        dtype=source.dtype(next(iter(names))),
+        layout=shards.layout,
+        ckpt_format=ckpt_format,
+        transformer_impl=transformer_impl,
+        seq_length=source.facts.get("seq_length"),
+    )

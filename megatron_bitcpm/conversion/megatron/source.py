@@ -1,26 +1,24 @@
 """A Megatron checkpoint as a `ModelSource`: fused weights, split into projections when asked for.
 
-The tensors come from a `MegatronTensors`: `torch_dist_reader` or `legacy_reader`.
+The tensors come from a `MegatronTensors`: of `torch_dist_reader` or `legacy_reader`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from megatron_bitcpm.arch.model import ModelConfig, megatron_shapes
 from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, TensorSpec, find_tensor
 from megatron_bitcpm.conversion.difference import compare_shapes
+from megatron_bitcpm.conversion.megatron.folder import DAMAGED, OTHER_MODEL, refusal
+from megatron_bitcpm.conversion.megatron.stock_args import StockModel
 from megatron_bitcpm.conversion.source import ModelSource, find_mixed_types
 from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES
 from megatron_bitcpm.errors import CheckpointError
-
-MAX_LAYERS = 10_000
-"""Far above any model, and few enough to name every tensor of one."""
-DAMAGED = "The checkpoint is damaged; use another one"
 
 
 class MegatronTensors(ABC):
@@ -29,17 +27,41 @@ class MegatronTensors(ABC):
     Of a layer's tensor `layer` is the global number, from 0; outside the layers it is None.
     """
 
+    folder: Path
+
+    @abstractmethod
+    def read_args(self) -> StockModel:
+        """Return what the arguments of `pretrain_gpt.py` say."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, Shape]:
+        """Return Megatron's name -> full shape of every tensor, layers numbered."""
+
     @abstractmethod
     def dtype(self, spec: TensorSpec, layer: int | None) -> torch.dtype:
         """Type of a tensor."""
 
     @abstractmethod
     def tensor(self, spec: TensorSpec, layer: int | None) -> torch.Tensor:
-        """Read a full tensor.
+        """Read a full tensor."""
+
+    def check(self, model: ModelConfig) -> int:
+        """Compare names and shapes with those of a model; return the rows of its embedding.
 
         Raises:
-            CheckpointError: absent, or its files are missing or damaged.
+            CheckpointError: names the first that are missing, unknown or misshapen.
         """
+        found = self.shapes()
+        if EMBEDDING.name not in found:
+            raise refusal(self.folder, f"has no tensor {EMBEDDING.name}", OTHER_MODEL)
+        rows = (*found[EMBEDDING.name], 0)[0]
+        if misfits := compare_shapes(found, megatron_shapes(model, rows)).describe():
+            raise refusal(
+                self.folder,
+                f"is not the model it says: {misfits}",
+                "It is damaged, or a model that is not converted here",
+            )
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +83,7 @@ class MegatronSource(ModelSource):
         """
         dtypes = {_find(name).megatron: self.dtype(name) for name in self.shapes()}
         if mixed := find_mixed_types(dtypes):
-            raise CheckpointError(f"checkpoint={self.path}: {mixed}. {DAMAGED}.")
+            raise refusal(self.path, mixed)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a stored tensor."""
@@ -106,24 +128,5 @@ def refuse_dtype(dtype: torch.dtype, name: str, path: Path) -> None:
     """
     if dtype not in WEIGHT_DTYPES:
         known = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
-        raise CheckpointError(
-            f"checkpoint={path}: {name} is {str(dtype).removeprefix('torch.')}, weights are of "
-            f"{known}. Convert it to one of these first."
-        )
-
-
-def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], path: Path) -> None:
-    """Refuse tensors that are not those of a model.
-
-    Args:
-        found, wanted: Megatron's name -> full shape.
-        path: the checkpoint.
-
-    Raises:
-        CheckpointError: names the first that are missing, unknown or misshapen.
-    """
-    if misfits := compare_shapes(found, wanted).describe():
-        raise CheckpointError(
-            f"checkpoint={path}: is not the model it says: {misfits}. It is damaged, or a model "
-            "that is not converted here."
-        )
+        rule = f"{name} is {str(dtype).removeprefix('torch.')}, weights are of {known}"
+        raise refusal(path, rule, "Convert it to one of these first")

@@ -27,15 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_bitcpm.arch.layout import Layout, pad_rows
 from megatron_bitcpm.arch.model import ModelConfig, iter_tensors
-from megatron_bitcpm.checkpoint.model_file import ModelFile
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, METADATA_FILE
-from megatron_bitcpm.conversion.megatron.legacy_args import make_args
-from megatron_bitcpm.conversion.megatron.output import (
-    Check,
-    describe_model,
-    main_dtype,
-    write_megatron,
-)
+from megatron_bitcpm.conversion.megatron.output import Check, run_args, write_megatron
 from megatron_bitcpm.conversion.megatron.shards import Piece, Shards
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
@@ -45,6 +38,7 @@ from megatron_bitcpm.progress import track_tensors
 
 _CONFIG = """{"sharded_backend": "torch_dist", "sharded_backend_version": 1, \
 "common_backend": "torch", "common_backend_version": 1}"""
+_COMMON = {"checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
 _ALIGNMENT = 64
 _LAYERS = "decoder.layers."
 
@@ -78,14 +72,13 @@ def write_torch_dist(
     model = source.model.model_copy(update={"make_vocab_size_divisible_by": multiple})
     shards = Shards(source, layout, pad_rows(source.vocab_size, multiple))
 
-    def fill(folder: Path) -> ModelFile:
+    def fill(folder: Path) -> None:
         _write_tensors(shards, folder)
         with FlushedFile(folder / COMMON_FILE) as file:
-            write_torch_file(file, _common_state(shards, model))
+            write_torch_file(file, {**_COMMON, "args": run_args(shards, model, "torch_dist")})
         (folder / "metadata.json").write_text(_CONFIG, encoding="utf-8")
-        return describe_model(source, model, shards.rows, layout.sizes())
 
-    return write_megatron(source, output, fill, overwrite=overwrite, check=check)
+    return write_megatron(shards, model, output, fill, overwrite=overwrite, check=check)
 
 
 def _write_tensors(shards: Shards, folder: Path) -> None:
@@ -115,26 +108,6 @@ def _write_tensors(shards: Shards, folder: Path) -> None:
             if rank == 0:
                 index.write_extra_states(file, name, shards.source.model)
     (folder / METADATA_FILE).write_bytes(pickle.dumps(index.metadata(), protocol=4))
-
-
-def _common_state(shards: Shards, model: ModelConfig) -> dict[str, Any]:
-    source, layout = shards.source, shards.layout
-    args = make_args(
-        model,
-        vocab_size=source.vocab_size,
-        padded_vocab_size=shards.rows,
-        dtype=main_dtype(source),
-        layout=(layout.tp, layout.pp, layout.vpp),
-        ckpt_format="torch_dist",
-        transformer_impl="local",
-        seq_length=source.facts.get("seq_length"),
-    )
-    return {
-        "args": args,
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "num_floating_point_operations_so_far": 0,
-    }
 
 
 class _Index:

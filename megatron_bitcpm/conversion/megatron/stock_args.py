@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.model import ModelConfig
-from megatron_bitcpm.conversion.megatron.source import MAX_LAYERS
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.arch.tensors import FAMILIES
+from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL, refusal
+from megatron_bitcpm.records import explain
 
 _REQUIRED = {
     "normalization": ("RMSNorm",),
@@ -70,8 +72,18 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "use_glm_rope": (False,),
 }
 """Argument -> values under which a model is a Llama or MiniCPM; False also stands for None."""
-
-
+_WRITTEN = (
+    "position_embedding_type",
+    "rotary_percent",
+    "rotary_interleaved",
+    "normalization",
+    "apply_layernorm_1p",
+    "swiglu",
+    "squared_relu",
+    "add_bias_linear",
+    "add_qkv_bias",
+)
+"""Those that are written: the loaders' own defaults are of another model."""
 _SIZES = (
     "num_layers",
     "hidden_size",
@@ -81,7 +93,12 @@ _SIZES = (
     "kv_channels",
     "max_position_embeddings",
 )
+_ORIGINAL_LENGTH = "rope_scaling_original_max_position_embeddings"
 _MAX_SIZE = 2**24
+_MAX_LAYERS = 10_000
+"""Far above any model, and few enough to name every tensor of one."""
+_OPTIONAL = ("make_vocab_size_divisible_by", "init_method_std")
+_MINICPM = FAMILIES["minicpm"].constants
 
 
 @dataclass(frozen=True)
@@ -116,13 +133,13 @@ def read_args(args: Any, iteration: Any, path: Path) -> StockModel:
     """
     values = dict(getattr(args, "__dict__", None) or {})
     if not values:
-        raise _refusal(path, "args", "has no arguments of a training run (args)")
+        raise refusal(path, "has no arguments of a training run (args)", OTHER_MODEL)
     for name, allowed in (_REQUIRED | _ALLOWED).items():
         value = values.get(name)
         if (name in _REQUIRED and name not in values) or not _is_allowed(value, name, allowed):
             wanted = " or ".join(map(repr, allowed))
-            shown = f"args.{name}={reprlib.repr(value)}"
-            raise _refusal(path, shown, f"the model here has {wanted}")
+            rule = f"args.{name}={reprlib.repr(value)}, the model here has {wanted}"
+            raise refusal(path, rule, OTHER_MODEL)
     layout = {
         "tp": _read_size(values, "tensor_model_parallel_size", 1),
         "pp": _read_size(values, "pipeline_model_parallel_size", 1),
@@ -165,77 +182,52 @@ def _read_vocab_size(values: dict[str, Any]) -> int | None:
     return size + 1 if isinstance(kind, str) and kind.startswith("Null") else size
 
 
-def _refusal(path: Path, what: str, rule: str) -> CheckpointError:
-    rule = rule if what == "args" else f"{what}, {rule}"
-    return CheckpointError(
-        f"checkpoint={path}: {rule}. Only Llama and MiniCPM decoders are converted."
-    )
-
-
 def _read_model(values: dict[str, Any], path: Path) -> ModelConfig:
-    heads = values.get("num_attention_heads")
-    grouped = values.get("group_query_attention")
-    fields = {
-        "num_layers": values.get("num_layers"),
-        "hidden_size": values.get("hidden_size"),
-        "ffn_hidden_size": values.get("ffn_hidden_size"),
-        "num_attention_heads": heads,
-        "num_query_groups": values.get("num_query_groups") if grouped else heads,
-        "kv_channels": values.get("kv_channels"),
-        "max_position_embeddings": values.get("max_position_embeddings"),
-        "rotary_base": values.get("rotary_base"),
-        "layernorm_epsilon": values.get("norm_epsilon", values.get("layernorm_epsilon")),
-        "share_embeddings_and_output_weights": not values.get(
-            "untie_embeddings_and_output_weights", False
-        ),
-    }
+    fields = {name: values.get(name) for name in (*_SIZES, "rotary_base")}
+    if not values.get("group_query_attention"):
+        fields["num_query_groups"] = fields["num_attention_heads"]
+    fields["layernorm_epsilon"] = values.get("norm_epsilon", values.get("layernorm_epsilon"))
     missing = [name for name, value in fields.items() if value is None and name != "kv_channels"]
     if missing:
-        raise _refusal(path, "args", f"args lack {', '.join(missing)}")
-    for name in _SIZES:
-        if (name, fields[name]) != ("kv_channels", None):
+        raise refusal(path, f"args lack {', '.join(missing)}", OTHER_MODEL)
+    fields |= {name: values[name] for name in _OPTIONAL if values.get(name) is not None}
+    for name in (*_SIZES, "make_vocab_size_divisible_by"):
+        if fields.get(name) is not None:
             _check_size(fields[name], name, path)
-    if values.get("make_vocab_size_divisible_by") is not None:
-        fields["make_vocab_size_divisible_by"] = values["make_vocab_size_divisible_by"]
-        _check_size(values["make_vocab_size_divisible_by"], "make_vocab_size_divisible_by", path)
-    if values.get("init_method_std") is not None:
-        fields["init_method_std"] = values["init_method_std"]
     fields["rotary_base"] = _whole(fields["rotary_base"])
+    tied = not values.get("untie_embeddings_and_output_weights", False)
+    fields["share_embeddings_and_output_weights"] = tied
     fields |= _read_minicpm(values) | _read_rope(values, path)
     try:
         model = ModelConfig(**fields)
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
-        raise _refusal(path, f"args of model.{name}", str(problem["msg"]).rstrip(".")) from error
+        raise refusal(path, f"args of model: {explain(error)}", OTHER_MODEL) from error
     _check_model(model, path)
     return model
 
 
 def _check_size(value: Any, name: str, path: Path) -> None:
-    """Refuse what is no size, and what no model has: a loop over it would not end."""
-    limit = MAX_LAYERS if name == "num_layers" else _MAX_SIZE
+    """Refuse what is not a size, and what no model has: a loop over it would not end."""
+    limit = _MAX_LAYERS if name == "num_layers" else _MAX_SIZE
     if type(value) is not int or not 1 <= value <= limit:
-        shown = f"args.{name}={reprlib.repr(value)}"
-        raise CheckpointError(
-            f"checkpoint={path}: {shown}, a whole number from 1 to {limit} is needed. The "
-            "arguments are damaged; use another checkpoint."
-        )
+        rule = f"args.{name}={reprlib.repr(value)}, a whole number from 1 to {limit} is needed"
+        raise refusal(path, rule, "The arguments are damaged; use another checkpoint")
 
 
 def _check_model(model: ModelConfig, path: Path) -> None:
     heads, groups, rope = model.num_attention_heads, model.num_query_groups, model.rope_scaling
     if heads % groups:
-        raise _refusal(path, f"args.num_query_groups={groups}", f"does not divide {heads} heads")
+        rule = f"args.num_query_groups={groups}, does not divide {heads} heads"
+        raise refusal(path, rule, OTHER_MODEL)
     if rope is None:
         return
     for name in ("short_factor", "long_factor"):
         count = len(getattr(rope, name))
         if count != model.head_dim // 2:
-            rule = f"{model.head_dim // 2} are needed"
-            raise _refusal(path, f"args.{name} has {count} numbers", rule)
+            rule = f"args.{name} has {count} numbers, {model.head_dim // 2} are needed"
+            raise refusal(path, rule, OTHER_MODEL)
     if rope.original_max_position_embeddings is None:
-        raise _refusal(path, "args", "args lack rope_scaling_original_max_position_embeddings")
+        raise refusal(path, f"args lack {_ORIGINAL_LENGTH}", OTHER_MODEL)
 
 
 def _whole(value: Any) -> Any:
@@ -244,11 +236,9 @@ def _whole(value: Any) -> Any:
 
 def _read_minicpm(values: dict[str, Any]) -> dict[str, Any]:
     """MindSpeed applies each constant by itself; those that are not set get the neutral value."""
-    neutral = {
-        "scale_emb": 1.0,
-        "scale_depth": math.sqrt(values["num_layers"]),
-        "dim_model_base": values["hidden_size"],
-    }
+    neutral = dict(
+        zip(_MINICPM, (1.0, math.sqrt(values["num_layers"]), values["hidden_size"]), strict=True)
+    )
     found = {name: values[name] for name in neutral if values.get(name) is not None}
     if not found:
         return {}
@@ -262,11 +252,8 @@ def _read_rope(values: dict[str, Any], path: Path) -> dict[str, Any]:
     short, long = values.get("short_mscale"), values.get("long_mscale")
     if not isinstance(short, int | float | None) or short != long:
         shown = f"args.short_mscale={reprlib.repr(short)}, args.long_mscale={reprlib.repr(long)}"
-        raise _refusal(
-            path,
-            shown,
-            "one attention factor serves all lengths here",
-        )
+        rule = f"{shown}, one attention factor serves all lengths here"
+        raise refusal(path, rule, OTHER_MODEL)
     factors = {}
     for name in ("short_factor", "long_factor"):
         text = values.get(name)
@@ -275,9 +262,7 @@ def _read_rope(values: dict[str, Any], path: Path) -> dict[str, Any]:
     return {
         "rope_scaling": {
             **factors,
-            "original_max_position_embeddings": values.get(
-                "rope_scaling_original_max_position_embeddings"
-            ),
+            "original_max_position_embeddings": values.get(_ORIGINAL_LENGTH),
             "attention_factor": short,
         }
     }
@@ -289,7 +274,7 @@ def make_args(
     vocab_size: int,
     padded_vocab_size: int,
     dtype: torch.dtype,
-    layout: tuple[int, int, int],
+    layout: Layout,
     ckpt_format: str,
     transformer_impl: str,
     seq_length: int | None = None,
@@ -301,50 +286,30 @@ def make_args(
         vocab_size: ids of the tokenizer.
         padded_vocab_size: rows of the embedding.
         dtype: of the weights.
-        layout: tensor, pipeline and virtual pipeline size.
+        layout: the ranks.
         ckpt_format: torch_dist, or torch for legacy shards.
         transformer_impl: local or transformer_engine.
         seq_length: of the training, default the longest.
     """
-    tp, pp, vpp = layout
-    args = argparse.Namespace(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        group_query_attention=model.num_query_groups != model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
+    fields = {
+        name: getattr(model, name)
+        for name in (*_SIZES, *_OPTIONAL, "rotary_base")
+        if name != "kv_channels"
+    }
+    fields |= {name: (_REQUIRED | _ALLOWED)[name][0] for name in _WRITTEN}
+    return argparse.Namespace(
+        **fields | _make_minicpm(model) | _make_rope(model) | _make_layout(model, layout),
         kv_channels=model.head_dim,
+        group_query_attention=model.num_query_groups != model.num_attention_heads,
         seq_length=seq_length or model.max_position_embeddings,
-        max_position_embeddings=model.max_position_embeddings,
-        position_embedding_type="rope",
         use_rotary_position_embeddings=False,
-        rotary_base=model.rotary_base,
-        rotary_percent=1.0,
-        rotary_interleaved=False,
-        normalization="RMSNorm",
         norm_epsilon=model.layernorm_epsilon,
-        apply_layernorm_1p=False,
-        swiglu=True,
-        squared_relu=False,
-        add_bias_linear=False,
-        add_qkv_bias=False,
         untie_embeddings_and_output_weights=not model.share_embeddings_and_output_weights,
         apply_query_key_layer_scaling=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        init_method_std=model.init_method_std,
-        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         vocab_size=vocab_size,
         padded_vocab_size=padded_vocab_size,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
-        num_layers_per_virtual_pipeline_stage=(model.num_layers // (pp * vpp) if vpp > 1 else None),
-        expert_model_parallel_size=1,
-        context_parallel_size=1,
-        data_parallel_size=1,
-        world_size=tp * pp,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -360,14 +325,25 @@ def make_args(
         skipped_train_samples=0,
         consumed_valid_samples=0,
     )
-    vars(args).update(_make_minicpm(model) | _make_rope(model))
-    return args
+
+
+def _make_layout(model: ModelConfig, layout: Layout) -> dict[str, Any]:
+    is_virtual = layout.vpp > 1
+    per_chunk = model.num_layers // (layout.pp * layout.vpp)
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if is_virtual else None,
+        "num_layers_per_virtual_pipeline_stage": per_chunk if is_virtual else None,
+        "expert_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "data_parallel_size": 1,
+        "world_size": layout.tp * layout.pp,
+    }
 
 
 def _make_minicpm(model: ModelConfig) -> dict[str, Any]:
-    if model.architecture != "minicpm":
-        return {}
-    names = ("scale_emb", "scale_depth", "dim_model_base")
+    names = FAMILIES[model.architecture].constants
     return {name: getattr(model, name) for name in names}
 
 
@@ -380,7 +356,7 @@ def _make_rope(model: ModelConfig) -> dict[str, Any]:
         "longrope_freqs_type": "mul",
         "short_factor": list(rope.short_factor),
         "long_factor": list(rope.long_factor),
-        "rope_scaling_original_max_position_embeddings": rope.original_max_position_embeddings,
+        _ORIGINAL_LENGTH: rope.original_max_position_embeddings,
         "short_mscale": rope.attention_factor,
         "long_mscale": rope.attention_factor,
     }
