@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.arch.model import megatron_shapes
+from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.tensors import (
     EMBEDDING,
     OUTPUT,
@@ -275,7 +275,9 @@ class LegacyTensors(MegatronTensors):
             self._tied_copy = self._parts.pop(OUTPUT.name, [])
         rows = sum(part.stored.shape[0] for part in self._find(EMBEDDING, None))
         self._dims = stock.model.dimensions(rows)
-        check_shapes(self.shapes(), megatron_shapes(stock.model, rows), self.folder)
+        for _, rule in Layout(tp=found["tp"]).problems(stock.model, rows):
+            raise _refusal(self.folder, f"its tp {found['tp']} {rule}")
+        check_shapes(self.shapes(), stock.model, rows, self.folder)
         if stock.padded_vocab_size not in (None, rows):
             raise _refusal(
                 self.folder,
@@ -410,7 +412,7 @@ def open_legacy(path: str | Path, tokenizer: str | Path | None = None) -> Megatr
     rows = tensors.check(stock)
     if (folder / MODEL_FILE).is_file():
         fields = converted_fields(folder, tokenizer)
-        check_shapes(tensors.shapes(), megatron_shapes(fields["model"], rows), folder)
+        check_shapes(tensors.shapes(), fields["model"], rows, folder)
         resolve_vocab_size(folder, rows, fields["vocab_size"], None)
     else:
         fields = {

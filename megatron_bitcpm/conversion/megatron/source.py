@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_bitcpm.arch.model import ModelConfig, megatron_shapes
 from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, TensorSpec, find_tensor
 from megatron_bitcpm.conversion.difference import compare_shapes
 from megatron_bitcpm.conversion.source import ModelSource, find_mixed_types
@@ -112,17 +113,24 @@ def refuse_dtype(dtype: torch.dtype, name: str, path: Path) -> None:
         )
 
 
-def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], path: Path) -> None:
+def check_shapes(found: Mapping[str, Shape], model: ModelConfig, rows: int, path: Path) -> None:
     """Refuse tensors that are not those of a model.
 
     Args:
-        found, wanted: Megatron's name -> full shape.
+        found: Megatron's name -> full shape.
+        model: the architecture.
+        rows: of the embedding, with its padding.
         path: the checkpoint.
 
     Raises:
         CheckpointError: names the first that are missing, unknown or misshapen.
     """
-    if misfits := compare_shapes(found, wanted).describe():
+    if model.num_layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"num_layers={model.num_layers}: no model has more than {MAX_LAYERS} ({path}). "
+            f"{DAMAGED}."
+        )
+    if misfits := compare_shapes(found, megatron_shapes(model, rows)).describe():
         raise CheckpointError(
             f"checkpoint={path}: is not the model it says: {misfits}. It is damaged, or a model "
             "that is not converted here."

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_bitcpm.arch.model import ModelConfig, megatron_shapes
+from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.arch.tensors import EMBEDDING, TensorSpec, name_of
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, load_common, read_metadata
@@ -106,7 +106,7 @@ class TorchDistTensors(MegatronTensors):
                 found[name] = shape
             else:
                 found |= {f"{_LAYERS}{n}.{number}.{rest}": shape[1:] for n in range(shape[0])}
-        check_shapes(found, megatron_shapes(model, rows), self.folder)
+        check_shapes(found, model, rows, self.folder)
         return rows
 
     def _stored_name(self, spec: TensorSpec, layer: int | None) -> str:
