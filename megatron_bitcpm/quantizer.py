@@ -88,13 +88,13 @@ class Quantizer:
         Raises:
             BitcpmError: the groups do not fit.
         """
-        size, parallel = self.config.group_size, "row" if spec.row_parallel else "column"
+        size = self.config.group_size
         # A scale of a projection is made of whole rows, which must be cut evenly too.
         groups = resolve_sharded_groups(
             in_features,
             self.tp_size,
             size if isinstance(size, int) else WHOLE_ROW,
-            parallel,
+            "row" if spec.row_parallel else "column",
             self.config.scale_sync,
         )
         return None if self.per_projection else groups
