@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -83,13 +83,12 @@ class Quantizer:
             BitcpmError: the groups do not fit.
         """
         size = self.config.group_size
-        parallel: Literal["row", "column"] = "row" if row_parallel else "column"
         # A scale of a projection is made of whole rows, which must be cut evenly too.
         groups = resolve_sharded_groups(
             in_features,
             self.tp_size,
             size if isinstance(size, int) else WHOLE_ROW,
-            parallel,
+            "row" if spec.row_parallel else "column",
             self.config.scale_sync,
         )
         return None if self.per_projection else groups

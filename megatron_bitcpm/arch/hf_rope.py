@@ -34,7 +34,7 @@ class HfProblem(ValueError):
 
     def locate(self, path: Path) -> CheckpointError:
         """Return the error for the user."""
-        shown, (rule, fix) = str(self.value), self.text.split(". ", 1)
+        shown, (rule, fix) = " ".join(str(self.value).split()), self.text.rsplit(". ", 1)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         return CheckpointError(f"{self.key}={shown}: {rule} ({path}). {fix}")
 

@@ -8,17 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bitcpm.arch.model import ModelConfig
+from megatron_bitcpm.arch.hf_config import hf_config, parse_architecture
+from megatron_bitcpm.arch.model import ModelConfig, attention_factor
 from megatron_bitcpm.config import QuantConfig
-from megatron_bitcpm.conversion.hf.config import (
-    hf_config,
-    parse_architecture,
-    read_hf_config,
-)
+from megatron_bitcpm.conversion.hf.config import read_hf_config
 from megatron_bitcpm.conversion.hf.modeling.writer import describe_quantizer
-from megatron_bitcpm.data.tokenizer_ids import TokenizerIds
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.models.rope import RotaryAngles, attention_factor
+from megatron_bitcpm.models.rope import RotaryAngles
 from megatron_bitcpm.quantizer import Quantizer
 
 PATH = Path("folder/config.json")
@@ -169,15 +165,17 @@ def test_longrope_without_an_original_length_takes_all_positions():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type=mistral: is no architecture known here"),
+        ({"model_type": "mistral"}, "model_type=mistral: this architecture is not supported"),
         ({"model_type": None}, "model_type=None"),
-        ({"model_type": ["llama"]}, r"model_type=\['llama'\]: is no architecture"),
+        ({"model_type": ["llama"]}, r"model_type=\['llama'\]: this architecture"),
         ({"layer_types": 5}, "layer_types=5"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps='x'"),
         ({"rope_scaling": {**ROPE, "original_max_position_embeddings": [512]}}, "must be a whole"),
         ({"attention_bias": True}, "attention_bias=True: this decoder does not compute it"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"hidden_act": "two\nlines"}, "hidden_act=two lines: this decoder does not compute it"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": "a. b"}}, r"says a. b \(folder/"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config="),
@@ -289,10 +287,10 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_written_and_read_again(name):
-    written = json.loads(json.dumps(hf_config(MODELS[name], torch.bfloat16, 100)))
+    written = json.loads(json.dumps(hf_config(MODELS[name], "bfloat16", 100)))
     assert parse_architecture(written, PATH) == (MODELS[name], 100)
     # and once more, as a source of its own
-    again = hf_config(MODELS[name], torch.bfloat16, 100, original=written)
+    again = hf_config(MODELS[name], "bfloat16", 100, original=written)
     assert again == written
 
 
@@ -304,7 +302,7 @@ def test_transformers_computes_the_same_angles_from_it(name, tmp_path, caplog):
 
     model = MODELS[name]
     transformers.utils.logging.enable_propagation()
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(model, torch.bfloat16, 100)))
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model, "bfloat16", 100)))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert (config.head_dim, config.num_key_value_heads) == (model.head_dim, model.num_query_groups)
     assert config.tie_word_embeddings == model.share_embeddings_and_output_weights
@@ -325,10 +323,10 @@ def test_transformers_computes_the_same_angles_from_it(name, tmp_path, caplog):
 
 
 def test_vllms_names_go_with_an_attention_factor():
-    written = hf_config(MODELS["factor"], torch.bfloat16, 100)["rope_scaling"]
+    written = hf_config(MODELS["factor"], "bfloat16", 100)["rope_scaling"]
     assert written["short_mscale"] == written["long_mscale"] == written["attention_factor"] == 1.25
     # transformers 4 looks for the original length beside, vLLM inside
-    written = hf_config(MODELS["longrope"], torch.bfloat16, 100)
+    written = hf_config(MODELS["longrope"], "bfloat16", 100)
     assert written["original_max_position_embeddings"] == 128
     assert written["rope_scaling"]["original_max_position_embeddings"] == 128
 
@@ -344,8 +342,8 @@ def test_what_is_no_architecture_keeps_its_values():
         "dtype": "bfloat16",
         "bitcpm_quantizer": {},
     }
-    ids = TokenizerIds(73448, 1, 2, None)
-    written = hf_config(model, torch.bfloat16, vocab_size, ids, original)
+    ids = {"bos": 1, "eos": 2, "pad": None}
+    written = hf_config(model, "bfloat16", vocab_size, ids, original)
     assert written["eos_token_id"] == [2, 73440]
     assert (written["my_note"], written["use_cache"]) == ("x", False)
     assert (written["initializer_range"], written["transformers_version"]) == (0.1, "4.36.0")
@@ -359,7 +357,7 @@ def test_a_llama_made_of_a_minicpm_has_no_constants():
     changes = {"architecture": "llama", "share_embeddings_and_output_weights": False}
     changes |= dict.fromkeys(("scale_emb", "scale_depth", "dim_model_base"))
     llama = ModelConfig(**{**model.model_dump(), **changes})
-    written = hf_config(llama, torch.bfloat16, 73448, original=MINICPM)
+    written = hf_config(llama, "bfloat16", 73448, original=MINICPM)
     assert written["architectures"] == ["LlamaForCausalLM"]
     assert written["model_type"] == "llama"
     assert not {"scale_emb", "scale_depth", "dim_model_base", "auto_map"} & written.keys()
@@ -370,7 +368,7 @@ def test_a_llama_made_of_a_minicpm_has_no_constants():
 
 
 QUANTIZER = Quantizer(QuantConfig(group_size=16, grid="five"), 2)
-STAMP = QUANTIZER.content()
+STAMP = QUANTIZER.stamp()
 FACTORS = {
     "scale_emb": 12.0,
     "residual": 0.5,
@@ -388,21 +386,21 @@ def write(folder, config, stamp=None):
 
 def test_the_form_follows_from_the_stamp(tmp_path):
     write(tmp_path, LLAMA)
-    assert read_hf_config(tmp_path).form == "plain"
+    assert read_hf_config(tmp_path).origin.form == "plain"
     block = describe_quantizer(parse(), QUANTIZER)
     for kind in ("llama", "bitcpm"):
         write(tmp_path, {**LLAMA, "model_type": kind, "bitcpm_quantizer": block})
         latent = read_hf_config(tmp_path)
-        assert (latent.form, latent.quantizer) == ("latent", QUANTIZER)
+        assert (latent.origin.form, latent.origin.quantizer) == ("latent", QUANTIZER)
         assert latent.model == parse()
     source = {"checkpoint": "iter_0000007", "iteration": 7}
     write(tmp_path, LLAMA, {"quantizer": STAMP, "folding": FACTORS, "source": source})
-    pseudo = read_hf_config(tmp_path)
+    pseudo = read_hf_config(tmp_path).origin
     assert (pseudo.form, pseudo.quantizer) == ("pseudo", QUANTIZER)
     assert (pseudo.folding.residual, pseudo.facts) == (0.5, {"iteration": 7})
     (tmp_path / "bitcpm_quantizer.json").unlink()
     write(tmp_path, {**LLAMA, "bitcpm_folding": {**FACTORS, "largest_relative_rounding": 0.004}})
-    plain = read_hf_config(tmp_path)
+    plain = read_hf_config(tmp_path).origin
     assert (plain.form, plain.quantizer, plain.folding) == ("plain", None, pseudo.folding)
 
 
@@ -421,7 +419,7 @@ def test_a_latent_minicpm_has_the_constants(tmp_path):
         read_hf_config(tmp_path)
     del config["bitcpm_quantizer"]
     write(tmp_path, config)
-    with pytest.raises(CheckpointError, match="model_type=bitcpm: is no architecture"):
+    with pytest.raises(CheckpointError, match="model_type=bitcpm: this architecture is not supported"):
         read_hf_config(tmp_path)
 
 
@@ -433,7 +431,8 @@ def test_a_latent_minicpm_has_the_constants(tmp_path):
         ({"bitcpm_quantizer": {"form": "latent"}}, None, "unreadable stamp"),
         ({}, {"quantizer": {**STAMP, "numerics": "fp4"}}, "numerics=fp4"),
         ({}, {"quantizer": STAMP, "folding": {"scale_emb": 1}}, "folding="),
-        ({"bitcpm_folding": {**dict.fromkeys(FACTORS, 1.0), "output": 0}}, None, "no positive"),
+        ({"bitcpm_folding": {**FACTORS, "output": 0}}, None, "output=0: must be greater than 0"),
+        ({"bitcpm_folding": {**FACTORS, "output": True}}, None, "output=True: must be a valid"),
     ],
 )
 def test_damaged_stamps(config, stamp, message, tmp_path):
@@ -464,5 +463,5 @@ def test_the_declared_type(key, value, dtype, tmp_path):
     write(tmp_path, {**LLAMA, key: value})
     assert read_hf_config(tmp_path).dtype == dtype
     write(tmp_path, {**LLAMA, "torch_dtype": "nn"})
-    with pytest.raises(CheckpointError, match="torch_dtype=nn: is no type of torch"):
+    with pytest.raises(CheckpointError, match="torch_dtype=nn: is not a type of torch"):
         read_hf_config(tmp_path)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from megatron_bitcpm.quant.selection import is_excluded
 
 from megatron_bitcpm import ops
-from megatron_bitcpm.arch.model import ModelConfig
-from megatron_bitcpm.arch.tensors import LINEARS, find_projection, shapes_of
+from megatron_bitcpm.arch.model import ModelConfig, shapes_of
+from megatron_bitcpm.arch.tensors import LLAMA, find_projection
 from megatron_bitcpm.config import QuantConfig
-from megatron_bitcpm.conversion.megatron.source import megatron_shapes
+from megatron_bitcpm.conversion.megatron.source import check_shapes
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.quantizer import (
-    Quantizer,
-    fake_quantize_projection,
-    list_quantized_tensors,
-)
+from megatron_bitcpm.quantizer import Quantizer
+
+PROJECTIONS = {spec.module: spec for spec in LLAMA if spec.role == "projection"}
 
 
 def model_config(**changes):
@@ -39,9 +38,11 @@ def test_qkv_rows(heads, groups):
     per_group = heads // groups
     rows = groups * (per_group + 2) * 4
     fused = torch.arange(rows * 8).view(rows, 8)
-    qkv = next(linear for linear in LINEARS if linear.name == "self_attention.linear_qkv")
-    assert qkv.hf_names == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    q, k, v = qkv.split(fused, model)
+    qkv = PROJECTIONS["self_attention.linear_qkv"]
+    assert [part.names["hf"] for part in qkv.parts] == [
+        f"self_attn.{letter}_proj.weight" for letter in "qkv"
+    ]
+    q, k, v = qkv.split(fused, model.dimensions())
     assert q.shape == (heads * 4, 8)
     assert k.shape == v.shape == (groups * 4, 8)
     for head in range(heads):
@@ -56,9 +57,11 @@ def test_qkv_rows(heads, groups):
 @pytest.mark.parametrize(("heads", "groups"), [(6, 3), (6, 6), (8, 2)])
 def test_counted_rows_are_those_of_the_split(heads, groups):
     model = model_config(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=10)
-    for linear in LINEARS:
-        parts = linear.split(torch.zeros(linear.shape(model)), model)
-        assert linear.row_counts(model) == tuple(len(part) for part in parts)
+    dims = model.dimensions()
+    for spec in PROJECTIONS.values():
+        parts = spec.split(torch.zeros(spec.shape(dims)), dims)
+        for number, part in enumerate(parts):
+            assert spec.part_shape(number, dims) == tuple(part.shape)
 
 
 def test_counting_rows_needs_no_memory():
@@ -68,14 +71,17 @@ def test_counting_rows_needs_no_memory():
 
 def test_more_layers_than_can_be_named():
     with pytest.raises(CheckpointError, match=r"num_layers=1000000000: no model has more than"):
-        megatron_shapes(model_config(num_layers=10**9), 9)
+        check_shapes({}, model_config(num_layers=10**9), 9, Path("checkpoint"))
 
 
 def test_gate_is_the_first_half():
     fused = torch.arange(16 * 8).view(16, 8)
-    fc1 = next(linear for linear in LINEARS if linear.name == "mlp.linear_fc1")
-    gate, up = fc1.split(fused, model_config())
-    assert fc1.hf_names == ("mlp.gate_proj", "mlp.up_proj")
+    fc1 = PROJECTIONS["mlp.linear_fc1"]
+    gate, up = fc1.split(fused, model_config().dimensions())
+    assert [part.names["hf"] for part in fc1.parts] == [
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+    ]
     assert torch.equal(gate, fused[:8])
     assert torch.equal(up, fused[8:])
 
@@ -91,9 +97,9 @@ def canonical_sum(values: np.ndarray) -> np.float32:
 
 def quantize(w, name, tp_size, **quant):
     """Quantise a weight of training as its projection `name` is exported."""
-    projection = find_projection(f"model.layers.0.{name}.weight")
-    assert projection is not None
-    return fake_quantize_projection(w, projection, Quantizer(QuantConfig(**quant), tp_size))
+    place = find_projection(f"model.layers.0.{name}.weight")
+    assert place is not None
+    return Quantizer(QuantConfig(**quant), tp_size).values(w, place.spec)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
@@ -149,10 +155,10 @@ def test_one_scale_of_whole_rows_does_not_depend_on_the_layout():
 
 def test_filters():
     quant = QuantConfig(full_precision_last_layers=1, exclude=("*.0.mlp.*",))
-    names = list_quantized_tensors(shapes_of(model_config(), 300), 4, Quantizer(quant))
+    names = Quantizer(quant).tensors(shapes_of(model_config(), 300), 4)
     assert len(names) == 4 + 7 + 7
     assert "model.layers.0.self_attn.q_proj.weight" in names
     assert "model.layers.0.mlp.up_proj.weight" not in names
     assert names["model.layers.1.self_attn.o_proj.weight"] == 24
-    assert is_excluded("decoder.layers.3.mlp.linear_fc1", 3, 4, quant)
-    assert not is_excluded("decoder.layers.2.mlp.linear_fc1", 2, 4, quant)
+    assert quant.excludes("decoder.layers.3.mlp.linear_fc1", 3, 4)
+    assert not quant.excludes("decoder.layers.2.mlp.linear_fc1", 2, 4)

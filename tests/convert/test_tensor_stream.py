@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from megatron_bitcpm.conversion.tensor_stream import is_finite, read_ahead
+from megatron_bitcpm.conversion.tensor_stream import read_ahead
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.progress import track_tensors
 
@@ -86,14 +86,3 @@ def test_the_bar_is_for_terminals_only(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stderr", stream)
     assert list(track_tensors(sizes, "write")) == ["a", "b"]
     assert "write" in stream.getvalue()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_is_finite(value, dtype):
-    for place in (0, 7, 99):
-        tensor = torch.full((10, 10), -3e4, dtype=dtype)
-        assert is_finite(tensor)
-        tensor.view(-1)[place] = value
-        assert not is_finite(tensor)
-    assert is_finite(torch.empty(0, dtype=dtype))

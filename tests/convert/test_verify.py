@@ -9,9 +9,11 @@ import shutil
 
 import pytest
 import torch
+from helpers.runs import tensors as load_tensors
 from safetensors.torch import load_file, save_file
-from trained_checkpoints import open_tensors
+from trained_checkpoints import LAYERS, open_tensors
 
+from megatron_bitcpm.arch.tensors import LLAMA, TensorSpec, find_tensor, iter_specs
 from megatron_bitcpm.conversion.verify import verify
 from megatron_bitcpm.errors import CheckpointError
 
@@ -279,7 +281,7 @@ def checkpoint(trained, tmp_path):
 
 def read_all(checkpoint):
     reader = open_tensors(checkpoint)
-    return [reader.tensor(name) for name in reader.names()]
+    return [reader.tensor(spec, layer) for spec, layer in iter_specs(LLAMA, range(LAYERS), False)]
 
 
 def test_a_missing_file(checkpoint):
@@ -318,19 +320,26 @@ def test_an_index_cannot_run_code(checkpoint, capsys):
 
 def test_absent_names(checkpoint):
     reader = open_tensors(checkpoint)
-    assert not any(name.startswith("optimizer") for name in reader.names())
     with pytest.raises(CheckpointError, match=r"has no tensor decoder\.layers\.nothing"):
-        reader.layer_tensor("nothing", 0)
-    with pytest.raises(CheckpointError, match=r"layer=3: .* has layers 0 to 2"):
-        reader.layer_tensor("mlp.linear_fc2.weight", 3)
+        reader.tensor(TensorSpec("norm", "nothing", ()), 0)
+    # Optimizer states are there, and are not tensors of the model.
+    (state,) = (
+        name for name in load_tensors(checkpoint) if name.endswith("exp_avg.output_layer.weight")
+    )
+    with pytest.raises(CheckpointError, match=f"has no tensor {re.escape(state)}"):
+        reader.tensor(TensorSpec("output", state, (), in_layer=False), None)
+    fc2 = find_tensor(DOWN).spec
+    with pytest.raises(CheckpointError, match=r"mlp.linear_fc2.weight has 3 layers, none of num"):
+        reader.tensor(fc2, 3)
 
 
 def test_a_layer_is_a_slice_of_the_stack(trained):
     reader = open_tensors(trained("tp2_tied_fp32").directory)
-    stacked = reader.tensor("decoder.layers.mlp.linear_fc1.weight")
+    stacked = load_tensors(reader.folder)["decoder.layers.mlp.linear_fc1.weight"]
     assert stacked.dtype is torch.float32
-    for layer in range(3):
-        assert torch.equal(reader.layer_tensor("mlp.linear_fc1.weight", layer), stacked[layer])
+    spec = find_tensor("model.layers.0.mlp.up_proj.weight").spec
+    for layer in range(LAYERS):
+        assert torch.equal(reader.tensor(spec, layer), stacked[layer])
 
 
 def test_a_tensor_has_one_scale(damaged, trained):
@@ -364,4 +373,4 @@ def test_another_grid_of_the_same_values_needs_the_checkpoint(damaged, trained):
     verify(folder)
     refuse("grid of the quantiser is five, there ternary", folder, trained(CASE).directory)
     edit_json(path, quantizer={**stamp, "grid": "int_sym4"})
-    refuse("q_proj.weight is not on the grid int_sym4: row 0, group 0 of 48 inputs holds ", folder)
+    refuse("q_proj.weight is not on the int_sym4 grid: row 0, group 0 of 48 inputs holds ", folder)

@@ -182,13 +182,13 @@ def test_nan_latents(latent):
     ],
 )
 def test_another_quantizer(change, message, latent):
-    other = dataclasses.replace(latent, stamp=make_stamp(**change))
+    other = dataclasses.replace(latent, quantizer=make_stamp(**change))
     refuse(message, other, latent)
 
 
 def test_slices_of_the_training_matter_where_rows_were_cut(latent):
     message = "tensor_model_parallel_size of the quantiser is 2, there 1"
-    refuse(message, dataclasses.replace(latent, stamp=make_stamp(tp_size=2)), latent)
+    refuse(message, dataclasses.replace(latent, quantizer=make_stamp(tp_size=2)), latent)
     for quant in ({"group_size": 16}, {"grid": "five"}):
         one, two = (make_latent(make_stamp(tp_size=size, **quant)) for size in (1, 2))
         verify_sources(one, two)
@@ -270,7 +270,7 @@ def test_an_output_has_the_stamp_of_its_source(pseudo, latent, tmp_path, monkeyp
 
 def test_the_other_numerics_are_recognised(latent):
     other = make_stamp(numerics="bf16_reciprocal")
-    foreign = make_pseudo(dataclasses.replace(latent, stamp=other))
+    foreign = make_pseudo(dataclasses.replace(latent, quantizer=other))
     report = compare(foreign, latent)
     assert report.content["differing_codes"] > 0
     refuse(
