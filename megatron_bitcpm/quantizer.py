@@ -88,7 +88,7 @@ class Quantizer:
             in_features,
             self.tp_size,
             size if isinstance(size, int) else WHOLE_ROW,
-            "row" if spec.row_parallel else "column",
+            "row" if row_parallel else "column",
             self.config.scale_sync,
         )
         return None if self.per_projection else groups

@@ -18,6 +18,8 @@ SHARD_FILE = "model_optim_rng.pt"
 RELEASE = "release"
 """Megatron's name for weights alone: it then looks for no optimizer and no random state."""
 DAMAGED = "The checkpoint is damaged; use another one"
+MAX_LAYERS = 10_000
+"""Far above any model, and few enough to name every tensor of one."""
 OTHER_MODEL = "Only Llama and MiniCPM decoders are converted"
 
 

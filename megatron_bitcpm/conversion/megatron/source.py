@@ -14,7 +14,7 @@ import torch
 from megatron_bitcpm.arch.model import ModelConfig, megatron_shapes
 from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, TensorSpec, find_tensor
 from megatron_bitcpm.conversion.difference import compare_shapes
-from megatron_bitcpm.conversion.megatron.folder import DAMAGED, OTHER_MODEL, refusal
+from megatron_bitcpm.conversion.megatron.folder import DAMAGED, MAX_LAYERS, OTHER_MODEL, refusal
 from megatron_bitcpm.conversion.megatron.stock_args import StockModel
 from megatron_bitcpm.conversion.source import ModelSource, find_mixed_types
 from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES
@@ -55,6 +55,9 @@ class MegatronTensors(ABC):
         if EMBEDDING.name not in found:
             raise refusal(self.folder, f"has no tensor {EMBEDDING.name}", OTHER_MODEL)
         rows = (*found[EMBEDDING.name], 0)[0]
+        if model.num_layers > MAX_LAYERS:
+            rule = f"no model has more than {MAX_LAYERS} ({self.folder}). {DAMAGED}"
+            raise CheckpointError(f"num_layers={model.num_layers}: {rule}.")
         if misfits := compare_shapes(found, megatron_shapes(model, rows)).describe():
             raise refusal(
                 self.folder,

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.arch.tensors import FAMILIES
-from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL, refusal
+from megatron_bitcpm.conversion.megatron.folder import MAX_LAYERS, OTHER_MODEL, refusal
 from megatron_bitcpm.records import explain
 
 _REQUIRED = {
@@ -95,8 +95,6 @@ _SIZES = (
 )
 _ORIGINAL_LENGTH = "rope_scaling_original_max_position_embeddings"
 _MAX_SIZE = 2**24
-_MAX_LAYERS = 10_000
-"""Far above any model, and few enough to name every tensor of one."""
 _OPTIONAL = ("make_vocab_size_divisible_by", "init_method_std")
 _MINICPM = FAMILIES["minicpm"].constants
 
@@ -208,7 +206,7 @@ def _read_model(values: dict[str, Any], path: Path) -> ModelConfig:
 
 def _check_size(value: Any, name: str, path: Path) -> None:
     """Refuse what is not a size, and what no model has: a loop over it would not end."""
-    limit = _MAX_LAYERS if name == "num_layers" else _MAX_SIZE
+    limit = MAX_LAYERS if name == "num_layers" else _MAX_SIZE
     if type(value) is not int or not 1 <= value <= limit:
         rule = f"args.{name}={reprlib.repr(value)}, a whole number from 1 to {limit} is needed"
         raise refusal(path, rule, "The arguments are damaged; use another checkpoint")
