@@ -175,7 +175,7 @@ def _facts_of(source: ModelSource) -> dict[str, Any]:
         "rope_long_factor": rope and list(rope.long_factor),
         "rope_original_max_position_embeddings": rope and rope.original_max_position_embeddings,
         "rope_attention_factor": attention_factor(model),
-        "folding": source.folding and dataclasses.asdict(source.folding),
+        "folding": source.folding and source.folding.model_dump(),
     }
 
 
