@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron_bitcpm.conversion.quantizer_settings import parse_quantizer_settings
 from released_models import TINY, make_tensors, write_hf_folder
 
 from megatron_bitcpm.conversion import convert as convert_module
-from megatron_bitcpm.conversion.convert import convert, parse_size
+from megatron_bitcpm.conversion.convert import convert
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 
 ROOT = Path(__file__).parents[2]
