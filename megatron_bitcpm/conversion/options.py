@@ -1,4 +1,4 @@
-"""What `convert` and `qat_convert` are told, checked once, and which wishes can be granted.
+"""What `convert` and `qat_convert` are told, checked once, and what an input can become.
 
 An output has a format, hf (a Hugging Face folder), torch_dist or legacy (Megatron), and a form, see
 `conversion.source`. What an input can become stands in `REFUSALS`, which docs/conversion.md prints.
@@ -36,7 +36,7 @@ REFUSALS: dict[tuple[str, str], tuple[str, str, str]] = {
     ("latent", "hf plain"): ("form", _LATENT_TO_PLAIN, "Use --form pseudo or --form latent"),
     (_FOLDED, "hf latent"): (
         "architecture",
-        "latent weights are not folded: training would continue with other step sizes",
+        "latent weights are not folded, as training would continue with other step sizes",
         "Use --form pseudo, or --architecture minicpm",
     ),
     (_FOLDED, "hf plain"): ("form", _LATENT_TO_PLAIN, "Use --form pseudo"),
