@@ -45,14 +45,15 @@ def convert(input: str | Path, output: str | Path, **settings: Any) -> dict[str,
             f"tokenizer={options.tokenizer}: has no effect: {source.path} is a Hugging Face "
             "folder. Leave it out; a folder without a tokenizer needs the files in it."
         )
-    form = choose_form(options, source)
+    folds = _folds(options, source)
+    form = choose_form(options, source, folds)
     warnings = options.warnings()
     if options.format in MEGATRON:
         written = _write_megatron(source, target, options)
     else:
         named = options.quantizer() if source.quantizer is None and options.given() else None
         prepared = prepare(source, named, options.force, warnings)
-        if _folds(options, source):
+        if folds:
             prepared = fold(prepared)
         written = write_folder(
             prepared,

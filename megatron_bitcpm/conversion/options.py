@@ -1,4 +1,4 @@
-"""What `convert` and `qat_convert` are told, checked once, and which wishes can be granted.
+"""What `convert` and `qat_convert` are told, checked once, and what an input can become.
 
 An output has a format, hf (a Hugging Face folder), torch_dist or legacy (Megatron), and a form, see
 `arch.model.Form`. What an input can become stands in `REFUSALS`, which docs/conversion.md prints.
@@ -6,37 +6,22 @@ An output has a format, hf (a Hugging Face folder), torch_dist or legacy (Megatr
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import (
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.model import Form
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.difference import markdown_table
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.quant.grids import GRIDS, find_grid
-from megatron_bitcpm.quant.settings import (
-    BF16_RECIPROCAL,
-    DEFAULT_EPS,
-    FP32,
-    NUMERICS,
-    SMALLEST_EPS,
-    parse_group_size,
-)
+from megatron_bitcpm.quant.grids import GRIDS
+from megatron_bitcpm.quant.settings import DEFAULT_EPS, FP32, NUMERICS, parse_group_size
 from megatron_bitcpm.records import Record, explain
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line, which is made of these, must be there at once
     from megatron_bitcpm.conversion.source import TensorSource
     from megatron_bitcpm.quantizer import Quantizer
 
@@ -48,41 +33,44 @@ _PLAIN = "plain, --quant-type"
 _FOLDED = "latent, --architecture llama"
 INPUTS = ("latent", _FOLDED, "pseudo", "plain", _PLAIN)
 OUTPUTS = ("hf latent", "hf pseudo", "hf plain", "Megatron")
-REFUSALS: dict[tuple[str, str], tuple[str, str]] = {
-    ("latent", "hf plain"): (
-        "a plain folder would not name the quantiser of a latent model",
-        "Use --form pseudo or --form latent",
-    ),
+_LATENT_TO_PLAIN = "a plain folder would not name the quantiser of a latent model"
+REFUSALS: dict[tuple[str, str], tuple[str, str, str]] = {
+    ("latent", "hf plain"): ("form", _LATENT_TO_PLAIN, "Use --form pseudo or --form latent"),
     (_FOLDED, "hf latent"): (
-        "latent weights are not folded: training would continue with other step sizes",
+        "architecture",
+        "latent weights are not folded, as training would continue with other step sizes",
         "Use --form pseudo, or --architecture minicpm",
     ),
-    (_FOLDED, "hf plain"): (
-        "a plain folder would not name the quantiser of a latent model",
-        "Use --form pseudo",
+    (_FOLDED, "hf plain"): ("form", _LATENT_TO_PLAIN, "Use --form pseudo"),
+    (_FOLDED, "Megatron"): (
+        "architecture",
+        "a Megatron checkpoint keeps the constants of a MiniCPM",
+        "Leave it out",
     ),
     ("pseudo", "hf latent"): (
+        "form",
         "a pseudo-quantised model has lost its latent weights",
         "Convert the checkpoint or the latent folder that it was made from",
     ),
     ("pseudo", "hf plain"): (
+        "form",
         "a plain folder would not name the quantiser of a pseudo-quantised model",
         "Use --form pseudo",
     ),
     ("plain", "hf latent"): (
+        "form",
         "the input does not say which quantiser trained it",
         "Name it with --quant-type and --group-size, or use --form plain",
     ),
     (_PLAIN, "hf plain"): (
+        "quant_type",
         "a quantiser has no effect on weights that are stored as they are",
         "Leave it out, or use --form latent or --form pseudo",
     ),
 }
 REFUSALS["plain", "hf pseudo"] = REFUSALS["plain", "hf latent"]
 REFUSALS[_PLAIN, "Megatron"] = REFUSALS[_PLAIN, "hf plain"]
-_KEPT = "architecture has no effect on Megatron, which keeps the constants"
-REFUSALS[_FOLDED, "Megatron"] = (_KEPT, "Leave it out")
-"""(input, output) -> rule and fix; every other pair is possible."""
+"""(input, output) -> the option, its rule and the fix; every other pair is possible."""
 
 
 def describe_conversions() -> str:
@@ -90,14 +78,14 @@ def describe_conversions() -> str:
     rows = []
     for given in INPUTS:
         refused = (REFUSALS.get((given, output)) for output in OUTPUTS)
-        rows.append((given, *("yes" if r is None else f"refused: {r[0]}" for r in refused)))
+        rows.append((given, *("yes" if r is None else f"refused: {r[1]}" for r in refused)))
     return markdown_table(("input", *OUTPUTS), rows)
 
 
-def _check_path(value: object) -> object:
-    if isinstance(value, str | Path) and (not str(value) or "\0" in str(value)):
-        raise ValueError("must be a path")
-    return Path(value) if isinstance(value, str) else value
+def _to_path(value: object) -> Path:
+    if isinstance(value, str | Path) and str(value) and "\0" not in str(value):
+        return Path(value)
+    raise ValueError("must be a path")
 
 
 def _to_group_size(value: object) -> object:
@@ -106,15 +94,16 @@ def _to_group_size(value: object) -> object:
 
 def _to_bytes(value: object) -> int:
     """Return bytes: of a number, or of a text such as ``5GB`` (10^9) or ``5GiB`` (2^30)."""
-    try:
-        if isinstance(value, str) or type(value) is int:
-            return int(_BYTES.validate_python(value))
-    except (ValidationError, OverflowError):
-        pass
-    raise ValueError("must be the size of a file, for example 5GB or 500MB")
+    size = 0
+    if isinstance(value, str) or type(value) is int:
+        with contextlib.suppress(ValidationError, OverflowError):
+            size = int(_BYTES.validate_python(value))
+    if not 1 <= size < 2**63:
+        raise ValueError("must be the size of a file, for example 5GB or 500MB")
+    return size
 
 
-PathOption = Annotated[Path, BeforeValidator(_check_path)]
+PathOption = Annotated[Path, BeforeValidator(_to_path)]
 _Size = Annotated[int, Field(ge=1)]
 _BYTES = TypeAdapter(ByteSize)
 R = TypeVar("R", bound="Options")
@@ -133,42 +122,39 @@ class Options(Record):
             CheckpointError: names the first that is wrong, and its rule.
         """
         try:
-            return cls.model_validate(given)
+            options = cls.model_validate(given)
         except ValidationError as error:
             raise CheckpointError(f"{explain(error)}. Correct the option.") from error
+        options.check()
+        return options
+
+    def check(self) -> None:
+        """Refuse options that do not go together."""
 
 
 class QuantizerOptions(Options):
     """The quantiser that trained unstamped latents; None: the stamp's, or the default."""
 
-    quant_type: str | None = Field(
+    quant_type: Literal[tuple(GRIDS)] | None = Field(  # type: ignore[valid-type]
         None, description="Grid that trained unstamped latents, for example ternary."
     )
     group_size: Annotated[int | str | None, BeforeValidator(_to_group_size)] = Field(
         None, description="... its inputs per scale; -1 is the row, or tensor."
     )
-    eps: Annotated[float, Field(ge=SMALLEST_EPS)] | None = Field(
-        None, description="... its smallest scale; default 1e-5."
-    )
+    eps: float | None = Field(None, description="... its smallest scale; default 1e-5.")
     numerics: Literal[NUMERICS] | None = Field(  # type: ignore[valid-type]
         None, description="... its arithmetic: fp32 (default) or bf16_reciprocal."
     )
 
-    @field_validator("quant_type")
-    @classmethod
-    def _check_grid(cls, value: str | None) -> str | None:
-        if value is not None and value not in GRIDS:
-            raise ValueError(f"must be one of {', '.join(GRIDS)}")
-        return value
+    def check(self) -> None:
+        """Refuse an arithmetic that the grid does not have, and a scale that does not exist."""
+        from megatron_bitcpm.quant.scales import check_eps
+        from megatron_bitcpm.quantizer import Quantizer
 
-    @model_validator(mode="after")
-    def _check_numerics(self) -> QuantizerOptions:
-        grid = None if self.quant_type is None else find_grid(self.quant_type)
-        if grid is not None and self.numerics == BF16_RECIPROCAL and not grid.is_ternary:
-            raise ValueError(
-                f"numerics={self.numerics}: exists for the ternary grid, not for {grid.name}"
-            )
-        return self
+        if self.quant_type is not None:
+            Quantizer(QuantConfig(grid=self.quant_type), 1, self.numerics or FP32).check_numerics()
+        if self.eps is not None:
+            check_eps(self.eps)
 
     def given(self) -> dict[str, Any]:
         """Return the settings that were named."""
@@ -241,7 +227,7 @@ class ConvertOptions(QuantizerOptions):
     tokenizer: PathOption | None = Field(
         None, description="Tokenizer folder, where the input has none."
     )
-    max_shard_size: Annotated[int, BeforeValidator(_to_bytes), Field(ge=1, lt=2**63)] = Field(
+    max_shard_size: Annotated[int, BeforeValidator(_to_bytes)] = Field(
         MAX_SHARD_BYTES, description="hf: largest weight file, for example 5GB or 500MB."
     )
     weights: Literal["safetensors", "bin"] = Field(
@@ -259,19 +245,23 @@ class ConvertOptions(QuantizerOptions):
         vpp = self.virtual_pipeline_parallel_size or 1
         return Layout(self.tensor_parallel_size, self.pipeline_parallel_size, vpp)
 
-    @model_validator(mode="before")
     @classmethod
-    def _translate_to(cls, given: dict[str, Any]) -> dict[str, Any]:
+    def read(cls: type[R], **given: Any) -> R:
+        """Check options, of which `to` stands for `format` or `form`; see `Options.read`."""
         to = given.get("to")
-        if to is None:
-            return given
-        if given.get("format") or given.get("form"):
-            raise ValueError("--to is the old name of --format and --form: use only those")
-        return {**given, **({"format": to} if to in MEGATRON else {"format": "hf", "form": to})}
+        if to is not None:
+            if given.get("format") or given.get("form"):
+                raise CheckpointError(
+                    f"to={to}: is the old name of format and form. Use only those."
+                )
+            given |= {"format": to} if to in MEGATRON else {}
+            given |= {"form": to} if to in get_args(Form) else {}
+        return super().read(**given)
 
-    @model_validator(mode="after")
-    def _check_effect(self) -> ConvertOptions:
-        hf_only = ("architecture", "max_shard_size", "weights", "force")
+    def check(self) -> None:
+        """Refuse options that have no effect on the format."""
+        super().check()
+        hf_only = ("max_shard_size", "weights", "force")
         sizes = (
             "tensor_parallel_size",
             "pipeline_parallel_size",
@@ -279,11 +269,12 @@ class ConvertOptions(QuantizerOptions):
         )
         idle = hf_only if self.format in MEGATRON else sizes
         for name in (*idle, *(() if self.format == "legacy" else ("transformer_impl",))):
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: has no effect on format {self.format}"
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                raise CheckpointError(
+                    f"{name}={value}: has no effect on format {self.format}. Leave it out, or use "
+                    "another format."
                 )
-        return self
 
     def warnings(self) -> list[str]:
         """Return the line that names the new options for an old one."""
@@ -293,13 +284,19 @@ class ConvertOptions(QuantizerOptions):
         return [f"--to {self.to} is now {new}; --to goes with the next release"]
 
 
-def choose_form(options: ConvertOptions, source: TensorSource) -> Form:
+def choose_form(options: ConvertOptions, source: TensorSource, folds: bool) -> Form:
     """Return the form of the output.
+
+    Args:
+        options: all options.
+        source: the input.
+        folds: the constants of a MiniCPM are to be multiplied into its weights.
 
     Raises:
         CheckpointError: the input cannot become that; an option that has no effect on it.
     """
-    is_megatron, named = options.format in MEGATRON, bool(options.given())
+    is_megatron = options.format in MEGATRON
+    named = options.given() if source.quantizer is None else {}
     form = options.form
     if form is None:
         form = source.form if is_megatron or (source.form == "plain" and not named) else "pseudo"
@@ -308,18 +305,19 @@ def choose_form(options: ConvertOptions, source: TensorSource) -> Form:
             f"form={form}: a Megatron checkpoint keeps the form of its input, which is "
             f"{source.form} ({source.path}). Leave it out."
         )
-    given: str = source.form
     if source.quantizer is not None:
         options.check_agrees(source.quantizer)
-    elif named:
-        given = _PLAIN
-    if source.form == "latent" and options.architecture == "llama":
+    given: str = _PLAIN if named else source.form
+    folds_latents = folds and (bool(named) or source.form == "latent")
+    if options.architecture is not None if is_megatron else folds_latents:
         given = _FOLDED
-    output = "Megatron" if is_megatron else f"hf {form}"
-    if refusal := REFUSALS.get((given, output)):
-        rule, fix = refusal
-        raise CheckpointError(f"form={form}: {rule} ({source.path}). {fix}.")
-    if options.force and given != _PLAIN:
+    if refusal := REFUSALS.get((given, "Megatron" if is_megatron else f"hf {form}")):
+        option, rule, fix = refusal
+        asked = {"form": form, "architecture": options.architecture, **named}
+        if option not in asked:
+            option = next(iter(named))  # the first that was named of the quantiser
+        raise CheckpointError(f"{option}={asked[option]}: {rule} ({source.path}). {fix}.")
+    if options.force and not named:
         raise CheckpointError(
             "force=True: has no effect: only latents whose quantiser is named are looked at. Leave "
             "it out."

@@ -74,7 +74,7 @@ class LatentFigures:
             # A new tensor: of a float32 weight `latent` is the weight itself.
             magnitude = latent.abs()
             if scale is None:
-                magnitude = magnitude.view(-1, weights_per_scale)
+                magnitude = magnitude.reshape(-1, weights_per_scale)
                 magnitude /= magnitude.mean(-1, keepdim=True).clamp_(min=1e-30)
             else:
                 magnitude /= scale.clamp(min=1e-30)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_bitcpm.arch.model import ModelConfig
-from megatron_bitcpm.arch.tensors import find_projection, shapes_of
+from megatron_bitcpm.arch.model import ModelConfig, shapes_of
+from megatron_bitcpm.arch.tensors import find_projection
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
 from megatron_bitcpm.quantizer import Quantizer

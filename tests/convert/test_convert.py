@@ -1,4 +1,4 @@
-"""`convert`: which wishes it refuses, that nothing unproven gets a name, and its thin twins."""
+"""`convert`: what it refuses, that nothing unproven gets a name, and its thin twins."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import dataclasses
 import re
 import subprocess
 import sys
+from itertools import product, takewhile
 from pathlib import Path
 
 import pytest
 import torch
-from megatron_bitcpm.conversion.quantizer_settings import parse_quantizer_settings
 from released_models import TINY, make_tensors, write_hf_folder
 
 from megatron_bitcpm.conversion import convert as convert_module
-from megatron_bitcpm.conversion.convert import convert, parse_size
+from megatron_bitcpm.conversion.convert import convert
+from megatron_bitcpm.conversion.options import (
+    INPUTS,
+    OUTPUTS,
+    REFUSALS,
+    ConvertOptions,
+    describe_conversions,
+)
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +42,10 @@ class Models(dict):
         elif name == "folded":
             convert(self["minicpm"], path, form="pseudo", architecture="llama", **QUANTIZER)
         elif name == "torch_dist":
-            convert(self["plain"], path, name)
+            convert(self["plain"], path, format=name)
         else:
-            convert(self["plain"], path, name, **QUANTIZER)
+            start, form = ("minicpm", name[8:]) if name.startswith("minicpm") else ("plain", name)
+            convert(self[start], path, form=form, **QUANTIZER)
         return path
 
 
@@ -46,137 +54,220 @@ def models(tmp_path_factory):
     return Models(tmp_path_factory.mktemp("models"))
 
 
+EFFECT = "has no effect on format"
+OTHER = "Leave it out, or use another format."
+SIZE = "must be the size of a file, for example 5GB or 500MB. Correct the option."
+DIST, LEGACY = {"format": "torch_dist"}, {"format": "legacy"}
+PLAIN, LATENT, PSEUDO = {"form": "plain"}, {"form": "latent"}, {"form": "pseudo"}
+VPP = {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 1}
 REFUSED = [
-    ("plain", "gguf", {}, "to=gguf: is no format. Use torch_dist, legacy, plain, latent, pseudo."),
+    ("plain", {"format": "gguf"}, "format='gguf': must be 'hf', 'torch_dist' or 'legacy'."),
+    ("plain", {"form": "packed"}, "form='packed': must be 'latent', 'pseudo' or 'plain'."),
+    ("plain", {"to": "gguf"}, "to='gguf': must be 'torch_dist', 'legacy', 'plain', 'latent' or"),
+    ("plain", {"to": "plain", **PLAIN}, "to=plain: is the old name of format and form. Use only"),
+    ("plain", {"to": "plain", **LEGACY}, "to=plain: is the old name of format and form."),
+    ("plain", {"formats": "hf"}, "formats is not a known field. Correct the option."),
+    ("plain", {"tensor_parallel_size": 2}, f"tensor_parallel_size=2: {EFFECT} hf. {OTHER}"),
+    ("plain", {"pipeline_parallel_size": 2}, f"pipeline_parallel_size=2: {EFFECT} hf. {OTHER}"),
     (
-        "plain",
-        "plain",
-        {"tensor_parallel_size": 2},
-        "tensor_parallel_size=2: has no effect on to=plain. Leave it out, or use",
-    ),
-    (
-        "plain",
         "plain",
         {"virtual_pipeline_parallel_size": 2},
-        "virtual_pipeline_parallel_size=2: has no effect on to=plain.",
-    ),
-    ("plain", "plain", {"transformer_impl": "local"}, "transformer_impl=local: has no effect on"),
-    ("plain", "torch_dist", {"transformer_impl": "local"}, "transformer_impl=local: has no effect"),
-    (
-        "plain",
-        "legacy",
-        {"pipeline_parallel_size": 2, "virtual_pipeline_parallel_size": 1},
-        "virtual_pipeline_parallel_size=1: is no interleaving. Leave it out.",
+        f"virtual_pipeline_parallel_size=2: {EFFECT} hf. {OTHER}",
     ),
     (
         "plain",
-        "legacy",
-        {"max_shard_size": "1GB"},
-        "max_shard_size=1GB: has no effect on to=legacy. Leave it out",
+        {"transformer_impl": "transformer_engine"},
+        f"transformer_impl=transformer_engine: {EFFECT} hf. {OTHER}",
     ),
-    ("plain", "torch_dist", {"weights": "bin"}, "weights=bin: has no effect on to=torch_dist"),
-    ("plain", "torch_dist", {"force": True}, "force=True: has no effect on to=torch_dist"),
-    ("minicpm", "torch_dist", {"architecture": "llama"}, "architecture=llama: has no effect"),
-    ("plain", "plain", {"max_shard_size": "5 GO"}, "max_shard_size=5 GO: is no size of a file."),
-    ("plain", "plain", {"max_shard_size": "9" * 400 + "GB"}, "9: is no size of a file."),
-    ("plain", "plain", {"force": True}, "force=True: has no effect: only latents whose"),
-    ("latent", "pseudo", {"force": True}, "force=True: has no effect: only latents whose"),
-    ("pseudo", "pseudo", {"force": True}, "force=True: has no effect: only latents whose"),
-    ("plain", "plain", {"weights": "pickle"}, "weights=pickle: is unknown. Use safetensors or bin"),
-    ("plain", "pseudo", {}, "the input does not say which quantiser trained it"),
-    ("plain", "latent", {}, "Name it with --quant-type and --group-size, or use --to plain."),
-    ("latent", "plain", {}, "to=plain: the input is a latent model"),
-    ("pseudo", "plain", {}, "to=plain: the input is a pseudo model"),
-    ("pseudo", "latent", {}, "to=latent: a pseudo-quantised model has lost its latent weights"),
-    ("plain", "pseudo", {"quant_type": "ternary"}, "group_size=None: must be named with the other"),
-    ("plain", "pseudo", {"group_size": 64}, "quant_type=None: must be named with the other"),
-    ("plain", "pseudo", {**QUANTIZER, "quant_type": "septenary"}, "quant_type=septenary: "),
-    ("plain", "pseudo", {**QUANTIZER, "group_size": "row"}, "group_size=row: "),
-    ("plain", "pseudo", {**QUANTIZER, "eps": -1.0}, "eps=-1.0: "),
-    ("plain", "pseudo", {**QUANTIZER, "numerics": "fp8"}, "numerics=fp8: is unknown. Use fp32 or"),
     (
         "plain",
-        "pseudo",
+        {**DIST, "transformer_impl": "transformer_engine"},
+        f"transformer_impl=transformer_engine: {EFFECT} torch_dist. {OTHER}",
+    ),
+    ("plain", {**LEGACY, **VPP}, "virtual_pipeline_parallel_size=1: must be greater than or equal"),
+    ("plain", {**LEGACY, "max_shard_size": "1GB"}, f"max_shard_size=1000000000: {EFFECT} legacy."),
+    ("plain", {**DIST, "weights": "bin"}, f"weights=bin: {EFFECT} torch_dist. {OTHER}"),
+    ("plain", {**DIST, "force": True}, f"force=True: {EFFECT} torch_dist. {OTHER}"),
+    ("minicpm", {**DIST, "architecture": "llama"}, "architecture=llama: a Megatron checkpoint"),
+    ("minicpm", {**LEGACY, "architecture": "minicpm"}, "architecture=minicpm: a Megatron checkp"),
+    ("plain", {**PLAIN, "force": True}, "force=True: has no effect: only latents whose"),
+    ("latent", {"force": True}, "force=True: has no effect: only latents whose"),
+    ("pseudo", {"force": True}, "force=True: has no effect: only latents whose"),
+    ("plain", {"weights": "pickle"}, "weights='pickle': must be 'safetensors' or 'bin'."),
+    ("plain", PSEUDO, "form=pseudo: the input does not say which quantiser trained it"),
+    ("plain", LATENT, "Name it with --quant-type and --group-size, or use --form plain."),
+    ("plain", {"quant_type": "ternary"}, "group_size=None: must be named with the other"),
+    ("plain", {"group_size": 64}, "quant_type=None: must be named with the other"),
+    (
+        "plain",
+        {**QUANTIZER, "quant_type": "septenary"},
+        "quant_type='septenary': must be 'ternary'",
+    ),
+    ("plain", {**QUANTIZER, "group_size": "row"}, "group_size='row': must be a whole number"),
+    ("plain", {**QUANTIZER, "eps": -1.0}, "eps=-1.0: the smallest scale must be a positive"),
+    ("plain", {**QUANTIZER, "eps": 1e39}, "eps=1e+39: the smallest scale must be a positive"),
+    ("plain", {**QUANTIZER, "numerics": "fp8"}, "numerics='fp8': must be 'fp32' or 'bf16_recip"),
+    (
+        "plain",
         {**QUANTIZER, "quant_type": "five", "numerics": "bf16_reciprocal"},
-        "numerics=bf16_reciprocal: exists for the ternary grid, not for five.",
+        "numerics=bf16_reciprocal: exists for the ternary grid, not for five. Use numerics fp32.",
     ),
-    ("plain", "plain", QUANTIZER, "quant_type=ternary: has no effect on to=plain"),
-    ("plain", "legacy", QUANTIZER, "quant_type=ternary: has no effect on to=legacy"),
-    ("latent", "pseudo", {"group_size": 64}, "group_size=64: the model was trained with -1, says"),
+    ("plain", {**PLAIN, "group_size": 64}, "group_size=64: a quantiser has no effect on weights"),
+    ("plain", {**LEGACY, "numerics": "fp32"}, "numerics=fp32: a quantiser has no effect on"),
+    ("plain", {**LEGACY, **PSEUDO}, "form=pseudo: a Megatron checkpoint keeps the form of its"),
+    ("latent", {**DIST, **PSEUDO}, "form=pseudo: a Megatron checkpoint keeps the form of its"),
+    ("latent", {"group_size": 64}, "group_size=64: the model was trained with -1, says its stamp"),
     (
         "latent",
-        "legacy",
-        {"numerics": "bf16_reciprocal"},
+        {**LEGACY, "numerics": "bf16_reciprocal"},
         "numerics=bf16_reciprocal: the model was trained with fp32, says its stamp.",
     ),
     (
         "plain",
-        "plain",
         {"architecture": "llama"},
         "architecture=llama: has an effect on a MiniCPM only, and the input is a Llama.",
     ),
-    ("minicpm", "plain", {"architecture": "qwen"}, "architecture=qwen: is unknown."),
+    (
+        "latent",
+        {**LATENT, "architecture": "minicpm"},
+        "architecture=minicpm: has an effect on a MiniCPM only, and the input is a Llama.",
+    ),
+    ("minicpm", {"architecture": "qwen"}, "architecture='qwen': must be 'llama' or 'minicpm'."),
     (
         "minicpm",
-        "latent",
-        {"architecture": "llama", **QUANTIZER},
-        "architecture=llama: latent weights are not folded",
+        {**LATENT, "architecture": "llama", **QUANTIZER},
+        "architecture=llama: latent weights are not folded, as training would continue",
     ),
     (
         "folded",
-        "pseudo",
         {"architecture": "minicpm"},
         "architecture=minicpm: the input is a folded MiniCPM, and folding cannot be undone.",
     ),
-    ("plain", "legacy", {"tokenizer": "elsewhere"}, "tokenizer=elsewhere: has no effect: "),
-    ("plain", "torch_dist", {"tensor_parallel_size": 3}, "=3: does not divide num_attention"),
+    ("plain", {**LEGACY, "tokenizer": "elsewhere"}, "tokenizer=elsewhere: has no effect: "),
+    (
+        "plain",
+        {**DIST, "tensor_parallel_size": 3},
+        "tensor_parallel_size=3: does not divide num_attention",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("source", "to", "settings", "message"), REFUSED)
-def test_refusals(source, to, settings, message, models, tmp_path):
+@pytest.mark.parametrize(("source", "options", "message"), REFUSED)
+def test_refusals(source, options, message, models, tmp_path):
     with pytest.raises(BitcpmError, match=re.escape(message)) as error:
-        convert(models[source], tmp_path / "out", to, **settings)
+        convert(models[source], tmp_path / "out", **options)
     assert "\n" not in str(error.value)
+    assert str(error.value).endswith(".")
     assert list(tmp_path.iterdir()) == []
+
+
+TABLE_INPUTS = {
+    "latent": ("minicpm-latent", {}),
+    "latent, --architecture llama": ("minicpm-latent", {"architecture": "llama"}),
+    "pseudo": ("minicpm-pseudo", {}),
+    "plain": ("minicpm", {}),
+    "plain, --quant-type": ("minicpm", QUANTIZER),
+}
+TABLE_OUTPUTS = {
+    "hf latent": [LATENT],
+    "hf pseudo": [PSEUDO],
+    "hf plain": [PLAIN],
+    "Megatron": [DIST, LEGACY],
+}
+
+
+class TestTable:
+    """`REFUSALS`, which docs/conversion.md shows, is what happens."""
+
+    def test_it_has_all_inputs_and_outputs(self):
+        assert tuple(TABLE_INPUTS) == INPUTS
+        assert tuple(TABLE_OUTPUTS) == OUTPUTS
+        assert {pair for pair in REFUSALS if pair not in product(INPUTS, OUTPUTS)} == set()
+
+    @pytest.mark.parametrize("pair", list(product(INPUTS, OUTPUTS)), ids=" to ".join)
+    def test_each_pair(self, pair, models, tmp_path):
+        name, settings = TABLE_INPUTS[pair[0]]
+        for wanted in TABLE_OUTPUTS[pair[1]]:
+            options = {**wanted, **settings}
+            if pair not in REFUSALS:
+                report = convert(models[name], tmp_path / wanted.get("format", "hf"), **options)
+                assert {key: report[key] for key in wanted} == wanted
+                assert report["verify"]["differing_values"] == 0
+                continue
+            option, rule, fix = REFUSALS[pair]
+            message = f"{option}={options[option]}: {rule} ({models[name]}). {fix}."
+            with pytest.raises(CheckpointError, match=f"^{re.escape(message)}$"):
+                convert(models[name], tmp_path / "out", **options)
+            assert list(tmp_path.iterdir()) == []
+
+    def test_the_documented_table_is_this_one(self):
+        text = (ROOT / "docs" / "conversion.md").read_text(encoding="utf-8")
+        below = text.split("<!-- table: conversions -->\n")[1]
+        shown = takewhile(lambda line: line.startswith("|"), below.splitlines())
+        assert "\n".join(shown) + "\n" == describe_conversions()
+
+
+@pytest.mark.parametrize("to", ["torch_dist", "legacy", "plain", "latent", "pseudo"])
+def test_the_old_option_still_works_and_names_the_new_ones(to, models, tmp_path):
+    source = "latent" if to in ("latent", "pseudo") else "plain"
+    report = convert(models[source], tmp_path / "out", to=to)
+    new = f"--format {to}" if to in ("torch_dist", "legacy") else f"--form {to}"
+    assert report["warnings"] == [f"--to {to} is now {new}; --to goes with the next release"]
+    assert to in (report["format"], report["form"])
+    assert report["format"] in ("hf", to)
+
+
+def test_the_form_that_nobody_named(models, tmp_path):
+    """Pseudo where a quantiser is known, otherwise that of the input; Megatron keeps it."""
+    for number, (source, options, form) in enumerate(
+        [
+            ("plain", {}, "plain"),
+            ("plain", QUANTIZER, "pseudo"),
+            ("latent", {}, "pseudo"),
+            ("pseudo", {}, "pseudo"),
+            ("latent", DIST, "latent"),
+        ]
+    ):
+        report = convert(models[source], tmp_path / str(number), **options)
+        assert report["form"] == form, (source, options)
+        assert report["warnings"] == []
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("tensor_parallel_size", "2", "='2': is of type str, takes int or None. Change it."),
-        ("tensor_parallel_size", 2.0, "=2.0: is of type float, takes int or None."),
-        ("pipeline_parallel_size", True, "=True: is of type bool, takes int or None."),
-        ("eps", "1e-5", "='1e-5': is of type str, takes float or None."),
-        ("group_size", True, "=True: is of type bool, takes int or str or None."),
-        ("quant_type", [], "=[]: is of type list, takes str or None."),
-        ("max_shard_size", True, "=True: is of type bool, takes int or str or None."),
-        ("overwrite", "no", "='no': is of type str, takes bool."),
-        ("to", None, "=None: is of type NoneType, takes str."),
-        ("input", None, "=None: is of type NoneType, takes str or Path."),
-        ("output", None, "=None: is of type NoneType, takes str or Path."),
-        ("output", "x\0", r"='x\x00': holds a null character, which no path can. Change it."),
-        ("input", "", "='': is no path. Change it."),
-        ("tokenizer", "", "='': is no path. Change it."),
+        ("tensor_parallel_size", "2", "='2': must be a valid integer. Correct the option."),
+        ("tensor_parallel_size", 2.0, "=2.0: must be a valid integer."),
+        ("pipeline_parallel_size", True, "=True: must be a valid integer."),
+        ("pipeline_parallel_size", 0, "=0: must be greater than or equal to 1."),
+        ("eps", "1e-5", "='1e-5': must be a valid number."),
+        ("eps", float("nan"), "=nan: must be a finite number."),
+        ("group_size", True, "=True: must be a whole number of at least 1, -1 for the whole row"),
+        ("group_size", 64.5, "=64.5: must be a whole number of at least 1, -1 for the whole row"),
+        ("quant_type", [], "=[]: must be 'ternary', 'asym4'"),
+        ("max_shard_size", True, f"=True: {SIZE}"),
+        ("overwrite", "no", "='no': must be a valid boolean."),
+        ("format", None, "=None: must be 'hf', 'torch_dist' or 'legacy'."),
+        ("to", 3, "=3: must be 'torch_dist', 'legacy', 'plain', 'latent' or 'pseudo'."),
+        ("input", None, "=None: must be a path."),
+        ("output", None, "=None: must be a path."),
+        ("output", "x\0", r"='x\x00': must be a path. Correct the option."),
+        ("input", "", "='': must be a path."),
+        ("tokenizer", "", "='': must be a path."),
+        ("tokenizer", 3, "=3: must be a path."),
     ],
 )
 def test_values_of_wrong_types(name, value, message, tmp_path):
-    arguments = {"input": "absent", "output": tmp_path / "out", "to": "torch_dist", name: value}
+    arguments = {"input": "absent", "output": tmp_path / "out", name: value}
     with pytest.raises(CheckpointError, match=f"^{re.escape(name + message)}") as error:
         convert(**arguments)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("setting", [{"group_size": True}, {"group_size": 64.5}, {"eps": "1e-5"}])
-def test_quantizer_settings_of_wrong_types(setting):
-    settings = {"quant_type": "ternary", "group_size": -1, "numerics": None, "eps": None}
-    with pytest.raises(CheckpointError, match=f"^{next(iter(setting))}="):
-        parse_quantizer_settings(**settings | setting)
-
-
 def test_settings_equal_to_the_stamp_are_no_mistake(models, tmp_path):
     report = convert(models["latent"], tmp_path / "out", form="pseudo", group_size="-1", eps=1e-5)
-    assert (report["input_form"], report["to"], report["input_kind"]) == ("latent", "pseudo", "hf")
+    assert (report["input_form"], report["input_kind"]) == ("latent", "hf")
+    assert (report["form"], report["format"]) == ("pseudo", "hf")
 
 
 def test_input_and_output_may_not_contain_each_other(models, tmp_path):
@@ -194,15 +285,15 @@ def test_input_and_output_may_not_contain_each_other(models, tmp_path):
     convert(run, Path(f"{run}-plain"), form="plain")
 
 
-@pytest.mark.parametrize("to", ["torch_dist", "plain"])
-def test_an_existing_output_is_replaced_only_on_demand(to, models, tmp_path):
+@pytest.mark.parametrize("format", ["torch_dist", "hf"])
+def test_an_existing_output_is_replaced_only_on_demand(format, models, tmp_path):
     output = tmp_path / "out"
-    convert(models["plain"], output, to)
+    convert(models["plain"], output, format=format)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     with pytest.raises(CheckpointError, match=r"output=.*exists"):
-        convert(models["plain"], output, to)
+        convert(models["plain"], output, format=format)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
-    convert(models["plain"], output, to, overwrite=True)
+    convert(models["plain"], output, format=format, overwrite=True)
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} != before
 
 
@@ -232,10 +323,10 @@ class TestProof:
             lambda path, *rest: Liar(**fields) if path == models["plain"] else opened(path, *rest),
         )
 
-    @pytest.mark.parametrize("to", ["torch_dist", "legacy", "plain"])
-    def test_a_difference_leaves_nothing_behind(self, to, lying, models, tmp_path):
+    @pytest.mark.parametrize("format", ["torch_dist", "legacy", "hf"])
+    def test_a_difference_leaves_nothing_behind(self, format, lying, models, tmp_path):
         with pytest.raises(CheckpointError, match=r"model\.layers\.2\.mlp\.up_proj\.weight"):
-            convert(models["plain"], tmp_path / "out", to)
+            convert(models["plain"], tmp_path / "out", format=format)
         assert list(tmp_path.iterdir()) == []
 
 
@@ -255,22 +346,28 @@ def test_report(models, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        (None, 5 * 10**9),
         ("5GB", 5 * 10**9),
         ("500 mb", 5 * 10**8),
         ("2GiB", 2**31),
         (7, 7),
         ("1.5KB", 1500),
+        ("1 TB", 10**12),
     ],
 )
 def test_sizes(text, size):
-    assert parse_size(text) == size
+    assert ConvertOptions.read(input="a", output="b", max_shard_size=text).max_shard_size == size
 
 
-@pytest.mark.parametrize("text", ["0", "-1GB", "GB", "1 TB", "nan", "", 0])
+def test_the_largest_file_without_an_option():
+    assert ConvertOptions.read(input="a", output="b").max_shard_size == 5 * 10**9
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1GB", "GB", "5 GO", "1e3", "nan", "", 0, "0.4", "9" * 400 + "GB", 2**63]
+)
 def test_no_sizes(text):
-    with pytest.raises(CheckpointError, match=r"max_shard_size=.*: is no size"):
-        parse_size(text)
+    with pytest.raises(CheckpointError, match=f"^max_shard_size=.*: {SIZE}$"):
+        ConvertOptions.read(input="a", output="b", max_shard_size=text)
 
 
 def test_a_group_of_the_pseudo_folder_has_one_magnitude(models):

@@ -6,15 +6,13 @@ import math
 
 import pytest
 import torch
+from ops.numpy_ternary import fake_quantize
 from tiny_folders import HIDDEN, LAYERS, MUP, load_all, make_folder, make_state, same_bits
 
-from megatron_bitcpm.config import QuantConfig
+from megatron_bitcpm.conversion.convert import convert
 from megatron_bitcpm.conversion.hf.fold import fold
-from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.quant.fake_quant import fake_quantize
-from megatron_bitcpm.quantizer import Quantizer
 
 FACTORS = {
     "embed_tokens": MUP["scale_emb"],
@@ -59,13 +57,12 @@ def test_every_tensor_has_its_factor(tied, dtype, tmp_path):
 def test_codes_survive(grid, group_size, tmp_path):
     state = make_state()
     folder = make_folder(tmp_path / "in", state, minicpm=True)
-    stamp = Quantizer(QuantConfig(grid=grid, group_size=group_size))
-    report = write_folder(
-        open_source(folder),
+    report = convert(
+        folder,
         tmp_path / "out",
-        "pseudo",
         architecture="llama",
-        quantizer=stamp,
+        quant_type=grid,
+        group_size=group_size,
         force=True,
     )
     assert report["verify"]["ternary_tensors"] == 7 * LAYERS
@@ -101,19 +98,13 @@ def _smallest(dtype: torch.dtype) -> float:
     return float(torch.tensor([1], dtype=integers).view(dtype)[0])
 
 
-def test_a_llama_has_nothing_to_fold(tmp_path):
-    with pytest.raises(CheckpointError, match="is a llama already"):
-        fold(open_source(make_folder(tmp_path / "in")))
-
-
-def test_latents_are_not_folded(tmp_path):
-    source = open_source(make_folder(tmp_path / "in", minicpm=True))
-    with pytest.raises(CheckpointError, match="latent weights are never folded"):
-        write_folder(
-            source,
-            tmp_path / "out",
-            "latent",
-            architecture="llama",
-            stamp=Quantizer(QuantConfig()),
-            force=True,
-        )
+@pytest.mark.parametrize("stamped", [False, True])
+def test_latents_are_not_folded(stamped, tmp_path):
+    folder = make_folder(tmp_path / "in", minicpm=True)
+    quantizer = {"quant_type": "ternary", "group_size": -1, "force": True}
+    if stamped:
+        convert(folder, tmp_path / "latent", form="latent", **quantizer)
+        folder, quantizer = tmp_path / "latent", {}
+    with pytest.raises(CheckpointError, match="architecture=llama: latent weights are not folded"):
+        convert(folder, tmp_path / "out", form="latent", architecture="llama", **quantizer)
+    assert not (tmp_path / "out").exists()

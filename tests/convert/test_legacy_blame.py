@@ -11,9 +11,8 @@ from test_legacy_stock import edit, write_stock
 
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.conversion.convert import convert
-from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
-from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
+from megatron_bitcpm.conversion.megatron.open import open_megatron
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 from megatron_bitcpm.errors import CheckpointError
 
@@ -22,7 +21,7 @@ FC2 = "decoder.layers.0.mlp.linear_fc2.weight"
 NORM = "decoder.layers.0.input_layernorm.weight"
 
 
-def refuse(folder, message, reader=open_legacy):
+def refuse(folder, message, reader=open_megatron):
     with pytest.raises(CheckpointError, match=message) as caught:
         source = reader(folder)
         for name in source.shapes():
@@ -113,8 +112,8 @@ def test_both_16_bit_types_are_refused_before_anything_is_written(tmp_path, kind
         if "gate_proj" in key or "up_proj" in key:
             source.tensors[key] = tensor.half()
     write, reader = {
-        "legacy": (write_legacy, open_legacy),
-        "torch_dist": (write_torch_dist, open_torch_dist),
+        "legacy": (write_legacy, open_megatron),
+        "torch_dist": (write_torch_dist, open_megatron),
     }[kind]
     write(source, tmp_path / "in", Layout(2, 2))
     message = r"layers\.3\.mlp\.linear_fc1\.weight: of type float16 among 14 of bfloat16"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from megatron_models import VOCAB, assert_same, cut_layer, make_source
 
-from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
+from megatron_bitcpm.conversion.megatron.open import open_megatron
 from megatron_bitcpm.errors import CheckpointError
 
 pytestmark = pytest.mark.both_versions
@@ -156,7 +156,7 @@ def edit(folder, name, change):
 )
 def test_ordinary_shards_load(tmp_path, case, layout):
     source = make_source(tmp_path, case)
-    found = open_legacy(write_stock(source, tmp_path / "run", **layout))
+    found = open_megatron(write_stock(source, tmp_path / "run", **layout))
     assert_same(found, source)
     assert found.facts == {"iteration": 7, "seq_length": 32, "tokens": 40 * 32}
 
@@ -165,7 +165,7 @@ def test_more_parts_than_key_heads(tmp_path):
     """Megatron 0.16 cuts the rows through the query groups."""
     source = make_source(tmp_path, num_query_groups=2)
     layout = {"tp": 4, "pp": 1, "stages": [(0, 1, 2, 3)]}
-    assert_same(open_legacy(write_stock(source, tmp_path / "run", **layout)), source)
+    assert_same(open_megatron(write_stock(source, tmp_path / "run", **layout)), source)
 
 
 def test_names_of_transformer_engine(tmp_path):
@@ -181,7 +181,7 @@ def test_names_of_transformer_engine(tmp_path):
         }
 
     edit(folder, "mp_rank_00", rename)
-    assert_same(open_legacy(folder), source)
+    assert_same(open_megatron(folder), source)
 
 
 def test_minicpm_as_mindspeed_names_it(tmp_path):
@@ -202,13 +202,13 @@ def test_minicpm_as_mindspeed_names_it(tmp_path):
         noop_layers=None,
         dynamic_factor=1.0,
     )
-    assert_same(open_legacy(folder), source)
+    assert_same(open_megatron(folder), source)
 
 
 def test_unknown_vocabulary_asks_for_the_tokenizer(tmp_path):
     folder = write_stock(make_source(tmp_path), tmp_path / "run", vocab_size=None)
     with pytest.raises(CheckpointError, match=r"does not say .* 64 rows .*--tokenizer"):
-        open_legacy(folder)
+        open_megatron(folder)
 
 
 class Payload:
@@ -233,7 +233,7 @@ def test_malicious_shard(tmp_path):
     assert touched.exists()
     touched.unlink()
     with pytest.raises(CheckpointError) as caught:
-        open_legacy(folder)
+        open_megatron(folder)
     message = str(caught.value)
     assert "\n" not in message
     assert "mp_rank_01_001/model_optim_rng.pt" in message
@@ -246,7 +246,7 @@ def test_builtins_are_refused(tmp_path, name):
     folder = write_stock(make_source(tmp_path), tmp_path / "run")
     edit(folder, "mp_rank_00_000", lambda shard: shard.update(x=__builtins__[name]))
     with pytest.raises(CheckpointError, match=rf"builtin(s|__)\.{name}, which no"):
-        open_legacy(folder)
+        open_megatron(folder)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_builtins_are_refused(tmp_path, name):
 def test_refused_arguments(tmp_path, changes, message):
     folder = write_stock(make_source(tmp_path), tmp_path / "run", **changes)
     with pytest.raises(CheckpointError, match=message):
-        open_legacy(folder)
+        open_megatron(folder)
 
 
 def spoil_tied_copy(shard):
@@ -312,7 +312,7 @@ def test_damaged_shards(tmp_path, name, change, message):
     folder = write_stock(make_source(tmp_path, "tied"), tmp_path / "run")
     edit(folder, name, change)
     with pytest.raises(CheckpointError) as caught:
-        source = open_legacy(folder)
+        source = open_megatron(folder)
         for tensor in source.shapes():
             source.tensor(tensor)
     assert message in str(caught.value)
@@ -323,13 +323,13 @@ def test_missing_and_odd_folders(tmp_path):
     folder = write_stock(make_source(tmp_path), tmp_path / "run") / "iter_0000007"
     (folder / "mp_rank_01_001").rename(folder / "mp_rank_01_001_000")
     with pytest.raises(CheckpointError, match="mp_rank_01_001_000: is a shard of experts"):
-        open_legacy(folder)
+        open_megatron(folder)
     (folder / "mp_rank_01_001_000").rename(folder / "mp_rank_x")
     with pytest.raises(CheckpointError, match="mp_rank_x: is no name"):
-        open_legacy(folder)
+        open_megatron(folder)
     (folder / "mp_rank_x").rename(folder.parent / "elsewhere")
     with pytest.raises(CheckpointError, match=r"mp_rank_01_001/model_optim_rng\.pt is missing"):
-        open_legacy(folder)
+        open_megatron(folder)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "empty", "text"])
@@ -346,7 +346,7 @@ def test_damaged_files(tmp_path, kind):
         {"truncated": data[:-900], "flipped": data, "empty": b"", "text": b"x" * 99}[kind]
     )
     with pytest.raises(CheckpointError) as caught:
-        source = open_legacy(folder)
+        source = open_megatron(folder)
         source.tensor("model.layers.3.mlp.down_proj.weight")
     message = str(caught.value)
     assert "\n" not in message and "mp_rank_00_001/model_optim_rng.pt" in message
@@ -367,5 +367,5 @@ def test_a_pickle_cannot_change_a_class(tmp_path):
         archive.writestr("archive/data.pkl", evil)
         archive.writestr("archive/version", "3\n")
     with pytest.raises(CheckpointError, match="mp_rank_00_000"):
-        open_legacy(path.parent)
+        open_megatron(path.parent)
     assert not hasattr(argparse.Namespace, "a")

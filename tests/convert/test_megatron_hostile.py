@@ -21,8 +21,7 @@ from megatron_bitcpm.checkpoint.safe_load import (
 )
 from megatron_bitcpm.checkpoint.torch_file import TorchFile, map_file
 from megatron_bitcpm.conversion.hf.tensor_files import open_tensor_file
-from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
-from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
+from megatron_bitcpm.conversion.megatron.open import open_megatron
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 from megatron_bitcpm.conversion.source import Folding
 from megatron_bitcpm.errors import CheckpointError
@@ -205,7 +204,7 @@ def first_place(index):
 def test_an_index_of_other_objects(written, change):
     change_index(written, change)
     with pytest.raises(CheckpointError, match=r"\.metadata: cannot be loaded"):
-        open_torch_dist(written)
+        open_megatron(written)
 
 
 def test_parts_that_overlap(tmp_path):
@@ -222,21 +221,21 @@ def test_parts_that_overlap(tmp_path):
 
     change_index(folder, double)
     with pytest.raises(CheckpointError, match="some values are listed twice"):
-        open_torch_dist(folder).tensor("model.embed_tokens.weight")
+        open_megatron(folder).tensor("model.embed_tokens.weight")
 
 
 def test_two_folders_of_one_rank(tmp_path):
     folder = write_stock(make_source(tmp_path), tmp_path / "run") / "iter_0000007"
     (folder / "mp_rank_000_000").mkdir()
     with pytest.raises(CheckpointError, match=r"mp_rank_00_000.* same rank"):
-        open_legacy(folder)
+        open_megatron(folder)
 
 
 def test_arguments_that_differ_between_ranks(tmp_path):
     folder = write_stock(make_source(tmp_path), tmp_path / "run")
     edit(folder, "mp_rank_01_001", lambda shard: setattr(shard["args"], "rotary_base", 10000))
     with pytest.raises(CheckpointError, match=r"mp_rank_01_001/\S+: model and layout of the arg"):
-        open_legacy(folder)
+        open_megatron(folder)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,7 @@ def test_arguments_of_other_types(tmp_path, change, message):
     folder = write_stock(make_source(tmp_path), tmp_path / "run", scale_emb=2.0, **layout)
     edit(folder, "mp_rank_00", change)
     with pytest.raises(CheckpointError, match=message) as caught:
-        open_legacy(folder)
+        open_megatron(folder)
     assert len(str(caught.value)) < 1000
 
 
@@ -265,7 +264,7 @@ def test_stages_of_other_types(tmp_path):
         if name.startswith("model.layers.3."):
             source.tensors[name] = tensor.float()
     folder = write_stock(source, tmp_path / "run")
-    found = open_legacy(folder)
+    found = open_megatron(folder)
     assert_same(found, source)
     assert all(found.dtype(name) == tensor.dtype for name, tensor in source.tensors.items())
 
@@ -275,7 +274,7 @@ def test_stages_of_other_types(tmp_path):
 
     edit(folder, "mp_rank_00_001", to_integers)
     with pytest.raises(CheckpointError, match=r"mp_rank_00_001\S+: decoder.final\S+ is int64"):
-        open_legacy(folder)
+        open_megatron(folder)
 
 
 @pytest.mark.parametrize(
@@ -291,4 +290,4 @@ def test_a_description_of_other_types(written, key, value, message):
     content[key] = value
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=message):
-        open_torch_dist(written)
+        open_megatron(written)

@@ -10,9 +10,8 @@ from megatron_models import VOCAB, assert_same, make_source
 
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.config import QuantConfig
-from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
-from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
+from megatron_bitcpm.conversion.megatron.open import open_megatron
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 from megatron_bitcpm.conversion.source import Folding
 from megatron_bitcpm.quantizer import Quantizer
@@ -35,18 +34,18 @@ def test_torch_dist_and_legacy(tmp_path, case, layout, changes):
     report = write_torch_dist(source, tmp_path / "a", Layout(*layout))
     tp, pp, _ = layout
     assert sum(name.endswith(".distcp") for name in report["files"]) == tp * pp
-    first = open_torch_dist(tmp_path / "a")
+    first = open_megatron(tmp_path / "a")
     assert_same(first, source)
     write_legacy(first, tmp_path / "b", Layout(*layout))
-    second = open_legacy(tmp_path / "b" / "release")
+    second = open_megatron(tmp_path / "b" / "release")
     assert_same(second, source)
     write_torch_dist(second, tmp_path / "c", Layout(1, tp if tp != 3 else 1))
-    assert_same(open_torch_dist(tmp_path / "c"), source)
+    assert_same(open_megatron(tmp_path / "c"), source)
 
 
 @pytest.mark.parametrize(
     ("write", "read", "rows"),
-    [(write_torch_dist, open_torch_dist, 64), (write_legacy, open_legacy, 64)],
+    [(write_torch_dist, open_megatron, 64), (write_legacy, open_megatron, 64)],
 )
 def test_padding_rows_are_copies_of_the_last(tmp_path, write, read, rows):
     source = make_source(tmp_path)
@@ -61,7 +60,7 @@ def test_padding_rows_are_copies_of_the_last(tmp_path, write, read, rows):
 def test_padding_of_a_checkpoint_is_kept(tmp_path):
     source = make_source(tmp_path)
     write_torch_dist(source, tmp_path / "a")
-    found = open_torch_dist(tmp_path / "a")
+    found = open_megatron(tmp_path / "a")
     table = found.padded_tensor("model.embed_tokens.weight").clone()
     table[VOCAB:] = 7
 
@@ -71,12 +70,12 @@ def test_padding_of_a_checkpoint_is_kept(tmp_path):
             return table if name == "model.embed_tokens.weight" else self.tensor(name)
 
     write_legacy(Trained(**vars(source)), tmp_path / "b", Layout(2))
-    kept = open_legacy(tmp_path / "b").padded_tensor("model.embed_tokens.weight")
+    kept = open_megatron(tmp_path / "b").padded_tensor("model.embed_tokens.weight")
     assert torch.equal(kept, table)
 
 
 @pytest.mark.parametrize(
-    ("write", "read"), [(write_torch_dist, open_torch_dist), (write_legacy, open_legacy)]
+    ("write", "read"), [(write_torch_dist, open_megatron), (write_legacy, open_megatron)]
 )
 def test_what_stands_beside_the_tensors(tmp_path, write, read):
     side = tmp_path / "hf"
@@ -105,7 +104,7 @@ def test_names_for_transformer_engine(tmp_path):
     shard = torch.load(tmp_path / "o/release/mp_rank_00/model_optim_rng.pt", weights_only=False)
     assert "decoder.layers.3.mlp.linear_fc1.layer_norm_weight" in shard["model"]
     assert not any("input_layernorm" in name for name in shard["model"])
-    assert_same(open_legacy(tmp_path / "o"), source)
+    assert_same(open_megatron(tmp_path / "o"), source)
 
 
 @pytest.mark.parametrize("tp", [1, 4])
@@ -114,8 +113,8 @@ def test_local_scales_keep_the_groups_of_their_training(tmp_path, tp):
     stamp = Quantizer(QuantConfig(group_size=-1, scale_sync="local"), tp_size=2)
     source = dataclasses.replace(make_source(tmp_path), form="latent", quantizer=stamp)
     write_torch_dist(source, tmp_path / "a", Layout(tp))
-    write_legacy(open_torch_dist(tmp_path / "a"), tmp_path / "b", Layout(4 // tp))
-    found = open_legacy(tmp_path / "b")
+    write_legacy(open_megatron(tmp_path / "a"), tmp_path / "b", Layout(4 // tp))
+    found = open_megatron(tmp_path / "b")
     model, groups = source.model, found.quantized_tensors()
     assert groups["model.layers.0.mlp.down_proj.weight"] == model.ffn_hidden_size // 2
     assert groups["model.layers.0.mlp.up_proj.weight"] == model.hidden_size

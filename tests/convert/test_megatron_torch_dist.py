@@ -20,9 +20,8 @@ from test_megatron_loads import build_stock_chunks
 
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.conversion import tensor_stream
-from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
-from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
+from megatron_bitcpm.conversion.megatron.open import open_megatron
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
 from megatron_bitcpm.errors import CheckpointError
 
@@ -63,7 +62,7 @@ def test_stock_checkpoints_load(tmp_path, case, stacked):
     run_ranks(2, save_stock, str(tmp_path), case, stacked)
     index = (tmp_path / "run/iter_0000007/.metadata").read_bytes()
     assert (b"decoder.layers.3.mlp" in index) is not stacked
-    found = open_torch_dist(tmp_path / "run")
+    found = open_megatron(tmp_path / "run")
     assert_same(found, source)
     assert found.facts["iteration"] == 7
 
@@ -76,7 +75,7 @@ def written(tmp_path):
 
 
 def read_all(folder):
-    source = open_torch_dist(folder)
+    source = open_megatron(folder)
     for name in source.shapes():
         source.tensor(name)
 
@@ -115,12 +114,12 @@ def test_malicious_files(written, tmp_path):
         before = (written / name).read_bytes()
         save({"args": Payload(tmp_path / "touched")}, written / name)
         with pytest.raises(CheckpointError, match=r"posix\.system, which no checkpoint") as caught:
-            open_torch_dist(written)
+            open_megatron(written)
         assert name in str(caught.value) and "\n" not in str(caught.value)
         (written / name).write_bytes(before)
     assert not (tmp_path / "touched").exists()
     # Without its own description it is a checkpoint of stock Megatron.
-    assert_same(open_torch_dist(written), make_source(tmp_path))
+    assert_same(open_megatron(written), make_source(tmp_path))
 
 
 def test_a_tensor_too_few(written):
@@ -129,7 +128,7 @@ def test_a_tensor_too_few(written):
     del content.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
     index.write_bytes(pickle.dumps(content))
     with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.linear_fc2\.weight is missing"):
-        open_torch_dist(written)
+        open_megatron(written)
 
 
 @pytest.mark.parametrize(
@@ -159,11 +158,11 @@ def test_shared_key_heads(tmp_path):
     with pytest.raises(CheckpointError, match=r"2 key/value heads .* megatron-core 0\.12\.1"):
         write_legacy(source, tmp_path / "o", Layout(4))
     write_torch_dist(source, tmp_path / "o", Layout(4))
-    assert_same(open_torch_dist(tmp_path / "o"), source)
+    assert_same(open_megatron(tmp_path / "o"), source)
 
 
 @pytest.mark.parametrize(
-    ("write", "read"), [(write_torch_dist, open_torch_dist), (write_legacy, open_legacy)]
+    ("write", "read"), [(write_torch_dist, open_megatron), (write_legacy, open_megatron)]
 )
 def test_an_existing_output(tmp_path, write, read):
     source, other = make_source(tmp_path), make_source(tmp_path, "tied")
@@ -242,7 +241,7 @@ def test_killed(tmp_path, write):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    read = open_torch_dist if write is write_torch_dist else open_legacy
+    read = open_megatron if write is write_torch_dist else open_megatron
     assert_same(read(tmp_path / "o"), source)
     assert list(tmp_path.glob(".tmp-o-*"))
     # The next conversion takes the place of the killed one.

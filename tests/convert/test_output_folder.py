@@ -11,9 +11,7 @@ from tiny_folders import make_folder, make_state
 
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.cli import main
-from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.convert import convert
-from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.inspect import inspect
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
@@ -22,7 +20,6 @@ from megatron_bitcpm.conversion.output_folder import new_file, new_folder
 from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import TOKENIZER_FILES
-from megatron_bitcpm.quantizer import Quantizer
 
 KEPT = "is no converted model, so it is not replaced"
 
@@ -57,15 +54,14 @@ def assert_replaced(output):
 @pytest.mark.parametrize("form", ["plain", "latent", "pseudo"])
 @pytest.mark.parametrize("limit", [10_000_000, 30_000])
 def test_folders_of_this_package_are_replaced(form, weights, limit, folder, tmp_path):
-    stamp = None if form == "plain" else Quantizer(QuantConfig())
-    write_folder(
-        open_source(folder),
+    quantizer = {"quant_type": "ternary", "group_size": -1, "force": True}
+    convert(
+        folder,
         tmp_path / "out",
-        form,
+        form=form,
         weights=weights,
-        max_shard_bytes=limit,
-        quantizer=stamp,
-        force=True,
+        max_shard_size=limit,
+        **({} if form == "plain" else quantizer),
     )
     assert_replaced(tmp_path / "out")
 
@@ -261,10 +257,16 @@ def test_an_old_report_is_replaced(pair, tmp_path, capsys):
             ("verify", "{a}", "{b}", "--logits-key", "z", "--logits", "p.txt"),
             "logits-key=z: has no effect on p.txt, which is no .jsonl file. Leave it out.",
         ),
-        (("convert", "--input", "", "--output", "x", "--to", "plain"), "input='': is no path."),
-        (("convert", "--input", "{a}", "--output", "", "--to", "plain"), "output='': is no path."),
         (
-            ("convert", "--input", "{a}", "--output", "{a}-x", "--to", "plain", "--force"),
+            ("convert", "--input", "", "--output", "x", "--form", "plain"),
+            "input='': must be a path.",
+        ),
+        (
+            ("convert", "--input", "{a}", "--output", "", "--form", "plain"),
+            "output='': must be a path.",
+        ),
+        (
+            ("convert", "--input", "{a}", "--output", "{a}-x", "--form", "plain", "--force"),
             "force=True: has no effect: only latents",
         ),
     ],

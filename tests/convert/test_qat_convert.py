@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import runpy
@@ -9,22 +10,23 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from megatron_bitcpm.conversion.latent_file import survey
+from helpers.numpy_sums import abs_sums
+from ops.numpy_ternary import codes_from_scales, fake_quantize, level_bits, to_tensor
 from safetensors.torch import load_file, save_file
 from tiny_folders import LAYERS, PROJECTIONS, load_all, make_folder, make_state, same_bits
 
 from megatron_bitcpm.config import QuantConfig
-from megatron_bitcpm.conversion.hf.tensor_files import open_tensor_file
+from megatron_bitcpm.conversion import qat_convert as qat_module
+from megatron_bitcpm.conversion.convert import convert as convert_folder
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.infer_grid import lies_on_grid
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.qat_convert import qat_convert
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
-from megatron_bitcpm.quant.fake_quant import fake_quantize
 from megatron_bitcpm.quant.reciprocal import fake_quantize_reciprocal
-from megatron_bitcpm.quant.sums import sum_abs_canonical
 from megatron_bitcpm.quantizer import Quantizer
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -48,6 +50,10 @@ def load(path: Path) -> dict:
 def convert(path: Path, output: Path, *settings, force: bool = True, **named):
     settings = settings or ("ternary", -1)
     return qat_convert(path, output, *settings, force=force, **named)
+
+
+def with_quantizer(source, **quant):
+    return dataclasses.replace(source, quantizer=Quantizer(QuantConfig(**quant)), form="latent")
 
 
 # -- what changes ----------------------------------------------------------------------------------
@@ -96,19 +102,37 @@ def test_other_grids_and_types(quant_type, group_size, dtype, tmp_path):
 def test_one_scale_per_projection(grid, tmp_path):
     path = save(tmp_path / "in.bin", make_state())
     convert(path, tmp_path / "out.bin", grid, "tensor")
+    state = make_state()
     for key, tensor in load(tmp_path / "out.bin").items():
-        if "_proj" in key:
-            assert len(tensor.abs().unique()) == (2 if grid == "ternary" else 3)
+        if "_proj" not in key:
+            assert same_bits(tensor, state[key])
+            continue
+        assert len(tensor.abs().unique()) == (2 if grid == "ternary" else 3)
+        w = state[key].float().numpy()
+        statistic = np.abs(w).max() / np.float32(2)
+        if grid == "ternary":  # the sum over the rows' sums
+            total = abs_sums(abs_sums(w, w.shape[1]).reshape(1, -1), len(w))
+            statistic = total[0, 0] * (np.float32(1) / np.float32(w.size))
+        scales = np.full((len(w), 1), statistic, np.float32)
+        bits = level_bits(codes_from_scales(w, scales, grid), scales, tensor.dtype, grid)
+        assert same_bits(tensor, to_tensor(bits, tensor.dtype)), key
 
 
 def test_the_input_is_not_written_to(tmp_path):
     # A mapped file is private memory of the process: the file alone would not show it.
     folder = make_folder(tmp_path / "in", make_state(dtype=torch.float32))
-    source = open_source(folder)
-    stamp = Quantizer(QuantConfig())
-    write_folder(source, tmp_path / "out", "pseudo", quantizer=stamp, force=True)
+    source = with_quantizer(open_source(folder))
+    write_folder(source, tmp_path / "out", "pseudo")
     for name, tensor in make_state(dtype=torch.float32).items():
         assert same_bits(source.tensor(name), tensor), name
+
+
+def test_transposed_tensors(tmp_path):
+    state = make_state()
+    stored = {n: t.t().contiguous().t() if t.ndim == 2 else t for n, t in state.items()}
+    path = save(tmp_path / "in.bin", stored)
+    convert(path, tmp_path / "out.bin", "ternary", 16)
+    assert same_bits(load(tmp_path / "out.bin")[UP], fake_quantize(state[UP], 16))
 
 
 def test_tied_tensors_stay_one(tmp_path):
@@ -150,7 +174,8 @@ def test_reciprocal_by_hand():
     zero = torch.zeros(2, 4).bfloat16()
     assert fake_quantize_reciprocal(zero, torch.zeros(2, 1), 4, 1e-5).tolist() == [[0.0] * 4] * 2
     w[0, 1] = float("nan")
-    assert fake_quantize_reciprocal(w, sum_abs_canonical(w, 4), 4, 1e-5).isnan().all()
+    nan = torch.tensor([[float("nan")]])
+    assert fake_quantize_reciprocal(w, nan, 4, 1e-5).isnan().all()
     with pytest.raises(BitcpmError, match=r"needs bfloat16 or float32 weights, not torch\.float16"):
         fake_quantize_reciprocal(w.half(), sums, 4, 1e-5)
 
@@ -163,7 +188,7 @@ def reciprocal_scalar(w: torch.Tensor) -> torch.Tensor:
 
     out = torch.empty_like(w)
     for r, row in enumerate(w):
-        total = float(sum_abs_canonical(row.view(1, -1), len(row)))
+        total = float(abs_sums(row.view(1, -1).float().numpy(), len(row))[0, 0])
         mean = bf16(float(torch.tensor(total) * torch.tensor(1 / len(row))))
         inverse = bf16(1 / max(mean, bf16(1e-5)))
         for i, value in enumerate(row.tolist()):
@@ -192,9 +217,13 @@ def test_reciprocal_numerics_and_the_count_of_the_others(tmp_path):
 @pytest.fixture
 def latent(tmp_path):
     """A latent folder with a stamp that leaves the first layer in full precision."""
-    stamp = Quantizer(QuantConfig(group_size=16, full_precision_first_layers=1, eps=1e-4))
-    source = open_source(make_folder(tmp_path / "plain"))
-    write_folder(source, tmp_path / "latent", "latent", quantizer=stamp, force=True)
+    source = with_quantizer(
+        open_source(make_folder(tmp_path / "plain")),
+        group_size=16,
+        full_precision_first_layers=1,
+        eps=1e-4,
+    )
+    write_folder(source, tmp_path / "latent", "latent")
     return tmp_path / "latent"
 
 
@@ -217,11 +246,11 @@ def test_a_stamp_beside_the_file_counts(latent, tmp_path):
         convert(path, tmp_path / "other.bin", "ternary", 16, numerics="bf16_reciprocal")
 
 
-def test_the_last_layers_are_those_of_the_model(tmp_path):
+def test_the_last_layers_are_those_of_the_model(tmp_path, monkeypatch):
     """The first of two shards holds the first layer, which is not the last one."""
-    stamp = Quantizer(QuantConfig(full_precision_last_layers=1))
     source = open_source(make_folder(tmp_path / "plain"))
-    write_folder(source, tmp_path / "latent", "latent", quantizer=stamp, force=True)
+    source = with_quantizer(source, full_precision_last_layers=1)
+    write_folder(source, tmp_path / "latent", "latent")
     state = {name: t for name, t in make_state().items() if "layers.1." not in name}
     path = save(tmp_path / "latent" / "model-00001-of-00002.safetensors", state)
     report = convert(path, tmp_path / "out.bin", force=False)
@@ -239,8 +268,9 @@ def test_the_last_layers_are_those_of_the_model(tmp_path):
             convert(path, tmp_path / "other.bin", force=False)
         assert "\n" not in str(e.value)
     (tmp_path / "latent" / "config.json").unlink()
+    monkeypatch.setattr(qat_module, "_find_quantizer", lambda path: source.quantizer)
     with pytest.raises(CheckpointError, match=r"config\.json is missing\. Put the model's"):
-        survey(open_tensor_file(path), stamp)
+        convert(path, tmp_path / "other.bin", force=False)
 
 
 def test_a_folder_is_converted_as_a_whole(latent, tmp_path):
@@ -271,16 +301,17 @@ def test_weights_that_were_quantised_already(latent, tmp_path):
     rule = r"layers\.[01]\.self_attn\.q_proj\.weight lies on a grid already"
     for form in ("pseudo", "latent"):
         with pytest.raises(CheckpointError, match=rule):
-            write_folder(
-                open_source(unstamped),
+            convert_folder(
+                unstamped,
                 tmp_path / "out",
-                form,
-                stamp=Quantizer(QuantConfig()),
+                form=form,
+                quant_type="ternary",
+                group_size=-1,
                 force=True,
             )
     save_file(state, latent / "model.safetensors")
     with pytest.raises(CheckpointError, match=rule):
-        write_folder(open_source(latent), tmp_path / "out", "pseudo")
+        convert_folder(latent, tmp_path / "out", form="pseudo")
     with pytest.raises(CheckpointError, match="lies on a grid already"):
         convert(latent / "model.safetensors", tmp_path / "out.bin", "ternary", 16)
     assert not (tmp_path / "out").exists()
@@ -338,10 +369,10 @@ def test_bad_inputs(tmp_path):
 def test_bad_settings(tmp_path):
     path = save(tmp_path / "in.bin", make_state())
     for settings, named, message in (
-        (("q4", -1), {}, "quant_type=q4: is no quantiser. Use ternary, asym4, half_sym4"),
-        (("ternary", "row"), {}, "group_size=.*must be at least 1"),
-        (("ternary", 0), {}, "group_size=0: must be at least 1"),
-        (("ternary", -1), {"numerics": "fp8"}, "numerics=fp8: is unknown. Use fp32 or bf16_rec"),
+        (("q4", -1), {}, "quant_type='q4': must be 'ternary', 'asym4', 'half_sym4'"),
+        (("ternary", "row"), {}, "group_size='row': must be a whole number of at least 1"),
+        (("ternary", 0), {}, "group_size=0: must be a whole number of at least 1"),
+        (("ternary", -1), {"numerics": "fp8"}, "numerics='fp8': must be 'fp32' or 'bf16_rec"),
         (
             ("five", -1),
             {"numerics": "bf16_reciprocal"},
@@ -352,7 +383,7 @@ def test_bad_settings(tmp_path):
         with pytest.raises(BitcpmError, match=message):
             convert(path, tmp_path / "out.bin", *settings, **named)
     for output, message in (
-        (tmp_path / "out.gguf", "is no weight file by its name"),
+        (tmp_path / "out.gguf", "is not a weight file by its name"),
         (path, "is the input"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from ops.numpy_ternary import fake_quantize
 
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion import quantization_error
@@ -12,7 +15,8 @@ from megatron_bitcpm.conversion.quantization_error import (
     LatentFigures,
     measure_latents,
 )
-from megatron_bitcpm.quant.fake_quant import fake_quantize
+from megatron_bitcpm.conversion.source import TensorSource
+from megatron_bitcpm.quant.grids import find_grid
 from megatron_bitcpm.quantizer import Quantizer
 
 
@@ -49,7 +53,7 @@ def test_gaussian_weights():
     figures = measure(gaussian())
     assert figures.error == pytest.approx(wanted, abs=3e-3)
     assert figures.crowding == pytest.approx(1.006, abs=0.03)
-    assert not figures.looks_trained("ternary")
+    assert not figures.looks_trained(find_grid("ternary"))
 
 
 def test_what_tells_a_training():
@@ -59,11 +63,11 @@ def test_what_tells_a_training():
     near = ((w.abs() / scale - 0.5).abs() < 0.2) & (torch.rand_like(w) < 0.1)
     crowded = torch.where(near, w.sign() * scale * 0.5, w)
     assert measure(crowded).crowding > CROWDING
-    assert measure(crowded).looks_trained("ternary")
+    assert measure(crowded).looks_trained(find_grid("ternary"))
     close = fake_quantize(w) + 0.05 * scale * w
     assert measure(close).error < 0.1
-    assert measure(close).looks_trained("ternary")
-    assert not measure(close, grid="five").looks_trained("five")
+    assert measure(close).looks_trained(find_grid("ternary"))
+    assert not measure(close, grid="five").looks_trained(find_grid("five"))
 
 
 @pytest.mark.parametrize("group_size", [-1, 64])
@@ -79,16 +83,27 @@ def test_rows_stand_for_a_large_tensor(group_size, monkeypatch):
     assert 8 * some.beside < whole.beside < 10 * some.beside
 
 
-def test_the_sample_is_first_middle_and_last_layer():
-    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (8, 64) for i in range(9)}
-    read = []
+class NineLayers(TensorSource):
+    """One projection of each of nine layers; notes which are read."""
 
-    def get(name):
-        read.append(int(name.split(".")[2]))
+    num_layers = 9
+
+    def shapes(self):
+        return {f"model.layers.{layer}.mlp.up_proj.weight": (8, 64) for layer in range(9)}
+
+    def dtype(self, name):
+        return torch.float32
+
+    def tensor(self, name):
+        self.facts.setdefault(int(name.split(".")[2]), []).append(name)
         return gaussian(8, 64)
 
-    figures = measure_latents(shapes, get, 9, Quantizer(QuantConfig(group_size="tensor")))
-    assert read == [0, 4, 8]
+
+def test_the_sample_is_first_middle_and_last_layer():
+    quantizer = Quantizer(QuantConfig(group_size="tensor"))
+    source = NineLayers(path=Path("x"), kind="file", form="latent", quantizer=quantizer)
+    figures = measure_latents(source)
+    assert list(source.facts) == [0, 4, 8]
     w = gaussian(8, 64)
     scale = w.abs().mean()
     wq = torch.where(w.abs() > scale / 2, w.sign() * scale, 0.0)

@@ -13,12 +13,19 @@ from test_legacy_stock import write_stock
 from tiny_folders import make_folder, make_state
 
 from megatron_bitcpm.conversion.convert import convert
-from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
+from megatron_bitcpm.conversion.megatron.open import open_megatron
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import TOKENIZER_FILES, hash_files
 
 CASE = "tp1_untied"
+OUTPUTS = {
+    "torch_dist": {"format": "torch_dist"},
+    "legacy": {"format": "legacy"},
+    "plain": {"form": "plain"},
+    "latent": {"form": "latent"},
+    "pseudo": {"form": "pseudo"},
+}
 QUANTIZER = {"quant_type": "ternary", "group_size": -1, "force": True}
 
 
@@ -36,15 +43,15 @@ def edit_json(path, **changes):
 def test_a_tokenizer_has_as_many_ids_as_the_arguments_say(size, tmp_path):
     folder = write_stock(make_source(tmp_path), tmp_path / "run")
     fitting = make_tokenizer(tmp_path / "fitting", 61)
-    assert open_legacy(folder, fitting).vocab_size == 61
+    assert open_megatron(folder, fitting).vocab_size == 61
     other = make_tokenizer(tmp_path / "other", size)
     with pytest.raises(CheckpointError, match=f"files hold {size} ids, the model has 61"):
-        open_legacy(folder, other)
+        open_megatron(folder, other)
 
 
 def test_where_nothing_is_recorded_the_tokenizer_says_the_size(tmp_path):
     folder = write_stock(make_source(tmp_path), tmp_path / "run", vocab_size=None)
-    assert open_legacy(folder, make_tokenizer(tmp_path / "tok", 50)).vocab_size == 50
+    assert open_megatron(folder, make_tokenizer(tmp_path / "tok", 50)).vocab_size == 50
 
 
 @pytest.mark.parametrize("to", ["torch_dist", "legacy", "pseudo"])
@@ -58,9 +65,9 @@ def test_a_run_takes_no_other_tokenizer(to, trained, tmp_path):
         (resaved, "resaved: is not the one of the training"),
     ):
         with pytest.raises(CheckpointError, match=f"^tokenizer=.*{message}"):
-            convert(run.directory, tmp_path / "out", to, tokenizer=folder)
+            convert(run.directory, tmp_path / "out", **OUTPUTS[to], tokenizer=folder)
     assert not (tmp_path / "out").exists()
-    convert(run.directory, tmp_path / "out", to, tokenizer=run.tokenizer)
+    convert(run.directory, tmp_path / "out", **OUTPUTS[to], tokenizer=run.tokenizer)
 
 
 def test_a_tokenizer_saved_anew_goes_with_its_model(trained, tmp_path):
@@ -110,7 +117,7 @@ def test_the_type_is_that_of_the_projections(to, tmp_path):
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = state[name].float()
     start = make_folder(tmp_path / "start", state)
-    convert(start, tmp_path / "out", to, **QUANTIZER)
+    convert(start, tmp_path / "out", **OUTPUTS[to], **QUANTIZER)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     assert open_source(tmp_path / "out").dtype("lm_head.weight") == torch.float32
@@ -124,14 +131,14 @@ def test_generation_settings_that_cannot_be_loaded(text, to, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"^file=\S+/start/generation_config\.json: "
     ) as caught:
-        convert(start, tmp_path / "out", to)
+        convert(start, tmp_path / "out", **OUTPUTS[to])
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
 @pytest.mark.parametrize(("to", "inside"), [("plain", ""), ("legacy", "release/hf")])
 def test_the_report_names_the_tokenizer_where_it_will_be(to, inside, tmp_path):
-    report = convert(make_folder(tmp_path / "start"), tmp_path / "out", to)
+    report = convert(make_folder(tmp_path / "start"), tmp_path / "out", **OUTPUTS[to])
     checked = report["verify"]["checked_tokenizer"]
     assert checked == str(tmp_path / "out" / inside)
     assert (tmp_path / "out" / inside / "tokenizer.json").is_file()

@@ -120,3 +120,18 @@ def bits_of(x: torch.Tensor) -> np.ndarray:
 def float32_bits(x: np.ndarray) -> np.ndarray:
     """Bit patterns of float32 numbers, as int64, every NaN the canonical one."""
     return np.where(np.isnan(x), 0x7FC00000, x.view(np.uint32)).astype(np.int64)
+
+
+def fake_quantize(
+    w: torch.Tensor, group_len: int = -1, eps: float = 1e-5, grid: str = "ternary"
+) -> torch.Tensor:
+    """Level * scale in the type of w, [O, I]; -1 means one scale for each row."""
+    values = w.float().numpy()
+    codes, scales = quantize(values, w.shape[1] if group_len == -1 else group_len, eps, grid)
+    return to_tensor(level_bits(codes, scales, w.dtype, grid), w.dtype)
+
+
+def to_tensor(bits: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Tensor of these bit patterns."""
+    signed = {4: np.int32, 2: np.int16}[dtype.itemsize]
+    return torch.from_numpy(bits.astype(np.uint32).astype(signed, casting="unsafe")).view(dtype)
