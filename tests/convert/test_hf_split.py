@@ -12,7 +12,7 @@ from megatron_bitcpm import ops
 from megatron_bitcpm.arch.model import ModelConfig, shapes_of
 from megatron_bitcpm.arch.tensors import LLAMA, find_projection
 from megatron_bitcpm.config import QuantConfig
-from megatron_bitcpm.conversion.megatron.source import check_shapes
+from megatron_bitcpm.conversion.megatron.torch_dist_reader import TorchDistTensors
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.quantizer import Quantizer
 
@@ -70,8 +70,10 @@ def test_counting_rows_needs_no_memory():
 
 
 def test_more_layers_than_can_be_named():
+    tensors = object.__new__(TorchDistTensors)
+    tensors.folder = Path("checkpoint")
     with pytest.raises(CheckpointError, match=r"num_layers=1000000000: no model has more than"):
-        check_shapes({}, model_config(num_layers=10**9), 9, Path("checkpoint"))
+        tensors.check(model_config(num_layers=10**9))
 
 
 def test_gate_is_the_first_half():

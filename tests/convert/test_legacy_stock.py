@@ -325,7 +325,7 @@ def test_missing_and_odd_folders(tmp_path):
     with pytest.raises(CheckpointError, match="mp_rank_01_001_000: is a shard of experts"):
         open_megatron(folder)
     (folder / "mp_rank_01_001_000").rename(folder / "mp_rank_x")
-    with pytest.raises(CheckpointError, match="mp_rank_x: is no name"):
+    with pytest.raises(CheckpointError, match="mp_rank_x: is not the name"):
         open_megatron(folder)
     (folder / "mp_rank_x").rename(folder.parent / "elsewhere")
     with pytest.raises(CheckpointError, match=r"mp_rank_01_001/model_optim_rng\.pt is missing"):

@@ -26,7 +26,7 @@ from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_di
 from megatron_bitcpm.conversion.source import Folding
 from megatron_bitcpm.errors import CheckpointError
 
-FOLDING = [field.name for field in dataclasses.fields(Folding)]
+FOLDING = list(Folding.model_fields)
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 DEEP = 20_000
 OLD_START = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
@@ -241,8 +241,8 @@ def test_arguments_that_differ_between_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(iteration="7" * 1000), "iteration is no number"),
-        (lambda s: s.update(checkpoint_version=[3]), "checkpoint_version is no number"),
+        (lambda s: s.update(iteration="7" * 1000), "iteration is not a number"),
+        (lambda s: s.update(checkpoint_version=[3]), "checkpoint_version is not a number"),
         (lambda s: setattr(s["args"], "num_layers", "4"), r"args\.num_layers='4', a whole number"),
         (lambda s: setattr(s["args"], "num_query_groups", 0), r"args\.num_query_groups=0, a whole"),
         (lambda s: setattr(s["args"], "swiglu", "x" * 10**6), r"args\.swiglu='x{5,30}\.\.\.x"),

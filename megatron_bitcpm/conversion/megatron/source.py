@@ -51,13 +51,13 @@ class MegatronTensors(ABC):
         Raises:
             CheckpointError: names the first that are missing, unknown or misshapen.
         """
+        if model.num_layers > MAX_LAYERS:
+            rule = f"no model has more than {MAX_LAYERS} ({self.folder}). {DAMAGED}"
+            raise CheckpointError(f"num_layers={model.num_layers}: {rule}.")
         found = self.shapes()
         if EMBEDDING.name not in found:
             raise refusal(self.folder, f"has no tensor {EMBEDDING.name}", OTHER_MODEL)
         rows = (*found[EMBEDDING.name], 0)[0]
-        if model.num_layers > MAX_LAYERS:
-            rule = f"no model has more than {MAX_LAYERS} ({self.folder}). {DAMAGED}"
-            raise CheckpointError(f"num_layers={model.num_layers}: {rule}.")
         if misfits := compare_shapes(found, megatron_shapes(model, rows)).describe():
             raise refusal(
                 self.folder,
