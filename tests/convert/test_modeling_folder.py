@@ -37,6 +37,7 @@ from megatron_bitcpm.conversion.hf.modeling.writer import (
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.models.mup import logits_divisor, residual_scale
 from megatron_bitcpm.models.rope import attention_factor, rope_factors
+from megatron_bitcpm.quantizer import Quantizer
 
 pytestmark = pytest.mark.both_transformers
 
