@@ -115,13 +115,13 @@ def compare_folders(first: Path, second: Path) -> dict[str, Any]:
     return {"tensors": len(a), "values": values, "codes": codes, "files": files}
 
 
-def go_one_way(start: Path, stops: list[tuple[str, str]], to: str, work: Path) -> dict[str, Any]:
+def go_one_way(start: Path, stops: list[tuple[str, str]], form: str, work: Path) -> dict[str, Any]:
     """Convert through the stops and back to a Hugging Face folder; see `compare_folders`.
 
     Args:
         start: Hugging Face folder.
         stops: (format, key of `LAYOUTS`) of each checkpoint on the way.
-        to: form of the folder at the end.
+        form: of the folder at the end.
         work: existing folder for what is written; checkpoints that are there are used again.
     """
     begin = time.perf_counter()
@@ -133,14 +133,14 @@ def go_one_way(start: Path, stops: list[tuple[str, str]], to: str, work: Path) -
             convert(
                 here,
                 work / name,
-                kind,
+                format=kind,
                 tensor_parallel_size=tp,
                 pipeline_parallel_size=pp,
                 virtual_pipeline_parallel_size=vpp,
             )
         here = work / name
     back = work / "back"
-    convert(here, back, to, overwrite=back.exists())
+    convert(here, back, form=form, overwrite=back.exists())
     return compare_folders(start, back) | {"seconds": round(time.perf_counter() - begin, 1)}
 
 
@@ -148,7 +148,9 @@ def main() -> int:
     """Read the arguments, go all ways, print the table; 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", help="Hugging Face folders")
-    parser.add_argument("--to", default="plain", help="form of the folders: plain, latent, pseudo")
+    parser.add_argument(
+        "--form", default="plain", help="form of the folders: plain, latent, pseudo"
+    )
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -169,7 +171,7 @@ def main() -> int:
             [("legacy", first), ("torch_dist", last)],
         ]
         for stops in ways:
-            row = go_one_way(folder, stops, arguments.to, work)
+            row = go_one_way(folder, stops, arguments.form, work)
             through = ", then ".join(f"{kind} {layout}" for kind, layout in stops)
             rows.append({"model": folder.name, "through": through, **row})
             print(

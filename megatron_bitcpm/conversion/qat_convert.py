@@ -87,9 +87,10 @@ def qat_convert(
     source = open_source(options.input_bin)
     if source.form == "pseudo":
         raise _quantized_already(source.path)
-    given = {name: more[name] for name in ("numerics", "eps", "force", "overwrite") if name in more}
+    if source.quantizer is not None:
+        more.pop("force", None)  # a stamp says how they were trained: nothing to look at
     report = convert(
-        input_bin, output, form="pseudo", quant_type=quant_type, group_size=group_size, **given
+        input_bin, output, form="pseudo", quant_type=quant_type, group_size=group_size, **more
     )
     if source.quantizer is not None:
         return report

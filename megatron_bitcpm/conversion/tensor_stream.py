@@ -16,8 +16,6 @@ from typing import TypeVar
 
 import torch
 
-from megatron_bitcpm.errors import CheckpointError
-
 T = TypeVar("T")
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -178,12 +176,7 @@ def cut_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]
     Args:
         sizes: name -> bytes.
         max_shard_bytes: largest sum of a file.
-
-    Raises:
-        CheckpointError: the limit is below 1.
     """
-    if max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_size={max_shard_bytes}: is no size. Use 5GB.")
     shards: list[list[str]] = [[]]
     total = 0
     for name, size in sizes.items():

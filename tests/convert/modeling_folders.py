@@ -57,8 +57,10 @@ def forward_tensors(tensors: dict, stamp: Quantizer, num_layers: int) -> dict:
 
 
 def llama_json(model: ModelConfig, dtype: torch.dtype) -> dict:
-    """config.json of a plain Llama; written out here, independent of the exporter."""
+    """config.json of a Llama or MiniCPM; written out here, independent of the package."""
+    constants = [key for key in MUP if key != "architecture" and model.architecture == "minicpm"]
     return {
+        **{key: getattr(model, key) for key in constants},
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "bos_token_id": 1,

@@ -42,7 +42,7 @@ def test_the_shape_of_the_default_is_the_released_one():
 
 @pytest.mark.slow
 def test_a_conversion_in_a_process_of_its_own(models, tmp_path):
-    times, peak = run_sampled(str(models[0]), str(tmp_path / "out"), {"to": "plain"})
+    times, peak = run_sampled(str(models[0]), str(tmp_path / "out"), {"form": "plain"})
     assert 0 < times["verify_seconds"] < times["total_seconds"]
     # Python with torch and the model: more than 50 MB, less than the limit of the smallest model.
     assert 50e6 < peak < 2 * models[2][0] + bench_convert.ROOM
@@ -51,8 +51,10 @@ def test_a_conversion_in_a_process_of_its_own(models, tmp_path):
 
 @pytest.mark.slow
 def test_a_failed_conversion_is_one_line(models, tmp_path):
-    with pytest.raises(BitcpmError, match=r"^convert=latent: .*quantiser") as caught:
-        run_sampled(str(models[0]), str(tmp_path / "out"), {"to": "latent"})
+    with pytest.raises(
+        BitcpmError, match=r"^output=.*: .*form=latent: .* which quantiser"
+    ) as caught:
+        run_sampled(str(models[0]), str(tmp_path / "out"), {"form": "latent"})
     assert "\n" not in str(caught.value)
 
 

@@ -48,14 +48,14 @@ def copy_of(folder, tmp_path):
     return shutil.copytree(folder, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("to", ["torch_dist", "legacy", "plain"])
-def test_nan_in_the_input_names_the_input(plain, tmp_path, to):
+@pytest.mark.parametrize("format", ["torch_dist", "legacy", "hf"])
+def test_nan_in_the_input_names_the_input(plain, tmp_path, format):
     folder = copy_of(plain, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=re.escape(str(folder))) as caught:
-        convert(folder, tmp_path / "out", to)
+        convert(folder, tmp_path / "out", format=format)
     assert "model.norm.weight" in str(caught.value)
     assert ".tmp-" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
@@ -71,17 +71,17 @@ def test_a_stamp_of_other_groups_is_not_carried_over(pseudo, tmp_path):
         convert(folder, tmp_path / "out", format="torch_dist")
 
 
-@pytest.mark.parametrize("to", ["latent", "torch_dist"])
+@pytest.mark.parametrize("to", [{"form": "latent"}, {"format": "torch_dist"}])
 def test_any_converted_model_is_replaced_and_a_run_never(latent, pseudo, megatron, tmp_path, to):
     for name, old in (("a", pseudo), ("b", megatron)):
         shutil.copytree(old, tmp_path / name)
-        convert(latent, tmp_path / name, to, overwrite=True)
+        convert(latent, tmp_path / name, **to, overwrite=True)
         assert open_source(tmp_path / name).form == "latent"
     run = tmp_path / "run"
     (run / "iter_0000010").mkdir(parents=True)
     (run / "latest_checkpointed_iteration.txt").write_text("10")
     with pytest.raises(CheckpointError, match="is no converted model, so it is not replaced"):
-        convert(latent, run, to, overwrite=True)
+        convert(latent, run, **to, overwrite=True)
 
 
 def test_companions_and_facts_come_back(latent, megatron, tmp_path):

@@ -8,45 +8,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from trained_checkpoints import CASES, LAYERS, open_tensors
+from trained_checkpoints import CASES, FC2, LAYERS, PROJ, gather_layer, read_tensor
 
 from megatron_bitcpm.conversion.verify import verify
 
-HEADS, GROUPS, HEAD_DIM, FFN = 4, 2, 32, 160
-QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
-FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 SLOW = [pytest.param(n, marks=pytest.mark.slow) for n in ("tp2_bf16", "tp2_local")]
 SLOW += [pytest.param("tp2_groups_filters", marks=pytest.mark.slow)]
 TERNARY = ["tp1_untied", "tp2_tied_fp32", "tp2_tensor", *SLOW]
-
-
-def gather_layer(ranks: list[dict], layer: int) -> dict[str, torch.Tensor]:
-    """The seven projections of a layer from the ranks' matrices, one row at a time."""
-    tp = len(ranks)
-
-    def local(kind):
-        name = f"decoder.layers.{layer}.{kind}"
-        return [rank[name] for rank in ranks] if name in ranks[0] else None
-
-    out = {}
-    if qkv := local(QKV):
-        rows = {"q": [], "k": [], "v": []}
-        for group in range(GROUPS):
-            matrix, local_group = qkv[group // (GROUPS // tp)], group % (GROUPS // tp)
-            for slot in range(HEADS // GROUPS + 2):
-                kind = "q" if slot < HEADS // GROUPS else "kv"[slot - HEADS // GROUPS]
-                for channel in range(HEAD_DIM):
-                    row = (local_group * (HEADS // GROUPS + 2) + slot) * HEAD_DIM + channel
-                    rows[kind].append(matrix[row])
-        out |= {f"self_attn.{kind}_proj": torch.stack(r) for kind, r in rows.items()}
-    if fc1 := local(FC1):
-        half = FFN // tp
-        out["mlp.gate_proj"] = torch.stack([fc1[i // half][i % half] for i in range(FFN)])
-        out["mlp.up_proj"] = torch.stack([fc1[i // half][half + i % half] for i in range(FFN)])
-    for kind, name in ((PROJ, "self_attn.o_proj"), (FC2, "mlp.down_proj")):
-        if parts := local(kind):
-            out[name] = torch.cat(parts, dim=1)
-    return out
 
 
 def load_all(folder) -> dict[str, torch.Tensor]:
@@ -132,18 +100,17 @@ def test_filters_leave_latents_in_place(trained, exported):
             excluded = layer < 1 or any(fnmatch.fnmatch(name, p) for p in quant["exclude"])
             key = f"model.layers.{layer}.{hf_name}.weight"
             assert (key not in groups) == excluded
-            latent = open_tensors(trained(case).directory).layer_tensor(f"{site}.weight", layer)
+            latent = read_tensor(trained(case).directory, f"{name}.weight")
             assert torch.equal(tensors[key], latent) == excluded
 
 
 def test_padding_rows_are_left_out(trained, exported):
-    reader = open_tensors(trained("tp1_untied").directory)
     tensors = load_all(exported("tp1_untied"))
     for name, hf_name in (
         ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
         ("output_layer.weight", "lm_head.weight"),
     ):
-        full = reader.tensor(name)
+        full = read_tensor(trained("tp1_untied").directory, name)
         assert full.shape[0] == 320
         assert tensors[hf_name].shape[0] == 300
         assert torch.equal(tensors[hf_name], full[:300])

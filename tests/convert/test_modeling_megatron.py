@@ -12,8 +12,7 @@ from modeling_folders import (  # noqa: F401
     transformers_log,
     weights_of_forward,
 )
-from test_export_codes import gather_layer
-from trained_checkpoints import LAYERS
+from trained_checkpoints import LAYERS, gather_layer
 
 from megatron_bitcpm.conversion.hf.writer import write_folder
 from megatron_bitcpm.conversion.open import open_source

@@ -276,6 +276,8 @@ def test_the_last_layers_are_those_of_the_model(tmp_path, monkeypatch):
 def test_a_folder_is_converted_as_a_whole(latent, tmp_path):
     convert(latent, tmp_path / "out", "ternary", 16, force=False)
     assert (tmp_path / "out" / "bitcpm_quantizer.json").is_file()
+    # Of weights with a stamp nothing has to be forced, in a folder as in a file.
+    convert(latent, tmp_path / "forced", "ternary", 16, force=True)
     plain = make_folder(tmp_path / "other")
     report = convert(plain, tmp_path / "out2", "ternary", -1)
     in_file = convert(plain / "model.safetensors", tmp_path / "out2.bin", "ternary", -1)

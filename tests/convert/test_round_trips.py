@@ -89,7 +89,7 @@ class TestRoundTrip:
         here = start = write_hf_folder(tmp_path / "start", shape, tensors, weights, shards)
         for number, (kind, sizes) in enumerate(stops):
             there = tmp_path / f"{number}-{kind}"
-            report = convert(here, there, kind, **sizes)
+            report = convert(here, there, format=kind, **sizes)
             assert report["verify"]["differing_values"] == 0
             here = there
         convert(here, tmp_path / "back", form="plain")

@@ -11,6 +11,9 @@ import yaml
 from helpers.ranks import run_ranks
 
 SEQ, LAYERS = 80, 3
+HEADS, GROUPS, HEAD_DIM, FFN = 4, 2, 32, 160
+QKV, PROJ = "self_attention.linear_qkv", "self_attention.linear_proj"
+FC1, FC2 = "mlp.linear_fc1", "mlp.linear_fc2"
 BASE = {
     "model": {
         "num_layers": LAYERS,
@@ -136,3 +139,40 @@ def open_tensors(checkpoint):
     from megatron_bitcpm.conversion.megatron.torch_dist_reader import TorchDistTensors
 
     return TorchDistTensors(find_checkpoint(checkpoint))
+
+
+def read_tensor(checkpoint, name: str) -> torch.Tensor:
+    """Read a tensor under Megatron's name, the layers numbered."""
+    from megatron_bitcpm.arch.tensors import find_tensor
+
+    place = find_tensor(name, "megatron")
+    return open_tensors(checkpoint).tensor(place.spec, place.layer)
+
+
+def gather_layer(ranks: list[dict], layer: int) -> dict[str, torch.Tensor]:
+    """The seven projections of a layer from the ranks' matrices, one row at a time."""
+    tp = len(ranks)
+
+    def local(kind):
+        name = f"decoder.layers.{layer}.{kind}"
+        return [rank[name] for rank in ranks] if name in ranks[0] else None
+
+    out = {}
+    if qkv := local(QKV):
+        rows = {"q": [], "k": [], "v": []}
+        for group in range(GROUPS):
+            matrix, local_group = qkv[group // (GROUPS // tp)], group % (GROUPS // tp)
+            for slot in range(HEADS // GROUPS + 2):
+                kind = "q" if slot < HEADS // GROUPS else "kv"[slot - HEADS // GROUPS]
+                for channel in range(HEAD_DIM):
+                    row = (local_group * (HEADS // GROUPS + 2) + slot) * HEAD_DIM + channel
+                    rows[kind].append(matrix[row])
+        out |= {f"self_attn.{kind}_proj": torch.stack(r) for kind, r in rows.items()}
+    if fc1 := local(FC1):
+        half = FFN // tp
+        out["mlp.gate_proj"] = torch.stack([fc1[i // half][i % half] for i in range(FFN)])
+        out["mlp.up_proj"] = torch.stack([fc1[i // half][half + i % half] for i in range(FFN)])
+    for kind, name in ((PROJ, "self_attn.o_proj"), (FC2, "mlp.down_proj")):
+        if parts := local(kind):
+            out[name] = torch.cat(parts, dim=1)
+    return out

@@ -38,7 +38,8 @@ def write_modeling_files(
         form: of the tensors in the folder.
         quantizer: needed for latent.
     Returns:
-        What config.json must say beside Llama's keys; empty for a plain Llama, which gets no file.
+        What config.json must say beside the architecture; empty for a plain Llama, which gets no
+        file.
     """
     model_type = LATENT_TYPE if form == "latent" else model.architecture
     if model_type not in _CLASSES:
