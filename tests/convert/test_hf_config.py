@@ -419,7 +419,9 @@ def test_a_latent_minicpm_has_the_constants(tmp_path):
         read_hf_config(tmp_path)
     del config["bitcpm_quantizer"]
     write(tmp_path, config)
-    with pytest.raises(CheckpointError, match="model_type=bitcpm: this architecture is not supported"):
+    with pytest.raises(
+        CheckpointError, match="model_type=bitcpm: this architecture is not supported"
+    ):
         read_hf_config(tmp_path)
 
 

@@ -14,6 +14,7 @@ from megatron_models import assert_same, make_source
 from test_legacy_stock import edit, write_stock
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
+from megatron_bitcpm.arch.folding import Folding
 from megatron_bitcpm.checkpoint.safe_load import (
     load_common,
     read_metadata,
@@ -24,10 +25,9 @@ from megatron_bitcpm.conversion.hf.tensor_files import open_tensor_file
 from megatron_bitcpm.conversion.megatron.legacy_reader import open_legacy
 from megatron_bitcpm.conversion.megatron.torch_dist_reader import open_torch_dist
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
-from megatron_bitcpm.conversion.source import Folding
 from megatron_bitcpm.errors import CheckpointError
 
-FOLDING = [field.name for field in dataclasses.fields(Folding)]
+FOLDING = list(Folding.model_fields)
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 DEEP = 20_000
 OLD_START = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
@@ -282,7 +282,7 @@ def test_stages_of_other_types(tmp_path):
     ("key", "value", "message"),
     [
         ("quantizer", {"tensor_model_parallel_size": float("inf"), "numerics": "fp32"}, "stamp"),
-        ("folding", dict.fromkeys(FOLDING, "1"), "folding=.*something else than numbers"),
+        ("folding", dict.fromkeys(FOLDING, "1"), "folding.scale_emb='1': must be a valid number"),
     ],
 )
 def test_a_description_of_other_types(written, key, value, message):

@@ -82,7 +82,10 @@ def test_the_walk_sees_an_upward_import():
 
 
 def test_the_map_and_the_grids_do_not_know_each_other():
-    grids, tensors = ("from megatron_bitcpm.quant import grids", "import megatron_bitcpm.arch.model")
+    grids, tensors = (
+        "from megatron_bitcpm.quant import grids",
+        "import megatron_bitcpm.arch.model",
+    )
     assert violations("arch", grids) == ["quant"] and violations("quant", tensors) == ["arch"]
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.tensors import (
     EMBEDDING,
     OUTPUT,
@@ -275,8 +274,6 @@ class LegacyTensors(MegatronTensors):
             self._tied_copy = self._parts.pop(OUTPUT.name, [])
         rows = sum(part.stored.shape[0] for part in self._find(EMBEDDING, None))
         self._dims = stock.model.dimensions(rows)
-        for _, rule in Layout(tp=found["tp"]).problems(stock.model, rows):
-            raise _refusal(self.folder, f"its tp {found['tp']} {rule}")
         check_shapes(self.shapes(), stock.model, rows, self.folder)
         if stock.padded_vocab_size not in (None, rows):
             raise _refusal(

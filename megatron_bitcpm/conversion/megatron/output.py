@@ -21,7 +21,7 @@ import torch
 
 from megatron_bitcpm.arch.hf_config import CONFIG_FILE
 from megatron_bitcpm.arch.model import ModelConfig
-from megatron_bitcpm.arch.tensors import find_projection
+from megatron_bitcpm.arch.tensors import Place
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, ModelFile
 from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.conversion.hf.side_files import copy_companions, find_original_config
@@ -115,6 +115,6 @@ def describe_model(
 
 
 def main_dtype(source: ModelSource) -> torch.dtype:
-    """Return the type that a run would have said: that of the projections."""
-    names = source.quantized_tensors() or [n for n in source.shapes() if find_projection(n)]
-    return source.dtype(next(iter(names)))
+    """Return the type that a run would have said: that of the first layer's last projection."""
+    spec = [spec for spec in source.model.family.tensors if spec.role == "projection"][-1]
+    return source.dtype(Place(spec, 0, 0).name("hf"))
