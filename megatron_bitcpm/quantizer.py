@@ -179,7 +179,7 @@ class Quantizer:
         Raises:
             BitcpmError: the numerics do not exist for the dtype of w.
         """
-        if self.numerics == BF16_RECIPROCAL:
+        if self._is_reciprocal:
             return fake_quantize_reciprocal(w_OI, *self._sums(w_OI, spec), self.config.eps)
         return self.fake_quantize(w_OI, *self._groups_or_scales(w_OI, spec))
 
@@ -192,12 +192,17 @@ class Quantizer:
             codes_OI: int8, the stored codes of the grid.  scales_OG: float32, units of w; G is 1
             with one scale per projection.
         """
-        if self.numerics == BF16_RECIPROCAL:
+        if self._is_reciprocal:
             return quantize_reciprocal(w_OI, *self._sums(w_OI, spec), self.config.eps)
         group_size, scales_OG = self._groups_or_scales(w_OI, spec)
         if scales_OG is None:
             return ops.quantize(w_OI, group_size, self.config.eps, self.grid.name)
         return codes_from_scales(w_OI, scales_OG, self.grid.name), scales_OG
+
+    @property
+    def _is_reciprocal(self) -> bool:
+        assert self.has_numerics(self.numerics), "see `check_numerics`"
+        return self.numerics == BF16_RECIPROCAL
 
     def _groups_or_scales(
         self, w_OI: torch.Tensor, spec: TensorSpec

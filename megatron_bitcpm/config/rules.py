@@ -37,20 +37,19 @@ def cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     model, layout = config.model, config.parallel.layout
-    for axis, rule in layout.problems(model):
-        size = getattr(layout, axis)
-        yield f"{_AXES[axis]}={size}: {rule}. {layout.suggest(axis, model)}."
-    multiple = model.make_vocab_size_divisible_by
-    if multiple % layout.tp:
-        yield (
-            f"model.make_vocab_size_divisible_by={multiple}: is not a multiple of {_AXES['tp']} "
-            f"{layout.tp}. Use a multiple of {layout.tp}."
-        )
     size = layout.model_parallel_size
     if world_size % size:
         yield (
             f"parallel=tp {layout.tp} x pp {layout.pp} x cp {layout.cp}: {size} does not divide "
             f"the world size {world_size}. Start a multiple of {size} ranks."
+        )
+    for axis, rule in layout.problems(model):
+        yield f"{_AXES[axis]}={getattr(layout, axis)}: {rule}. {layout.suggest(axis, model)}."
+    multiple = model.make_vocab_size_divisible_by
+    if multiple % layout.tp:
+        yield (
+            f"model.make_vocab_size_divisible_by={multiple}: is not a multiple of {_AXES['tp']} "
+            f"{layout.tp}. Use a multiple of {layout.tp}."
         )
 
 

@@ -59,6 +59,12 @@ class FusedTensors(MegatronTensors):
 
     tensors: dict[str, torch.Tensor]
 
+    def read_args(self):
+        raise NotImplementedError
+
+    def shapes(self):
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
     def dtype(self, spec: TensorSpec, layer: int | None) -> torch.dtype:
         return self.tensor(spec, layer).dtype
 

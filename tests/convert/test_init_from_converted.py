@@ -91,5 +91,7 @@ def test_legacy_shards_are_no_beginning(latent, tmp_path):
 
 def test_a_damaged_description_is_named(converted, tmp_path):
     (tmp_path / "bitcpm_model.json").write_text('{"format_version": 1, "form": "latent"}')
-    with pytest.raises(CheckpointError, match=r"bitcpm_model\.json: cannot be read: 'model'"):
+    with pytest.raises(
+        CheckpointError, match=r"bitcpm_model\.json: cannot be read: model is missing"
+    ):
         find_origin(tmp_path)

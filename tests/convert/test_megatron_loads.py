@@ -48,6 +48,10 @@ def build_stock_chunks(model, layout, rows):
     )
 
 
+def to_layout(tp, pp, vpp):
+    return Layout(tp, pp, vpp or 1)
+
+
 def check_chunks(chunks, source, layout, rows):
     """Compare what a rank's modules hold with Hugging Face's weights, cut by hand."""
     from megatron.core import parallel_state
@@ -114,7 +118,7 @@ def load_legacy(rank, folder, case, layout):
     ],
 )
 def test_legacy_shards_load_strictly(tmp_path, case, layout):
-    write_legacy(make_source(tmp_path, case), tmp_path / "out", Layout(*layout))
+    write_legacy(make_source(tmp_path, case), tmp_path / "out", to_layout(*layout))
     run_ranks(layout[0] * layout[1], load_legacy, str(tmp_path), case, layout)
 
 
@@ -143,7 +147,7 @@ def load_torch_dist(rank, folder, case, layout):
     ],
 )
 def test_torch_dist_loads_at_any_layout(tmp_path, case, written, layout):
-    write_torch_dist(make_source(tmp_path, case), tmp_path / "out", Layout(*written))
+    write_torch_dist(make_source(tmp_path, case), tmp_path / "out", to_layout(*written))
     run_ranks(layout[0] * layout[1], load_torch_dist, str(tmp_path), case, layout)
 
 

@@ -8,24 +8,24 @@ import pytest
 import torch
 from megatron_models import VOCAB, assert_same, make_source
 
+from megatron_bitcpm.arch.folding import Folding
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
 from megatron_bitcpm.conversion.megatron.open import open_megatron
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
-from megatron_bitcpm.conversion.source import Folding
 from megatron_bitcpm.quantizer import Quantizer
 
 
 @pytest.mark.parametrize(
     ("case", "layout", "changes"),
     [
-        ("untied", (1, 1, None), {}),
+        ("untied", (1, 1, 1), {}),
         ("untied", (2, 2, 2), {}),
         ("tied", (4, 4, 1), {}),
-        ("minicpm", (2, 1, None), {}),
+        ("minicpm", (2, 1, 1), {}),
         ("minicpm", (1, 2, 2), {"share_embeddings_and_output_weights": False}),
-        ("tied", (3, 2, None), {"num_query_groups": 3}),
+        ("tied", (3, 2, 1), {"num_query_groups": 3}),
     ],
 )
 def test_torch_dist_and_legacy(tmp_path, case, layout, changes):
@@ -84,7 +84,7 @@ def test_what_stands_beside_the_tensors(tmp_path, write, read):
     (side / "config.json").write_bytes(b'{"hidden_size":  32}\n')
     (side / "model.safetensors").write_bytes(b"no side file")
     stamp = Quantizer(QuantConfig(group_size=16, grid="five"), 4, "fp32")
-    folding = Folding(12.0, 0.7, 0.25, 1.4, 8)
+    folding = Folding(scale_emb=12.0, residual=0.7, output=0.25, scale_depth=1.4, dim_model_base=8)
     source = dataclasses.replace(
         make_source(tmp_path), form="pseudo", quantizer=stamp, folding=folding, side_files=side
     )

@@ -148,10 +148,10 @@ BAD_INPUTS = {
     "tp and heads": (
         {"model__num_attention_heads": 3, "model__num_query_groups": 1, "model__kv_channels": 16},
         [],
-        "model.num_attention_heads=3: is not a mul",
+        "parallel.tensor_model_parallel_size=2: does not divide num_attention_heads 3. Use 1.",
     ),
     "world": ({"parallel__tensor_model_parallel_size": 3}, [], "does not divide the world size 2"),
-    "group": ({"quant__group_size": 48}, [], "quant.group_size=48: does not divide 64"),
+    "group": ({"quant__group_size": 48}, [], "quant.group_size=48: does not divide the inputs"),
     "data": ({"data__prefix": "/no/such"}, [], "/no/such"),
     "tokenizer": ({"data__tokenizer": "/no/such"}, [], "/no/such"),
     "nothing to resume": ({}, ["--resume"], "is neither a checkpoint nor a run with one"),

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.tensors import (
     EMBEDDING,
     OUTPUT,
@@ -224,8 +223,6 @@ class LegacyTensors(MegatronTensors):
         if stock.model.share_embeddings_and_output_weights:
             self._tied_copy = self._parts.pop(OUTPUT.name, [])
         rows = self.check(stock.model)
-        for _, rule in Layout(tp=found["tp"]).problems(stock.model, rows):
-            raise refusal(self.folder, f"its tp {found['tp']} {rule}")
         self._dims = stock.model.dimensions(rows)
         if stock.padded_vocab_size not in (None, rows):
             rule = f"args.padded_vocab_size is {stock.padded_vocab_size}"

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_bitcpm.arch.hf_config import CONFIG_FILE
 from megatron_bitcpm.arch.model import ModelConfig
-from megatron_bitcpm.arch.tensors import find_projection
+from megatron_bitcpm.arch.tensors import Place
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, ModelFile
 from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.conversion.hf.side_files import copy_companions, find_original_config
@@ -114,12 +114,12 @@ def run_args(
 ) -> argparse.Namespace:
     """Return the arguments that a run with this model would have saved; see `make_args`."""
     source = shards.source
-    names = source.quantized_tensors() or [n for n in source.shapes() if find_projection(n)]
+    projection = [spec for spec in model.family.tensors if spec.role == "projection"][-1]
     return make_args(
         model,
         vocab_size=source.vocab_size,
         padded_vocab_size=shards.rows,
-        dtype=source.dtype(next(iter(names))),
+        dtype=source.dtype(Place(projection, 0, 0).name("hf")),
         layout=shards.layout,
         ckpt_format=ckpt_format,
         transformer_impl=transformer_impl,
