@@ -13,7 +13,11 @@ from megatron_bitcpm.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.yaml"))
-DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("csrc/**/*.md")]
+FOLDERS_OF_DOCUMENTS = ("docs", "csrc", "tests")
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *(path for folder in FOLDERS_OF_DOCUMENTS for path in ROOT.glob(f"{folder}/**/*.md")),
+]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
