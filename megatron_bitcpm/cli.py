@@ -371,7 +371,7 @@ def bench_ops_command(
     rounds: Annotated[int, typer.Option(help="Interleaved rounds.")] = 31,
 ) -> None:
     """Time the CPU operators against memory and torch, interleaved in one process."""
-    from megatron_bitcpm.evaluation.bench_ops import bench_ops
+    from megatron_bitcpm.bench.ops import bench_ops
 
     _print_json(bench_ops(out_features, in_features, dtype, group_size, rounds))
 
@@ -381,9 +381,9 @@ def bench_train_command(
     pairs: Annotated[int, typer.Option(help="Interleaved pairs of steps.")] = 12,
 ) -> None:
     """Measure what ternary training costs beside full precision, on 0.5B layer shapes."""
-    from megatron_bitcpm.evaluation.bench_train import bench_train
+    from megatron_bitcpm.bench.train import bench_train
 
-    _print_json(bench_train(pairs=pairs))
+    _print_json(bench_train(pairs))
 
 
 @bench_app.command("save")
@@ -391,7 +391,7 @@ def bench_save_command(
     rounds: Annotated[int, typer.Option(help="Saves in each way.")] = 5,
 ) -> None:
     """Measure how long a checkpoint holds the training, written at once and in the background."""
-    from megatron_bitcpm.evaluation.bench_save import bench_save
+    from megatron_bitcpm.bench.save import bench_save
 
     _print_json(bench_save(rounds))
 
@@ -408,7 +408,7 @@ def bench_convert_command(
     ] = None,
 ) -> None:
     """Time conversions of a synthetic model against dd, and measure their memory."""
-    from megatron_bitcpm.evaluation.bench_convert import bench_convert
+    from megatron_bitcpm.bench.convert import bench_convert
 
     _print_json(bench_convert(shape, rounds, cold, folder))
 

@@ -28,9 +28,10 @@ LAYERS = {
     "training": 7,
     "evaluation": 8,
     "doctor": 8,
-    "cli": 9,
-    "__init__": 10,
-    "__main__": 10,
+    "bench": 9,
+    "cli": 10,
+    "__init__": 11,
+    "__main__": 11,
 }
 
 
