@@ -50,6 +50,7 @@ from megatron_bitcpm.conversion.progress import track_tensors
 from megatron_bitcpm.conversion.projection_totals import ProjectionTotals
 from megatron_bitcpm.conversion.source import Folding, ModelSource
 from megatron_bitcpm.conversion.stamp import QuantizerStamp
+from megatron_bitcpm.data.tokenizer_ids import check_tokenizer_folder
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
 
@@ -117,8 +118,11 @@ def inspect(
         dtypes (type -> bytes), problems (sentences).
 
     Raises:
-        CheckpointError: no model, damaged files, or a config.json that cannot be corrected.
+        CheckpointError: no model, no such tokenizer, damaged files, or a config.json that cannot be
+            corrected.
     """
+    if tokenizer is not None:
+        check_tokenizer_folder(tokenizer)
     model = _open(Path(path), tokenizer)
     shapes = model.shapes()
     found, tied, dtypes = _read_tensors(model, shapes)

@@ -33,7 +33,7 @@ from megatron_bitcpm.conversion.names import (
     Projection,
 )
 from megatron_bitcpm.conversion.open import open_source
-from megatron_bitcpm.conversion.stamp import QuantizerStamp, fake_quantize_projection
+from megatron_bitcpm.conversion.stamp import QuantizerStamp
 from megatron_bitcpm.errors import CheckpointError
 
 # Megatron stores the norm in front of a linear under the linear's name.
@@ -44,26 +44,15 @@ _STORED_NORMS = {
 
 
 @contextmanager
-def megatron_model(
-    checkpoint: str | Path | MegatronSource, tokenizer: str | Path | None = None
-) -> Iterator[torch.nn.Module]:
-    """Hold a checkpoint's model in float32, with the weights of its forward, on one rank.
+def megatron_model(checkpoint: str | Path | MegatronSource) -> Iterator[torch.nn.Module]:
+    """Hold a checkpoint's GPTModel in float32, with the weights of its forward, on one rank.
 
     Args:
-        checkpoint: a Megatron checkpoint of any format, or a run's folder (its newest checkpoint),
-            or one that is open.
-        tokenizer: tokenizer folder for checkpoints that do not say how many ids it has.
-    Yields:
-        A GPTModel in evaluation mode; valid inside the block only.
-
-    Raises:
-        CheckpointError: no Megatron checkpoint, or it cannot be read or does not fill the model.
+        checkpoint: of any of Megatron's formats, a run's folder, or one that is open.
     """
     from megatron_bitcpm.training.runtime import start_runtime
 
-    source = checkpoint
-    if not isinstance(source, MegatronSource):
-        source = open_megatron(source, tokenizer)
+    source = checkpoint if isinstance(checkpoint, MegatronSource) else open_megatron(checkpoint)
     with start_runtime(ParallelConfig(), seed=0) as runtime:
         from megatron_bitcpm.models.decoder import build_model, build_transformer_config
 
@@ -80,12 +69,12 @@ def megatron_model(
         yield built.to(runtime.device).eval()
 
 
-def open_megatron(checkpoint: str | Path, tokenizer: str | Path | None = None) -> MegatronSource:
-    """Open a Megatron checkpoint; arguments and errors as `megatron_model`."""
-    source = open_source(checkpoint, tokenizer)
+def open_megatron(checkpoint: str | Path) -> MegatronSource:
+    """Open a Megatron checkpoint, and nothing else."""
+    source = open_source(checkpoint)
     if not isinstance(source, MegatronSource):
         raise CheckpointError(
-            f"checkpoint={checkpoint}: is no Megatron checkpoint. Name one, or compare Hugging "
+            f"checkpoint={checkpoint}: is not a Megatron checkpoint. Name one, or compare Hugging "
             "Face folders with bitcpm verify --logits."
         )
     return source
@@ -98,10 +87,10 @@ def _fill(built: torch.nn.Module, source: MegatronSource) -> None:
     for name, parameter in built.named_parameters():
         if name.startswith("decoder.layers."):
             number, _, local = name.removeprefix("decoder.layers.").partition(".")
-            stored = _STORED_NORMS.get(local, local)
-            value = source.tensors.layer_tensor(stored, int(number))
-            if local in linears:
-                value = _fake_quantize_fused(value, linears[local], int(number), source)
+            layer = int(number)
+            value = source.tensors.layer_tensor(_STORED_NORMS.get(local, local), layer)
+            if source.form == "latent" and local in linears:
+                value = _quantize_fused(value, linears[local], layer, source)
         elif name in outside:
             value = source.padded_tensor(outside[name])
         else:
@@ -111,7 +100,7 @@ def _fill(built: torch.nn.Module, source: MegatronSource) -> None:
         parameter.copy_(value)
 
 
-def _fake_quantize_fused(
+def _quantize_fused(
     w_OI: torch.Tensor, linear: FusedLinear, layer: int, source: MegatronSource
 ) -> torch.Tensor:
     """Return what the forward multiplies with, rows in Megatron's order.
@@ -119,15 +108,10 @@ def _fake_quantize_fused(
     A scale never spans rows, except with one scale per projection: so this does not depend on which
     rows are taken for which projection's.
     """
-    stamp, model = source.stamp, source.model
-    first = Projection(layer, linear.hf_names[0], linear)
-    if source.form != "latent" or stamp is None or not stamp.quantizes(first, model.num_layers):
-        return w_OI
     wq_OI = torch.empty_like(w_OI)
-    rows = linear.split(torch.arange(w_OI.shape[0]), model)
+    rows = linear.split(torch.arange(w_OI.shape[0]), source.model)
     for hf_name, rows_N in zip(linear.hf_names, rows, strict=True):
-        projection = Projection(layer, hf_name, linear)
-        wq_OI[rows_N] = fake_quantize_projection(w_OI[rows_N], projection, stamp)
+        wq_OI[rows_N] = source.forward_tensor(f"model.layers.{layer}.{hf_name}.weight")
     return wq_OI
 
 
@@ -150,12 +134,10 @@ def _round_input(slices: int, _: torch.nn.Module, inputs: tuple[Any, ...]) -> tu
 
 @torch.no_grad()
 def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return float32 logits, [B, S, V], V with the padding of the embedding.
+    """Return float32 logits, [B, S, V], of `megatron_model`; V with the embedding's padding.
 
-    Args:
-        model: from `megatron_model`.
-        tokens_BS: ids, int64. With LongRoPE the run's sequence length chose between its two arrays
-            of factors; see `follow_length` for the choice of transformers.
+    With LongRoPE the run's sequence length chose between its two arrays of factors; `follow_length`
+    chooses as transformers does.
     """
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     logits: torch.Tensor = model(tokens_BS, positions_BS, None)
@@ -163,13 +145,7 @@ def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Te
 
 
 def follow_length(model: Any, source: MegatronSource, length: int) -> None:
-    """Choose LongRoPE's factors as transformers does: by the length of what is computed.
-
-    Args:
-        model: from `megatron_model`.
-        source: its checkpoint.
-        length: of the sequences to come, in tokens.
-    """
+    """Choose LongRoPE's factors by the length of the sequences to come, in tokens."""
     from megatron_bitcpm.models.rope import RotaryAngles
 
     model.rotary_pos_emb = RotaryAngles(source.model, length)

@@ -188,5 +188,5 @@ def test_all_architectures_grids_and_forms(data, tmp_path):
 def test_a_folder_is_no_megatron_checkpoint(exported):
     from megatron_bitcpm.evaluation.logits import open_megatron
 
-    with pytest.raises(CheckpointError, match="is no Megatron checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a Megatron checkpoint"):
         open_megatron(exported("tp1_untied"))
