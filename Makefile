@@ -81,7 +81,7 @@ test test-slow: setup setup-core-0.12 setup-transformers-4
 # for 64-bit Arm (under qemu), the Ascend kernels on the host check. Tests also build them on demand.
 kernels:
 	$(MAKE) -C csrc/cpu/checks native asan neon
-	$(MAKE) -C csrc/ascend/host_check runner wrong semantics
+	$(MAKE) -C tests/ascend/host_check runner wrong semantics
 
 test-operators: setup
 	$(BIN)/python -m pytest -m "slow and not npu and not gpu" --durations=5 tests/ops tests/ascend

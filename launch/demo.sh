@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From text to a speaking ternary model, by the commands a user would type. Run again, it goes on
+# From a text to a ternary model that writes, by the commands a user would type. Run again, it continues
 # from the last checkpoint; another TEXT or ITERS needs another OUT. Nothing is ever deleted.
 set -euo pipefail
 TEXT="${TEXT:-stdlib:}"
@@ -74,7 +74,7 @@ say "4. the same model, seed and tokens in full precision"
 train full-precision --set quant.enabled=false --set optimizer.lr=1.5e-3
 
 say "5. Hugging Face folder"
-run bitcpm export hf --checkpoint "$OUT/ternary" --output "$OUT/hf" --overwrite
+run bitcpm convert --input "$OUT/ternary" --output "$OUT/hf" --overwrite
 
 say "6. verification against the checkpoint"
 run bitcpm verify "$OUT/hf" "$OUT/ternary"

@@ -60,11 +60,11 @@ for model in g64 row; do
   say "6. $model: latent and pseudo-quantised folders, and Megatron's other format"
   for form in latent pseudo; do
     [ -d "$OUT/$model-$form" ] ||
-      run bitcpm convert --input "$OUT/$model" --output "$OUT/$model-$form" --to "$form" \
+      run bitcpm convert --input "$OUT/$model" --output "$OUT/$model-$form" --form "$form" \
         > "$OUT/$model-$form.json"
   done
   [ -d "$OUT/$model-legacy" ] ||
-    run bitcpm convert --input "$OUT/$model" --output "$OUT/$model-legacy" --to legacy \
+    run bitcpm convert --input "$OUT/$model" --output "$OUT/$model-legacy" --format legacy \
       --tensor-parallel-size 3 --pipeline-parallel-size 2 > "$OUT/$model-legacy.json"
   say "7. $model: every pair"
   run python tools/verify_pairs.py "$OUT/$model" "$OUT/$model-latent" "$OUT/$model-pseudo" \

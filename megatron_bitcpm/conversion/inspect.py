@@ -43,6 +43,7 @@ from megatron_bitcpm.conversion.infer_grid import is_zero
 from megatron_bitcpm.conversion.open import detect_kind, open_source
 from megatron_bitcpm.conversion.projection_totals import ProjectionTotals
 from megatron_bitcpm.conversion.source import Kind, ModelSource, TensorSource
+from megatron_bitcpm.data.tokenizer_ids import check_tokenizer_folder
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
 from megatron_bitcpm.progress import track_tensors
@@ -101,8 +102,11 @@ def inspect(
         dtypes (type -> bytes), problems (sentences).
 
     Raises:
-        CheckpointError: no model, damaged files, or a config.json that cannot be corrected.
+        CheckpointError: no model, no such tokenizer, damaged files, or a config.json that cannot be
+            corrected.
     """
+    if tokenizer is not None:
+        check_tokenizer_folder(tokenizer)
     model = _open(Path(path), tokenizer)
     source, shapes = model.source, model.source.shapes()
     found, tied, dtypes = _read_tensors(model, shapes)

@@ -42,6 +42,16 @@ class TokenizerIds:
     pad: int | None
 
 
+def check_tokenizer_folder(folder: str | Path) -> Path:
+    """Return the folder's path; refuse one that is absent, also where it turns out not needed."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"tokenizer={folder}: no such folder. Name the tokenizer of the run (--tokenizer)."
+        )
+    return folder
+
+
 def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> TokenizerIds:
     """Read sizes and special ids out of a tokenizer folder.
 
@@ -52,11 +62,7 @@ def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> Tok
     Raises:
         CheckpointError: no such folder, no vocabulary in it, or of another size than the model's.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"tokenizer={folder}: no such folder. Name the tokenizer of the run (--tokenizer)."
-        )
+    folder = check_tokenizer_folder(folder)
     try:
         ids = _read_ids(folder)
     except CheckpointError:

@@ -1,1 +1,1 @@
-"""Comparison, metrics and benchmarks."""
+"""Runs and models side by side: losses, predictions, generated text."""

@@ -22,9 +22,7 @@ import numpy as np
 from megatron_bitcpm.data.indexed import check_indexed_files, check_token_range
 from megatron_bitcpm.errors import DataError
 
-DISCOUNT = 0.75
-"""D above, in counts."""
-
+DISCOUNT = 0.75  # D above, in counts
 _CHUNK_TOKENS = 1 << 22
 
 
@@ -34,8 +32,8 @@ class BigramModel:
     Only pairs that occur are stored: V = 73448 would need 43 GB for a full table.
 
     Args:
-        tokens: the training text as ids, 1-D, any integer dtype; a memory map is read in chunks.
-        vocab_size: V; every id is in [0, V).
+        tokens: the training text as ids in [0, V), 1-D; a memory map is read in chunks.
+        vocab_size: V.
     """
 
     def __init__(self, tokens: np.ndarray, vocab_size: int) -> None:
@@ -48,18 +46,15 @@ class BigramModel:
             part = np.asarray(tokens[start : start + _CHUNK_TOKENS + 1]).astype(np.int64)
             unigrams += np.bincount(part[:_CHUNK_TOKENS], minlength=vocab_size)
             keys, counts = np.unique(part[:-1] * vocab_size + part[1:], return_counts=True)
-            self._add(keys, counts)
+            # Merge them into the sorted table.
+            self._keys, where = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
+            total = np.zeros(len(self._keys), np.int64)
+            np.add.at(total, where, np.concatenate([self._counts, counts]))
+            self._counts = total
         first = self._keys // vocab_size
         self._context_counts = np.bincount(first, weights=self._counts, minlength=vocab_size)
         self._followers = np.bincount(first, minlength=vocab_size)
         self._unigram = (unigrams + 1) / (len(tokens) + vocab_size)
-
-    def _add(self, keys: np.ndarray, counts: np.ndarray) -> None:
-        """Merge sorted pair counts into the sorted table."""
-        merged, where = np.unique(np.concatenate([self._keys, keys]), return_inverse=True)
-        total = np.zeros(len(merged), np.int64)
-        np.add.at(total, where, np.concatenate([self._counts, counts]))
-        self._keys, self._counts = merged, total
 
     def probability(self, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return p(label | token), float64, same shape as the two id arrays."""
@@ -89,8 +84,6 @@ def bigram_loss(
         samples: the validation dataset, windows of it, or micro-batches: dicts of tokens, labels
             and loss_mask of one shape. Exactly the labels with mask > 0 count, weighted by it.
         vocab_size: V.
-    Raises:
-        DataError: the train files are bad, or no label counts.
     """
     files = check_indexed_files(train_prefix)
     check_token_range(files, vocab_size)

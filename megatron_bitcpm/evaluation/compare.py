@@ -19,14 +19,15 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
     Args:
         runs: ``label=folder`` strings; the first run's data is the reference.
         plot: PNG file to draw the losses into.
-
     Returns:
-        {"validation_loss": {label: nats per token}, "learning_rate": {label: peak}, "bigram": ...}.
-
-    Raises:
-        ConfigError: the runs did not validate on the same windows.
+        Label -> number as validation_loss (nats per token), learning_rate (peak) and steps; bigram.
     """
-    folders = dict(_split(run) for run in runs)
+    folders: dict[str, Path] = {}
+    for run in runs:
+        label, equals, folder = run.partition("=")
+        if not equals:
+            raise ConfigError(f"run={run}: is not label=folder. Write ternary=path/to/run.")
+        folders[label] = Path(folder)
     if len(folders) < len(runs):
         raise ConfigError(f"run={' '.join(runs)}: a label stands twice. Name them differently.")
     checkpoints = {label: find_checkpoint(folder) for label, folder in folders.items()}
@@ -34,14 +35,13 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
     first = next(iter(configs))
     states = {label: read_state(folder) for label, folder in checkpoints.items()}
     windows = {label: _windows(configs[label], states[label]) for label in configs}
-    for label in configs:
+    for label, state in states.items():
         if windows[label] != windows[first]:
             raise ConfigError(
                 f"{label}={checkpoints[label] / CONFIG_FILE}: validates on other windows than "
                 f"{first}. Compare runs with the same data, seq_length, eval_iters and "
                 "global_batch_size."
             )
-    for label, state in states.items():
         if state["valid_loss"] is None:
             raise ConfigError(
                 f"{label}={checkpoints[label]}: was saved without a validation. Train to the "
@@ -56,13 +56,6 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
         "steps": {label: state["iteration"] for label, state in states.items()},
         "bigram": bigram,
     }
-
-
-def _split(run: str) -> tuple[str, Path]:
-    label, equals, folder = run.partition("=")
-    if not equals:
-        raise ConfigError(f"run={run}: is not label=folder. Write ternary=path/to/run.")
-    return label, Path(folder)
 
 
 def _windows(config: RunConfig, state: dict[str, Any]) -> tuple[Any, ...]:

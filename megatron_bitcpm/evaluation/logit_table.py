@@ -17,7 +17,6 @@ Shape legend: N prompts, V vocabulary, K tokens compared.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,50 +29,13 @@ from megatron_bitcpm.conversion.difference import markdown_table
 from megatron_bitcpm.conversion.megatron.source import MegatronSource
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.source import ModelSource
-from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.evaluation.generate import load_hf_model
+from megatron_bitcpm.evaluation.logits import follow_length, megatron_logits, megatron_model
+from megatron_bitcpm.evaluation.prompts import tokenize_prompts
 
 Probabilities = npt.NDArray[np.float64]
 _DTYPES = ("float32", "auto")
-
-
-def read_prompts(path: str | Path, key: str = "prompt") -> list[str]:
-    """Read prompts: of a ``.jsonl`` file one value of each object, of another file its lines.
-
-    Args:
-        path: the file, UTF-8; empty lines are left out.
-        key: of the prompt in each object.
-
-    Raises:
-        BitcpmError: unreadable, no prompts, or an object without the key; names file and line.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "is no UTF-8 text"
-        raise BitcpmError(f"logits={path}: {reason}. Name a text file of prompts.") from error
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        line = line.removesuffix("\r")
-        if not line.strip():
-            continue
-        if path.suffix == ".jsonl":
-            line = _read_object(line, key, f"{path} line {number}")
-        prompts.append(line)
-    if not prompts:
-        raise BitcpmError(f"logits={path}: holds no prompts. Write one a line.")
-    return prompts
-
-
-def _read_object(line: str, key: str, where: str) -> str:
-    try:
-        value = json.loads(line)[key]
-        if isinstance(value, str) and value:
-            return value
-    except (ValueError, KeyError, TypeError, RecursionError):
-        pass
-    raise BitcpmError(f"logits={where}: holds no text under {key}. Name another key.")
 
 
 def logit_table(
@@ -89,19 +51,14 @@ def logit_table(
     Args:
         a: the reference, computed in float32: Hugging Face folder or Megatron checkpoint.
         b: the other model.
-        prompts: texts, at least one.
-        tokenizer: tokenizer folder; default the one that comes with `a`, else with `b`.
+        prompts, tokenizer: as for `tokenize_prompts`.
         dtype: in which `b` computes: float32, or auto, the type of its files (Hugging Face only).
-        trust_remote_code: run modelling code of a folder that is not this package's.
+        trust_remote_code: as for `load_hf_model`.
     Returns:
-        reference, model, dtype; prompts: see `compare_probabilities`; summary: likewise.
-
-    Raises:
-        BitcpmError: a model or the tokenizer does not load, the vocabularies differ, or a prompt is
-            empty or longer than a model's longest sequence.
+        reference, model, dtype; prompts and summary as of `compare_probabilities`.
     """
     if dtype not in _DTYPES:
-        raise BitcpmError(f"dtype={dtype}: is no choice. Use {' or '.join(_DTYPES)}.")
+        raise BitcpmError(f"dtype={dtype}: is unknown. Use {' or '.join(_DTYPES)}.")
     sources = [open_source(path, tokenizer) for path in (a, b)]
     if dtype != "float32" and isinstance(sources[1], MegatronSource):
         raise BitcpmError(f"dtype={dtype}: a Megatron model is computed in float32. Leave it out.")
@@ -110,20 +67,20 @@ def logit_table(
             f"vocab_size={sources[1].vocab_size}: of {b}, that of {a} is {sources[0].vocab_size}. "
             "Compare models of one vocabulary."
         )
-    tokens, words = _tokenize(prompts, sources, tokenizer)
+    tokens, word = tokenize_prompts(prompts, sources, tokenizer)
     found: list[Probabilities | None] = [None, None]
     # Preparing Megatron changes torch for the whole process: transformers has to come first.
     for index in sorted((0, 1), key=lambda i: isinstance(sources[i], MegatronSource)):
-        kind: torch.dtype | str = torch.float32 if index == 0 or dtype == "float32" else "auto"
+        kind = "float32" if index == 0 else dtype
         found[index] = _next_token_probabilities(sources[index], tokens, kind, trust_remote_code)
     assert found[0] is not None and found[1] is not None
     rows, summary = compare_probabilities(found[0], found[1])
     for prompt, row in zip(prompts, rows, strict=True):
         row["prompt"] = prompt
         for side in ("reference", "model"):
-            row[f"{side}_token"] = words(row[f"{side}_id"])
+            row[f"{side}_token"] = word(row[f"{side}_id"])
             for entry in row[f"{side}_top"]:
-                entry["token"] = words(entry["id"])
+                entry["token"] = word(entry["id"])
     return {
         "reference": str(a),
         "model": str(b),
@@ -139,59 +96,51 @@ def compare_probabilities(
     """Compare next-token distributions.
 
     Args:
-        p_NV: of the reference, [N, V], float64, rows sum to 1.
-        q_NV: of the other model.
+        p_NV, q_NV: of the reference and the other model, [N, V], float64, rows sum to 1.
         top: how many of the likeliest tokens to compare; K = min(top, V).
     Returns:
-        For each prompt: reference_id and model_id (the likeliest tokens), their reference_prob and
-        model_prob, top1_absolute_error and top1_relative_error (of the reference's token),
-        top10_overlap (tokens in both lists), kl (nats), reference_top and model_top (id, prob).
-        Over all prompts: prompts, top1_match_rate, top5_containment_rate (the reference's likeliest
-        token is among the other's five), top10_overlap_rate, top1_relative_error_mean and _max,
-        top1_absolute_error_mean and _max, top10_mae, top10_max_error, top10_rmse, kl_mean, kl_max.
+        The measures of each prompt, with the likeliest tokens of both; the measures over all of
+        them, where top5_containment counts the reference's likeliest among the other's five.
     """
-    count = min(top, p_NV.shape[1])
+    count, n_N = min(top, p_NV.shape[1]), np.arange(len(p_NV))
     p_top_NK, q_top_NK = (np.argsort(-x, axis=1, kind="stable")[:, :count] for x in (p_NV, q_NV))
-    kl_N = _kl(p_NV, q_NV)
-    rows: list[dict[str, Any]] = []
-    for n, (p_V, q_V) in enumerate(zip(p_NV, q_NV, strict=True)):
-        best, other = int(p_top_NK[n, 0]), int(q_top_NK[n, 0])
-        error = abs(float(q_V[best] - p_V[best]))
-        rows.append(
-            {
-                "reference_id": best,
-                "reference_prob": float(p_V[best]),
-                "model_id": other,
-                "model_prob": float(q_V[other]),
-                "top1_absolute_error": error,
-                "top1_relative_error": error / float(p_V[best]),
-                "top10_overlap": len({*p_top_NK[n].tolist()} & {*q_top_NK[n].tolist()}),
-                "in_top5": best in q_top_NK[n, :5],
-                "kl": float(kl_N[n]),
-                "reference_top": _list_top(p_top_NK[n], p_V),
-                "model_top": _list_top(q_top_NK[n], q_V),
-            }
-        )
+    best_N, other_N = p_top_NK[:, 0], q_top_NK[:, 0]
+    error_N = np.abs(q_NV[n_N, best_N] - p_NV[n_N, best_N])
+    columns = {
+        "reference_id": best_N,
+        "reference_prob": p_NV[n_N, best_N],
+        "model_id": other_N,
+        "model_prob": q_NV[n_N, other_N],
+        "top1_absolute_error": error_N,
+        "top1_relative_error": error_N / p_NV[n_N, best_N],
+        "top10_overlap": (p_top_NK[:, :, None] == q_top_NK[:, None, :]).sum((1, 2)),
+        "in_top5": (q_top_NK[:, :5] == best_N[:, None]).any(1),
+        "kl": _kl(p_NV, q_NV),
+    }
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    rows = [dict(zip(columns, row, strict=True)) for row in values]
+    for n, row in enumerate(rows):
+        row["reference_top"] = _list_top(p_top_NK[n], p_NV[n])
+        row["model_top"] = _list_top(q_top_NK[n], q_NV[n])
     errors_NK = np.abs(np.take_along_axis(q_NV - p_NV, p_top_NK, axis=1))
-    relative = [row["top1_relative_error"] for row in rows]
-    absolute = [row["top1_absolute_error"] for row in rows]
     summary = {
         "prompts": len(rows),
-        "top1_match_rate": float(np.mean([r["reference_id"] == r["model_id"] for r in rows])),
-        "top5_containment_rate": float(np.mean([r["in_top5"] for r in rows])),
-        "top10_overlap_rate": float(np.mean([r["top10_overlap"] for r in rows])) / count,
-        "top1_relative_error_mean": float(np.mean(relative)),
-        "top1_relative_error_max": max(relative),
-        "top1_absolute_error_mean": float(np.mean(absolute)),
-        "top1_absolute_error_max": max(absolute),
+        "top1_match_rate": float(np.mean(best_N == other_N)),
+        "top5_containment_rate": float(np.mean(columns["in_top5"])),
+        "top10_overlap_rate": float(np.mean(columns["top10_overlap"])) / count,
+        **_mean_and_max("top1_relative_error", columns["top1_relative_error"]),
+        **_mean_and_max("top1_absolute_error", columns["top1_absolute_error"]),
         "top10_mae": float(errors_NK.mean()),
         "top10_max_error": float(errors_NK.max()),
         "top10_rmse": float(np.sqrt(np.square(errors_NK).mean())),
-        "kl_mean": float(kl_N.mean()),
-        "kl_max": float(kl_N.max()),
+        **_mean_and_max("kl", columns["kl"]),
         "compared_tokens": count,
     }
     return rows, summary
+
+
+def _mean_and_max(name: str, values_N: Probabilities) -> dict[str, float]:
+    return {f"{name}_mean": float(values_N.mean()), f"{name}_max": float(values_N.max())}
 
 
 def _kl(p_NV: Probabilities, q_NV: Probabilities) -> npt.NDArray[np.float64]:
@@ -258,71 +207,23 @@ def render_logit_table(table: dict[str, Any]) -> str:
     return f"{sides}\n{markdown_table(header, rows)}\n{markdown_table(('Measure', 'Value'), facts)}"
 
 
-def _tokenize(
-    prompts: Sequence[str], sources: Sequence[ModelSource], tokenizer: str | Path | None
-) -> tuple[list[list[int]], Any]:
-    """Return the ids of each prompt, and what turns an id into its text."""
-    from megatron_bitcpm.evaluation.generate import load_hf_tokenizer
-
-    if not prompts:
-        raise BitcpmError("logits=[]: no prompts. Give at least one.")
-    folder = tokenizer or next((s.side_files for s in sources if _has_tokenizer(s)), None)
-    if folder is None:
-        raise BitcpmError(
-            f"tokenizer=None: neither {sources[0].path} nor {sources[1].path} has one. Name one "
-            "(--tokenizer)."
-        )
-    loaded = load_hf_tokenizer(folder)
-    longest = min(source.model.max_position_embeddings for source in sources)
-    tokens = []
-    for prompt in prompts:
-        ids = list(loaded(prompt)["input_ids"])
-        if not 1 <= len(ids) <= longest:
-            raise BitcpmError(
-                f"prompt={prompt[:40]!r}: has {len(ids)} tokens, the models take 1 to "
-                f"{longest}. Change it."
-            )
-        if max(ids) >= sources[0].vocab_size:
-            raise BitcpmError(
-                f"tokenizer={folder}: has id {max(ids)}, the models {sources[0].vocab_size} ids. "
-                "Name the tokenizer of the models (--tokenizer)."
-            )
-        tokens.append(ids)
-
-    def word(index: int) -> str:
-        return str(loaded.decode([index], clean_up_tokenization_spaces=False))
-
-    return tokens, word
-
-
-def _has_tokenizer(source: ModelSource) -> bool:
-    folder = source.side_files
-    return folder is not None and any((folder / name).is_file() for name in VOCABULARY_FILES)
-
-
 @torch.no_grad()
 def _next_token_probabilities(
-    source: ModelSource,
-    tokens: list[list[int]],
-    dtype: torch.dtype | str,
-    trust_remote_code: bool,
+    source: ModelSource, tokens: list[list[int]], dtype: str, trust_remote_code: bool
 ) -> Probabilities:
     """Return softmax of the last position's logits, [N, V], each prompt computed by itself."""
-    from megatron_bitcpm.evaluation import generate, logits
-
     rows = []
     if isinstance(source, MegatronSource):
-        with logits.megatron_model(source) as model:
+        with megatron_model(source) as model:
             device = next(model.parameters()).device
             for ids in tokens:
-                logits.follow_length(model, source, len(ids))
-                rows.append(
-                    logits.megatron_logits(model, torch.tensor([ids], device=device))[0, -1]
-                )
-            return _softmax(rows, source.vocab_size)
-    model = generate.load_hf_model(source.path, dtype, trust_remote_code)
-    for ids in tokens:
-        rows.append(model(torch.tensor([ids], device=model.device)).logits[0, -1])
+                follow_length(model, source, len(ids))
+                rows.append(megatron_logits(model, torch.tensor([ids], device=device))[0, -1])
+    else:
+        kind = torch.float32 if dtype == "float32" else dtype
+        model = load_hf_model(source.path, kind, trust_remote_code)
+        for ids in tokens:
+            rows.append(model(torch.tensor([ids], device=model.device)).logits[0, -1])
     return _softmax(rows, source.vocab_size)
 
 

@@ -29,26 +29,15 @@ from megatron_bitcpm.quantizer import Quantizer
 
 
 @contextmanager
-def megatron_model(
-    checkpoint: str | Path | MegatronSource, tokenizer: str | Path | None = None
-) -> Iterator[torch.nn.Module]:
-    """Hold a checkpoint's model in float32, with the weights of its forward, on one rank.
+def megatron_model(checkpoint: str | Path | MegatronSource) -> Iterator[torch.nn.Module]:
+    """Hold a checkpoint's GPTModel in float32, with the weights of its forward, on one rank.
 
     Args:
-        checkpoint: a Megatron checkpoint of any format, or a run's folder (its newest checkpoint),
-            or one that is open.
-        tokenizer: tokenizer folder for checkpoints that do not say how many ids it has.
-    Yields:
-        A GPTModel in evaluation mode; valid inside the block only.
-
-    Raises:
-        CheckpointError: no Megatron checkpoint, or it cannot be read or does not fill the model.
+        checkpoint: of any of Megatron's formats, a run's folder, or one that is open.
     """
     from megatron_bitcpm.training.runtime import start_runtime
 
-    source = checkpoint
-    if not isinstance(source, MegatronSource):
-        source = open_megatron(source, tokenizer)
+    source = checkpoint if isinstance(checkpoint, MegatronSource) else open_megatron(checkpoint)
     with start_runtime(ParallelConfig(), seed=0) as runtime:
         from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
 
@@ -65,9 +54,9 @@ def megatron_model(
         yield built.to(runtime.device).eval()
 
 
-def open_megatron(checkpoint: str | Path, tokenizer: str | Path | None = None) -> MegatronSource:
-    """Open a Megatron checkpoint; arguments and errors as `megatron_model`."""
-    source = open_source(checkpoint, tokenizer)
+def open_megatron(checkpoint: str | Path) -> MegatronSource:
+    """Open a Megatron checkpoint, and nothing else."""
+    source = open_source(checkpoint)
     if not isinstance(source, MegatronSource):
         raise CheckpointError(
             f"checkpoint={checkpoint}: is not a Megatron checkpoint. Name one, or compare Hugging "
@@ -83,24 +72,22 @@ def _fill(built: torch.nn.Module, source: MegatronSource) -> None:
         assert place is not None, name
         value = source.tensors.tensor(place.spec, place.layer)
         if place.spec.role == "projection":
-            value = _fake_quantize_fused(value, place, source)
+            value = _forward_fused(value, place, source)
         assert value.shape == parameter.shape, name
         parameter.copy_(value)
 
 
-def _fake_quantize_fused(w_OI: torch.Tensor, place: Place, source: MegatronSource) -> torch.Tensor:
+def _forward_fused(w_OI: torch.Tensor, place: Place, source: MegatronSource) -> torch.Tensor:
     """Return what the forward multiplies with, rows in Megatron's order.
 
     A scale never spans rows, except with one scale per projection: so this does not depend on which
     rows are taken for which projection's.
     """
-    quantizer, spec = source.quantizer, place.spec
-    is_latent = source.form == "latent"
-    if not is_latent or quantizer is None or not quantizer.quantizes(place, source.num_layers):
-        return w_OI
     wq_OI = torch.empty_like(w_OI)
-    for rows_N in spec.split(torch.arange(w_OI.shape[0]), source.model.dimensions()):
-        wq_OI[rows_N] = quantizer.values(w_OI[rows_N], spec)
+    rows = place.spec.split(torch.arange(len(w_OI)), source.model.dimensions())
+    for part, rows_N in enumerate(rows):
+        name = Place(place.spec, part, place.layer).name("hf")
+        wq_OI[rows_N] = source.forward_tensor(name)
     return wq_OI
 
 
@@ -123,12 +110,10 @@ def _round_input(slices: int, _: torch.nn.Module, inputs: tuple[Any, ...]) -> tu
 
 @torch.no_grad()
 def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return float32 logits, [B, S, V], V with the padding of the embedding.
+    """Return float32 logits, [B, S, V], of `megatron_model`; V with the embedding's padding.
 
-    Args:
-        model: from `megatron_model`.
-        tokens_BS: ids, int64. With LongRoPE the run's sequence length chose between its two arrays
-            of factors; see `follow_length` for the choice of transformers.
+    With LongRoPE the run's sequence length chose between its two arrays of factors; `follow_length`
+    chooses as transformers does.
     """
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
     logits: torch.Tensor = model(tokens_BS, positions_BS, None)
@@ -136,13 +121,7 @@ def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Te
 
 
 def follow_length(model: Any, source: MegatronSource, length: int) -> None:
-    """Choose LongRoPE's factors as transformers does: by the length of what is computed.
-
-    Args:
-        model: from `megatron_model`.
-        source: its checkpoint.
-        length: of the sequences to come, in tokens.
-    """
+    """Choose LongRoPE's factors by the length of the sequences to come, in tokens."""
     from megatron_bitcpm.models.rope import RotaryAngles
 
     model.rotary_pos_emb = RotaryAngles(source.model, length)

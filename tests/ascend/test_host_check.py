@@ -96,7 +96,7 @@ def test_the_documented_times_are_what_the_model_prints() -> None:
     program = build_host_check("runner")
     printed = subprocess.run([program, "model"], capture_output=True, text=True, check=True).stdout
     table = DOCS.read_text().split("<!-- model-table -->\n", 1)[1].split("<!-- /model-table -->")[0]
-    assert table.strip() == printed.strip()  # else: make -C csrc/ascend/host_check model
+    assert table.strip() == printed.strip()  # else: make -C tests/ascend/host_check model
 
 
 def compile_case(name: str | None) -> subprocess.CompletedProcess[str]:

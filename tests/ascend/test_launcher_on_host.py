@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.host_check import ROOT, require_tools
+from helpers.host_check import HOST_CHECK, ROOT, require_tools
 from ops import numpy_ternary as expected
 
 from megatron_bitcpm import ops
@@ -43,9 +43,10 @@ def build_module() -> Path:
     BUILD.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
     ascend = ROOT / "csrc/ascend"
-    newest = max(path.stat().st_mtime for path in [*ascend.rglob("*.h"), *DOUBLES.iterdir()])
+    headers = [*ascend.rglob("*.h"), *HOST_CHECK.rglob("*.h"), *DOUBLES.iterdir()]
+    newest = max(path.stat().st_mtime for path in headers)
     plain = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off"]
-    host_check = [f"-I{ascend}/host_check/include"]
+    host_check = [f"-I{HOST_CHECK}/include"]
     with_torch = [
         f"-I{ascend}",
         "-fvisibility=hidden",

@@ -1,11 +1,9 @@
-"""`convert`: what it refuses, that nothing unproven gets a name, and its thin twins."""
+"""`convert`: what it refuses, and that nothing unproven gets a name."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
 from itertools import product, takewhile
 from pathlib import Path
 
@@ -380,21 +378,3 @@ def test_a_group_of_the_pseudo_folder_has_one_magnitude(models):
     assert len(pseudo[0].abs().unique()) == 2
     assert len(plain[0].abs().unique()) > 20
     assert torch.equal(pseudo.sign()[pseudo != 0], plain.sign()[pseudo != 0])
-
-
-TWINS = {"convert": "convert", "verify": "verify", "inspect_model": "inspect"}
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_twins_are_thin(name):
-    lines = (ROOT / "tools" / f"{name}.py").read_text().splitlines()
-    assert len(lines) <= 10
-    assert f'    main(["{TWINS[name]}", *sys.argv[1:]])' in lines
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TWINS)
-def test_twins_run(name):
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f" {TWINS[name]} [OPTIONS]" in done.stdout

@@ -14,9 +14,9 @@ from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.evaluation.logit_table import (
     compare_probabilities,
     logit_table,
-    read_prompts,
     render_logit_table,
 )
+from megatron_bitcpm.evaluation.prompts import read_prompts
 
 LOGITS_A = np.array([[2.0, 1.0, 0.0, -1.0, 0.5, 0.1], [0.0, 3.0, 1.0, 2.5, -2.0, 0.2]])
 LOGITS_B = np.array([[2.1, 1.1, 0.0, -1.2, 0.4, 0.1], [0.1, 2.4, 1.1, 2.6, -2.0, 0.3]])
@@ -165,7 +165,7 @@ def refuse(message, *arguments, **options):
 
 def test_arguments_are_checked(exported, trained, tmp_path):
     folder, checkpoint = exported("tp1_untied"), trained("tp1_untied").directory
-    refuse("^dtype=float16: is no choice", folder, folder, PROMPTS, dtype="float16")
+    refuse("^dtype=float16: is unknown", folder, folder, PROMPTS, dtype="float16")
     refuse("^dtype=auto: a Megatron model", folder, checkpoint, PROMPTS, dtype="auto")
     refuse("^logits=.*no prompts", folder, folder, [])
     refuse(r"^prompt='a a .*: has \d+ tokens, the models take 1 to 80", folder, folder, ["a " * 99])

@@ -231,7 +231,7 @@ def test_where_no_report_goes(place, rule, pair, tmp_path, capsys, monkeypatch):
         def too_late(*unused):
             raise AssertionError
 
-        monkeypatch.setattr("megatron_bitcpm.conversion.open.open_source", too_late)
+        monkeypatch.setattr("megatron_bitcpm.evaluation.verification.open_source", too_late)
     logits = ("--logits", tmp_path / "prompts.md") if place == "prompts.md" else ()
     code, message = run(capsys, "verify", *pair, "--markdown", tmp_path / place, *logits)
     assert code == 2
@@ -247,6 +247,25 @@ def test_an_old_report_is_replaced(pair, tmp_path, capsys):
     assert "| " in (tmp_path / "report.md").read_text()
 
 
+def test_what_verify_prints(pair, tmp_path, capsys):
+    """A proof is JSON; differences are their table and one line, or that line and a file."""
+    state = make_state()
+    state["model.norm.weight"][0] += 1
+    other = make_folder(tmp_path / "other", state)
+    main_code, message = run(capsys, "verify", *pair)
+    assert (main_code, message) == (0, "")
+    line = f"bitcpm: model={pair[0]}: not the model of {other}: 1 values differ"
+    code, message = run(capsys, "verify", pair[0], other)
+    assert code == 2
+    assert message.startswith("| layer | tensors | differing codes |")
+    assert message.splitlines()[-1].startswith(line)
+    code, message = run(capsys, "verify", pair[0], other, "--markdown", tmp_path / "report.md")
+    assert code == 2
+    assert message.startswith(line)
+    assert message.count("\n") == 1
+    assert "| outside |" in (tmp_path / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -255,7 +274,7 @@ def test_an_old_report_is_replaced(pair, tmp_path, capsys):
         (("verify", "{a}", "{b}", "--logits-key", "z"), "logits-key=z: has no effect without"),
         (
             ("verify", "{a}", "{b}", "--logits-key", "z", "--logits", "p.txt"),
-            "logits-key=z: has no effect on p.txt, which is no .jsonl file. Leave it out.",
+            "logits-key=z: has no effect on p.txt, which is not a .jsonl file. Leave it out.",
         ),
         (
             ("convert", "--input", "", "--output", "x", "--form", "plain"),

@@ -1,4 +1,4 @@
-"""Builds the programs of the Ascend host check (csrc/ascend/host_check)."""
+"""Builds the programs of the Ascend host check (tests/ascend/host_check)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HOST_CHECK = ROOT / "csrc/ascend/host_check"
+HOST_CHECK = ROOT / "tests/ascend/host_check"
 
 
 def require_tools(*names: str) -> None:

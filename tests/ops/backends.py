@@ -187,7 +187,7 @@ def list_isas() -> list[str]:
 
 SLOW = (pytest.mark.slow,)
 CPU_CHECKS = ("-C", "csrc/cpu/checks")
-ASCEND_CHECK = ("-C", "csrc/ascend/host_check", "runner")
+ASCEND_CHECK = ("-C", "tests/ascend/host_check", "runner")
 ASCEND_LACKS = frozenset({"unpack2", "int8_per_token", "refusal of codes"})
 TERNARY_ONLY = frozenset({"ternary"})
 

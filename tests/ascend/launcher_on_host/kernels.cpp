@@ -1,6 +1,6 @@
 // Stands in for what bisheng makes of the kernels' files: the launch_ functions, on the host check.
 // The tilings are those of the launchers; buffers are exactly as large as the tiling says.
-#include "../../../csrc/ascend/host_check/runner_kernels.h"
+#include "../host_check/runner_kernels.h"
 
 namespace bitcpm::ascend {
 namespace {

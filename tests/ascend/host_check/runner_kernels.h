@@ -7,10 +7,10 @@
 
 #include "host_check.h"
 // The device code itself, unchanged.
-#include "../abs_sums/op_kernel/abs_sums.cpp"
-#include "../fake_quantize/op_kernel/fake_quantize.cpp"
-#include "../fake_quantize_with_scales/op_kernel/fake_quantize_with_scales.cpp"
-#include "../pack2/op_kernel/pack2.cpp"
+#include "../../../csrc/ascend/abs_sums/op_kernel/abs_sums.cpp"
+#include "../../../csrc/ascend/fake_quantize/op_kernel/fake_quantize.cpp"
+#include "../../../csrc/ascend/fake_quantize_with_scales/op_kernel/fake_quantize_with_scales.cpp"
+#include "../../../csrc/ascend/pack2/op_kernel/pack2.cpp"
 
 namespace bitcpm::ascend {
 

@@ -23,7 +23,7 @@
 #include <string>
 #include <vector>
 
-#include "../../common/check_command.h"
+#include "../../../csrc/common/check_command.h"
 #include "runner_kernels.h"
 #include "runner_model.h"
 

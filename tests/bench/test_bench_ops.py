@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 
+from megatron_bitcpm.bench import ops as bench
+from megatron_bitcpm.bench.ops import bench_ops
+from megatron_bitcpm.bench.ops_cases import list_candidates
+from megatron_bitcpm.bench.timing import interleave, time_interleaved
 from megatron_bitcpm.errors import BitcpmError
-from megatron_bitcpm.evaluation import bench_ops as bench
-from megatron_bitcpm.evaluation.bench_ops import bench_ops
-from megatron_bitcpm.evaluation.bench_ops_cases import list_candidates, time_interleaved
 from megatron_bitcpm.ops import _cpu
 from megatron_bitcpm.ops._schema import SCHEMAS
 
@@ -46,20 +47,22 @@ def test_report_of_medians_ratios_limits_and_differences(monkeypatch):
 def test_limits_are_for_one_case(shape, dtype, met, monkeypatch):
     ratios = {"fake_quantize/clone": 1.0, "fake_quantize_/mul_": 1.5, "pack2/clone_of_half": 1.0}
     monkeypatch.setattr(bench, "_make_weight", lambda *_: torch.randn(8, 256))
-    monkeypatch.setattr(bench, "_list_ratios", lambda times_ms, names: dict(ratios))
+    monkeypatch.setattr(bench, "_find_ratios", lambda times_s, names: dict(ratios))
+    threads = {bench.THREADS_DTYPE: {"kernel_gain": None}}
+    monkeypatch.setattr(bench, "_measure_threads", lambda *_: threads)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     limits = bench_ops(*shape, dtype=dtype, rounds=1)["limits"]
     assert limits["fake_quantize/clone"]["met"] is met
     assert limits["fake_quantize_/mul_"]["met"] is (None if met is None else False)
 
 
-TIMES_MS = {"1": [3.0, 4.0], "2": [2.0, 2.0], "kernel 1": [3.0], "kernel 2": [2.0]}
+TIMES_S = {"1": [3.0, 4.0], "2": [2.0, 2.0], "kernel 1": [3.0], "kernel 2": [2.0]}
 
 
 def test_threads_are_compared_on_a_tensor_that_one_core_keeps_in_its_cache(monkeypatch):
     monkeypatch.setattr(bench, "_find_l2_bytes", lambda: 1 << 20)
-    monkeypatch.setattr(bench, "time_threads", lambda *_: TIMES_MS)
-    threads = bench._measure_threads(-1, 1e-5, 2, 0)
+    monkeypatch.setattr(bench, "time_threads", lambda *_: TIMES_S)
+    threads = bench._measure_threads(-1, 2)
     shapes = {"float32": [192, 1024], "bfloat16": [384, 1024], "float16": [384, 1024]}
     assert {dtype: case["shape"] for dtype, case in threads.items()} == shapes
     assert threads["float32"]["gain"] == 1.75
@@ -67,14 +70,14 @@ def test_threads_are_compared_on_a_tensor_that_one_core_keeps_in_its_cache(monke
 
 
 def test_every_operator_and_grid_is_timed():
-    names = set(list_candidates(torch.randn(8, 256), 64, 1e-5))
+    names = set(list_candidates(torch.randn(8, 256), 64))
     assert set(SCHEMAS) <= names
     assert {f"fake_quantize {g}" for g in ("asym4", "half_sym4", "int_sym4", "five")} <= names
 
 
 def test_ratios_pair_the_timings_of_a_round():
-    times_ms = {"clone": [1.0, 10.0], "fake_quantize": [2.0, 20.0], "reference": [6.0]}
-    ratios = bench._list_ratios(times_ms, ("fake_quantize/clone", *bench.TORCH_RATIOS))
+    times_s = {"clone": [1.0, 10.0], "fake_quantize": [2.0, 20.0], "reference": [6.0]}
+    ratios = bench._find_ratios(times_s, ("fake_quantize/clone", *bench.TORCH_RATIOS))
     assert ratios["fake_quantize/clone"] == 2.0
     assert ratios["reference/fake_quantize"] == 3.0
     assert "compiled/fake_quantize" not in ratios
@@ -82,9 +85,13 @@ def test_ratios_pair_the_timings_of_a_round():
 
 def test_rounds_interleave():
     order = []
-    times_ms = time_interleaved({n: lambda n=n: order.append(n) for n in ("a", "b")}, rounds=2)
+    candidates = {n: lambda n=n: order.append(n) for n in ("a", "b")}
+    times_s = time_interleaved(candidates, rounds=2)
     assert order == ["a", "b"] * 3  # the first round warms up
-    assert {name: len(values) for name, values in times_ms.items()} == {"a": 2, "b": 2}
+    assert {name: len(values) for name, values in times_s.items()} == {"a": 2, "b": 2}
+    order.clear()
+    interleave(candidates, rounds=2, alternate=True)
+    assert order == ["b", "a", "a", "b", "b", "a"]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from megatron_bitcpm.bench.convert import CASES, ROOM, bench_convert, run_sampled
+from megatron_bitcpm.bench.random_model import SHAPES, make_model
 from megatron_bitcpm.conversion.verify import verify
 from megatron_bitcpm.errors import BitcpmError
-from megatron_bitcpm.evaluation import bench_convert
-from megatron_bitcpm.evaluation.bench_convert import SHAPES, make_model, run_sampled
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_a_conversion_in_a_process_of_its_own(models, tmp_path):
     times, peak = run_sampled(str(models[0]), str(tmp_path / "out"), {"form": "plain"})
     assert 0 < times["verify_seconds"] < times["total_seconds"]
     # Python with torch and the model: more than 50 MB, less than the limit of the smallest model.
-    assert 50e6 < peak < 2 * models[2][0] + bench_convert.ROOM
+    assert 50e6 < peak < 2 * models[2][0] + ROOM
     verify(tmp_path / "out", models[0])
 
 
@@ -67,16 +67,16 @@ def test_a_failed_conversion_is_one_line(models, tmp_path):
 )
 def test_arguments(options, message):
     with pytest.raises(BitcpmError, match=message):
-        bench_convert.bench_convert(**options)
+        bench_convert(**options)
 
 
 @pytest.mark.slow
 def test_all_conversions(tmp_path):
-    report = bench_convert.bench_convert("tiny", rounds=1, cold=True, folder=tmp_path)
+    report = bench_convert("tiny", rounds=1, cold=True, folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert json.loads(json.dumps(report)) == report
-    assert list(report["cases"]) == [case.name for case in bench_convert.CASES]
-    assert len(report["dd_mb_per_s"]) == len(bench_convert.CASES) + 1
+    assert list(report["cases"]) == [case.name for case in CASES]
+    assert len(report["dd_mb_per_s"]) == len(CASES) + 1
     for name, case in report["cases"].items():
         (run,) = case["runs"]
         mean = (run["dd_before_mb_per_s"] + run["dd_after_mb_per_s"]) / 2

@@ -1,0 +1,1 @@
+"""The measurements behind `bitcpm bench`; each returns what is printed as JSON."""

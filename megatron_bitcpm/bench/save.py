@@ -1,0 +1,84 @@
+"""How long a checkpoint holds the training: written at once, and in the background.
+
+The model and its steps are those of `bench.train`, with the optimizer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_bitcpm.bench.timing import interleave, ratios
+from megatron_bitcpm.bench.train import bench_config, build_state, time_step, train_step
+from megatron_bitcpm.config import ParallelConfig
+from megatron_bitcpm.errors import ConfigError
+from megatron_bitcpm.training.runtime import start_runtime
+
+
+def bench_save(rounds: int = 5) -> dict[str, Any]:
+    """Save in both ways by turns, `rounds` times after a first one that does not count.
+
+    Returns:
+        Medians: ``step_s`` of a step without a save; for each way ``stall_s`` that training was
+        held and ``write_s`` that files were written; for the background also ``step_s`` of the
+        steps meanwhile; ``stall_ratio`` async / sync.
+    """
+    if rounds < 2:
+        raise ConfigError(f"--rounds={rounds}: gives no median. Use 2 or more.")
+    with start_runtime(ParallelConfig(), seed=1) as runtime, tempfile.TemporaryDirectory() as root:
+        state, iterations = build_state("every_step", runtime), itertools.count(1)
+        train_step(state, runtime.device)
+
+        def save(way: str) -> dict[str, Any]:
+            return _save(state, runtime.device, Path(root) / way, next(iterations))
+
+        step = partial(time_step, state, runtime.device)
+        found: dict[str, list[Any]] = interleave(
+            {"step": step, "sync": partial(save, "sync"), "async": partial(save, "async")}, rounds
+        )
+    stalls_s = {way: [value["stall_s"] for value in found[way]] for way in ("sync", "async")}
+    keys = {"sync": ("stall_s", "write_s"), "async": ("stall_s", "write_s", "step_s")}
+    return {
+        "megabytes": found["sync"][0]["megabytes"],
+        "device": runtime.platform.name,
+        "step_s": statistics.median(found["step"]),
+        **{
+            way: {key: statistics.median(value[key] for value in found[way]) for key in keys[way]}
+            for way in keys
+        },
+        "stall_ratio": statistics.median(ratios(stalls_s["async"], stalls_s["sync"])),
+        "rounds": rounds,
+    }
+
+
+def _save(state: Any, device: Any, directory: Path, iteration: int) -> dict[str, Any]:
+    """Save once into the folder named after the way; return what it took."""
+    from megatron_bitcpm.checkpoint.saver import CheckpointSaver
+
+    in_background = directory.name == "async"
+    config = bench_config(
+        "every_step", directory=str(directory), async_save=in_background, keep_last_n=1
+    )
+    saver = CheckpointSaver(config, device)
+    progress = {"iteration": iteration}
+    with state.ternary.latents() if state.ternary else nullcontext():
+        reports = saver.save(
+            state.chunks, state.optimizer, state.scheduler, progress, {**progress, "world_size": 1}
+        )
+    steps_s = []
+    while not reports:
+        steps_s.append(time_step(state, device))
+        reports = [report for report in [saver.poll()] if report is not None]
+    report = reports[0]
+    size = sum(path.stat().st_size for path in report.folder.iterdir())
+    return {
+        "megabytes": round(size / 1e6, 1),
+        "stall_s": report.stall_s,
+        "write_s": report.write_s,
+        "step_s": statistics.median(steps_s) if steps_s else None,
+    }

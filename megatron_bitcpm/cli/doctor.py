@@ -1,0 +1,18 @@
+"""`bitcpm doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check what is installed and whether it works; name the fix of each problem."""
+    from megatron_bitcpm.doctor import diagnose, exit_code, render_json, render_table
+
+    findings = diagnose()
+    typer.echo(render_json(findings) if as_json else render_table(findings))
+    raise typer.Exit(exit_code(findings))
