@@ -1,14 +1,14 @@
-"""One result of one probe, and how a list of them is shown."""
+"""One result of one probe, and how the findings, probe name -> finding, are shown."""
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
-Status = Literal["ok", "warn", "problem", "absent"]
 WIDTH = 100
 
 
@@ -17,45 +17,56 @@ class Finding:
     """What a probe saw.
 
     Attributes:
-        name: what was looked at.
         status: ``ok``; ``warn``, works, but not as well as it could; ``problem``, something does
             not work; ``absent``, optional and not here.
         value: a version, a path, a number: short.
         detail: why, or what follows from it.
-        fix: what to do; given with every ``warn`` and ``problem``.
+        fix: what to do.
     """
 
-    name: str
-    status: Status
+    status: Literal["ok", "warn", "problem", "absent"]
     value: str
     detail: str = ""
     fix: str = ""
 
 
-def exit_code(findings: Iterable[Finding]) -> int:
+ok, absent = partial(Finding, "ok"), partial(Finding, "absent")
+
+
+def warn(value: str, detail: str, fix: str) -> Finding:
+    """Return a finding that needs a fix, as does a problem."""
+    return Finding("warn", value, detail, fix)
+
+
+def problem(value: str, detail: str, fix: str) -> Finding:
+    """Return a finding that needs a fix, as does a warning."""
+    return Finding("problem", value, detail, fix)
+
+
+def exit_code(findings: Mapping[str, Finding]) -> int:
     """Return 1 if there is a problem, otherwise 0."""
-    return int(any(finding.status == "problem" for finding in findings))
+    return int(any(finding.status == "problem" for finding in findings.values()))
 
 
-def render_json(findings: Iterable[Finding]) -> str:
+def render_json(findings: Mapping[str, Finding]) -> str:
     """Return the findings as a JSON list."""
-    return json.dumps([asdict(finding) for finding in findings], indent=2)
+    entries = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
+    return json.dumps(entries, indent=2)
 
 
-def render_table(findings: list[Finding]) -> str:
+def render_table(findings: Mapping[str, Finding]) -> str:
     """Return the findings as lines of text, fixes below what they belong to."""
-    name_width = max(len(finding.name) for finding in findings)
+    name_width = max(map(len, findings))
     indent = " " * (9 + name_width + 2)
     lines = []
-    for finding in findings:
+    for name, finding in findings.items():
         text = finding.value + (f" - {finding.detail}" if finding.detail else "")
-        head = f"{finding.status:<9}{finding.name:<{name_width}}  "
-        lines += _wrap(text, head, indent)
+        lines += _wrap(text, f"{finding.status:<9}{name:<{name_width}}  ", indent)
         if finding.fix:
             lines += _wrap(finding.fix, f"{indent}fix: ", f"{indent}     ")
-    counts = {s: sum(f.status == s for f in findings) for s in ("problem", "warn")}
-    lines += ["", f"{counts['problem']} problem(s), {counts['warn']} warning(s)"]
-    return "\n".join(lines)
+    statuses = [finding.status for finding in findings.values()]
+    problems, warnings = statuses.count("problem"), statuses.count("warn")
+    return "\n".join([*lines, "", f"{problems} problem(s), {warnings} warning(s)"])
 
 
 def _wrap(text: str, first: str, rest: str) -> list[str]:
