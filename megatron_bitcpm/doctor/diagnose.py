@@ -98,6 +98,5 @@ def _location(module: str) -> Path | None:
         spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         return None
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(next(iter(spec.submodule_search_locations)))
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next(map(Path, folders), None)

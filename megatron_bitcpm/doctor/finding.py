@@ -21,7 +21,7 @@ class Finding:
             not work; ``absent``, optional and not here.
         value: a version, a path, a number: short.
         detail: why, or what follows from it.
-        fix: what to do.
+        fix: what to do; given with every ``warn`` and ``problem``.
     """
 
     status: Literal["ok", "warn", "problem", "absent"]
@@ -30,17 +30,10 @@ class Finding:
     fix: str = ""
 
 
-ok, absent = partial(Finding, "ok"), partial(Finding, "absent")
-
-
-def warn(value: str, detail: str, fix: str) -> Finding:
-    """Return a finding that needs a fix, as does a problem."""
-    return Finding("warn", value, detail, fix)
-
-
-def problem(value: str, detail: str, fix: str) -> Finding:
-    """Return a finding that needs a fix, as does a warning."""
-    return Finding("problem", value, detail, fix)
+ok = partial(Finding, "ok")
+warn = partial(Finding, "warn")
+problem = partial(Finding, "problem")
+absent = partial(Finding, "absent")
 
 
 def exit_code(findings: Mapping[str, Finding]) -> int:
