@@ -138,8 +138,8 @@ def clean_up_after_killed(output: Path) -> None:
 def open_locked(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> tuple[int, bool]:
     """Open and lock a folder or file until the descriptor is closed or the process ends.
 
-    Returns the descriptor, and False where the file system has no locks. Raises BlockingIOError
-    where another process holds the lock.
+    Returns the descriptor, and whether it is locked: False where the file system has no locks.
+    Raises BlockingIOError where another process holds the lock.
     """
     descriptor = os.open(path, flags, 0o666)
     try:
@@ -163,7 +163,7 @@ def replace_folder(scratch: Path, target: Path) -> None:
 
 @contextmanager
 def set_aside(target: Path, old: Path) -> Iterator[None]:
-    """Rename a folder that is there for the block; if that fails, it gets its name back."""
+    """Move a folder away, if it is there, while the block replaces it; back if that fails."""
     try:
         if target.exists():
             os.rename(target, old)

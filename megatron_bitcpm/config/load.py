@@ -18,11 +18,7 @@ from megatron_bitcpm.errors import ConfigError, describe
 def load_config(
     path: str | Path, overrides: list[str] | None = None, world_size: int = 1
 ) -> RunConfig:
-    """Read a run's YAML file, apply ``section.key=value`` overrides, and check it.
-
-    Raises:
-        ConfigError: every problem found, one line each.
-    """
+    """Read a run's YAML file with ``section.key=value`` overrides; ConfigError has all problems."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:

@@ -69,9 +69,10 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
             "number."
         )
     if heads % groups:
+        divisors = ", ".join(str(d) for d in range(1, min(heads, 64) + 1) if heads % d == 0)
         yield (
             f"model.num_query_groups={groups}: does not divide num_attention_heads {heads}. Use "
-            f"{_divisors_text(heads)}."
+            f"{divisors}."
         )
     needed = model.family.constants
     for name in dict.fromkeys(name for family in FAMILIES.values() for name in family.constants):
@@ -290,7 +291,3 @@ def _quant_problems(config: RunConfig) -> Iterator[str]:
             "quantising in place would destroy the latent weights. Use every_forward or auto, or "
             "training.precision=bf16."
         )
-
-
-def _divisors_text(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(n, 64) + 1) if n % d == 0)

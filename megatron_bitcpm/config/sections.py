@@ -89,7 +89,7 @@ class QuantConfig(Section):
             raise PydanticCustomError("group_size", str(error)) from None
 
     def excludes(self, name: str, layer: int, num_layers: int) -> bool:
-        """Whether a linear stays in full precision, in training and exports.
+        """Whether a linear stays in full precision by its name or place, in training and exports.
 
         `name` is global, for example ``decoder.layers.3.mlp.linear_fc2``; so is `layer`, from 0.
         """

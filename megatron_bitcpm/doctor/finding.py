@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
-WIDTH = 100
+_wrap = partial(textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,11 @@ def render_table(findings: Mapping[str, Finding]) -> str:
     lines = []
     for name, finding in findings.items():
         text = finding.value + (f" - {finding.detail}" if finding.detail else "")
-        lines += _wrap(text, f"{finding.status:<9}{name:<{name_width}}  ", indent)
+        head = f"{finding.status:<9}{name:<{name_width}}  "
+        lines += _wrap(text, initial_indent=head, subsequent_indent=indent)
         if finding.fix:
-            lines += _wrap(finding.fix, f"{indent}fix: ", f"{indent}     ")
+            below = f"{indent}     "
+            lines += _wrap(finding.fix, initial_indent=f"{indent}fix: ", subsequent_indent=below)
     statuses = [finding.status for finding in findings.values()]
     problems, warnings = statuses.count("problem"), statuses.count("warn")
     return "\n".join([*lines, "", f"{problems} problem(s), {warnings} warning(s)"])
-
-
-def _wrap(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

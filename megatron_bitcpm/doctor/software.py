@@ -144,12 +144,8 @@ def probe_operators(facts: Facts) -> Finding:
 
 def _list_compiled(live: Mapping[str, Any]) -> list[str]:
     """Return what an entry of `ops.backend_report` says of its compiled module, for the table."""
-    found = {
-        "this processor": live.get("isas"),
-        "compiled": live.get("ops"),
-        "grids": live.get("grids"),
-    }
-    return [f"{key}: {' '.join(names)}" for key, names in found.items() if names]
+    titles = {"isas": "this processor", "ops": "compiled", "grids": "grids"}
+    return [f"{title}: {' '.join(live[key])}" for key, title in titles.items() if live.get(key)]
 
 
 def probe_variables(environ: Mapping[str, str], facts: Facts) -> Finding:
