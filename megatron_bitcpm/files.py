@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import CheckpointError, one_line
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -26,21 +26,16 @@ TOKENIZER_FILES = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file that holds an object.
-
-    Raises:
-        CheckpointError: absent, unreadable or no JSON object; names the file.
-    """
+    """Return the object that a JSON file holds; CheckpointError names a file without one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("holds no JSON object")
         return content
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = one_line(getattr(error, "strerror", None) or error)
         raise CheckpointError(
-            f"file={path}: {' '.join(reason.split()).rstrip('.')}. Restore it, or name another "
-            "folder."
+            f"file={path}: {reason}. Restore it, or name another folder."
         ) from error
 
 

@@ -27,14 +27,11 @@ class Progress:
     """How much of a piece of work is done: label, bar, what the caller adds, time left.
 
     Args:
-        label: in front of the bar.
-        total: size of the work, in any unit.
         columns: behind the bar, as for `rich.progress.Progress`.
         completed: of `total`, done before.
         text: instead of columns: called with the seconds since the start, returns parts of a line,
             the most important last; a narrow terminal leaves out the first. Without a terminal the
             whole line is printed every few seconds.
-        enabled: False shows nothing.
     """
 
     def __init__(
@@ -107,15 +104,9 @@ class Progress:
 
 
 def track_tensors(sizes: Mapping[str, int], label: str) -> Iterator[str]:
-    """Yield the names, and show how many bytes of them the caller is done with.
-
-    Args:
-        sizes: tensor -> bytes, in the order of the work.
-        label: one word in front of the bar, for example ``write``.
-    """
-    done = 0
-    columns = (DownloadColumn(), TransferSpeedColumn())
-    with Progress(label, sum(sizes.values()), *columns) as progress:
+    """Yield the names of `sizes`, name -> bytes, and show how many bytes the caller has done."""
+    total, done = sum(sizes.values()), 0
+    with Progress(label, total, DownloadColumn(), TransferSpeedColumn()) as progress:
         for name, size in sizes.items():
             yield name
             done += size

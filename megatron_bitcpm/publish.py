@@ -25,13 +25,8 @@ _OLD = ".old"
 class Output:
     """A file or folder to write; after an error there is only what was there before.
 
-    Attributes:
-        path: its final place.
-        overwrite: whether something may be there already; an empty folder always may.
-        field: the argument that names it, for messages.
-        error: what is raised where it exists or cannot be written.
-        why_kept: says why an old output must not be deleted, None where it may.
-        make_parents: whether absent folders above it are made.
+    An empty folder may be in its place whatever `overwrite` says. `error` is raised where it exists
+    or cannot be written, and names it by the argument `field`.
     """
 
     path: Path
@@ -39,6 +34,7 @@ class Output:
     field: str = "output"
     error: type[BitcpmError] = CheckpointError
     why_kept: Callable[[Path], str | None] = lambda path: None
+    """Says why an old output must not be deleted, None where it may."""
     make_parents: bool = True
 
     def new_folder(self) -> AbstractContextManager[Path]:
@@ -46,10 +42,7 @@ class Output:
         return self._publish([self.path], lambda scratch: replace_folder(scratch, self.path))
 
     def new_files(self, targets: Sequence[Path]) -> AbstractContextManager[Path]:
-        """Give a folder for files that get their places beside the output at the end of the block.
-
-        The last of several says that all are there.
-        """
+        """Give a folder for files that become the targets; the last says that all are there."""
         return self._publish(targets, lambda scratch: _move_files(scratch, targets))
 
     @contextmanager
@@ -123,8 +116,7 @@ def scratch_beside(output: Path) -> Iterator[Path]:
 def clean_up_after_killed(output: Path) -> None:
     """Remove what killed processes left beside an output, and bring an old output back.
 
-    Killed between the two renames of `replace_folder`, a process leaves the old folder under a
-    hidden name and nothing in its place.
+    Killed between the renames of `replace_folder`, a process leaves only the old folder, hidden.
     """
     pattern = re.compile(re.escape(f".tmp-{output.name}-") + r"[a-z0-9_]{8}")
     for name in {name.removeprefix(_OLD) for name in os.listdir(output.parent)}:
@@ -146,8 +138,8 @@ def clean_up_after_killed(output: Path) -> None:
 def open_locked(path: Path, flags: int = os.O_RDONLY | os.O_DIRECTORY) -> tuple[int, bool]:
     """Open and lock a folder or file until the descriptor is closed or the process ends.
 
-    Returns: the descriptor, and whether it is locked: False where the file system has no locks.
-    Raises: BlockingIOError: another process holds the lock.
+    Returns the descriptor, and whether it is locked: False where the file system has no locks.
+    Raises BlockingIOError where another process holds the lock.
     """
     descriptor = os.open(path, flags, 0o666)
     try:
@@ -171,10 +163,7 @@ def replace_folder(scratch: Path, target: Path) -> None:
 
 @contextmanager
 def set_aside(target: Path, old: Path) -> Iterator[None]:
-    """Rename a folder, if it is there, for a block that puts another one in its place.
-
-    If the block fails, the folder gets its name back.
-    """
+    """Move a folder away, if it is there, while the block replaces it; back if that fails."""
     try:
         if target.exists():
             os.rename(target, old)

@@ -54,8 +54,7 @@ class Section(BaseModel):
 def explain(error: Exception) -> str:
     """Return why a record cannot be read, on one line, without a full stop.
 
-    Of a ValidationError the first fields with their rules: ``splits.train.tokens='3': must be a
-    valid integer``; of any other error what `errors.describe` says.
+    A ValidationError names its first fields: ``splits.train.tokens='3': must be a valid integer``.
     """
     if not isinstance(error, ValidationError):
         return describe(error)

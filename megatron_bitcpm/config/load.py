@@ -18,16 +18,7 @@ from megatron_bitcpm.errors import ConfigError, describe
 def load_config(
     path: str | Path, overrides: list[str] | None = None, world_size: int = 1
 ) -> RunConfig:
-    """Read a run's YAML file and check it.
-
-    Args:
-        path: YAML file.
-        overrides: ``section.key=value`` strings; the value is parsed as YAML.
-        world_size: ranks of the run, for the rules that concern the layout.
-
-    Raises:
-        ConfigError: every problem found, one line each.
-    """
+    """Read a run's YAML file with ``section.key=value`` overrides; ConfigError has all problems."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -87,17 +78,16 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _read_rope_factors(tree: dict[str, Any]) -> None:
     """Replace ``model.rope_scaling.hf_config`` by what that file says, in place."""
-    model = tree.get("model")
-    if not isinstance(model, dict):
-        return
-    rope = model.get("rope_scaling")
+    model: Any = tree.get("model")
+    rope = model.get("rope_scaling") if isinstance(model, dict) else None
     if not isinstance(rope, dict) or rope.get("hf_config") is None:
         return
-    field, path = "model.rope_scaling.hf_config", rope["hf_config"]
-    wanted = "Name the config.json of a LongRoPE model"
-    given = sorted({k for k in rope if rope[k]} - {"hf_config", "rope_type", "attention_factor"})
+    path = rope["hf_config"]
+    where = f"model.rope_scaling.hf_config={path}"
+    kept = {key: value for key, value in rope.items() if key != "hf_config"}
+    given = sorted({k for k in kept if kept[k]} - {"rope_type", "attention_factor"})
     if given:
-        raise ConfigError(f"{field}={path}: the file gives {', '.join(given)} too. Remove either.")
+        raise ConfigError(f"{where}: the file gives {', '.join(given)} too. Remove either.")
     try:
         hf = json.loads(Path(str(path)).read_text(encoding="utf-8"))
         # Transformers 5 keeps RoPE in rope_parameters, earlier versions in rope_scaling.
@@ -105,21 +95,14 @@ def _read_rope_factors(tree: dict[str, Any]) -> None:
         kind = found.get("rope_type") or found["type"]
         if kind != "longrope":
             raise ValueError(f"rope_type is {kind}, not longrope")
-        original = found.get("original_max_position_embeddings")
-        factors = {
-            "short_factor": list(found["short_factor"]),
-            "long_factor": list(found["long_factor"]),
-            "original_max_position_embeddings": original or hf["original_max_position_embeddings"],
-        }
-    except OSError as error:
-        raise ConfigError(f"{field}={path}: {describe(error)}. Name a config.json.") from error
-    except KeyError as error:
+        length = "original_max_position_embeddings"
+        factors = {key: list(found[key]) for key in ("short_factor", "long_factor")}
+        factors[length] = found.get(length) or hf[length]
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = f"has no {error.args[0]}" if isinstance(error, KeyError) else describe(error)
         raise ConfigError(
-            f"{field}={path}: has no {error.args[0]}. Name the config of a LongRoPE model."
+            f"{where}: {reason}. Name the config.json of a LongRoPE model."
         ) from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{field}={path}: {_one_line(error)}. {wanted}.") from error
-    kept = {key: value for key, value in rope.items() if key != "hf_config"}
     if "attention_factor" not in kept and found.get("attention_factor") is not None:
         kept["attention_factor"] = found["attention_factor"]
     model["rope_scaling"] = {**kept, **factors, "source": str(path)}

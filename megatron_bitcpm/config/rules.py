@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from operator import attrgetter
 
 from megatron_bitcpm.arch.tensors import FAMILIES
 from megatron_bitcpm.config.sections import RunConfig
@@ -17,12 +18,7 @@ _AXES = {
 
 
 def cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Yield every broken rule that spans fields, one line each.
-
-    Args:
-        config: a configuration whose fields are in range, each by itself.
-        world_size: ranks of the run.
-    """
+    """Yield every broken rule that spans fields, one line each; each field alone is in range."""
     yield from _layout_problems(config, world_size)
     yield from _model_problems(config)
     yield from _rope_problems(config)
@@ -33,6 +29,11 @@ def cross_field_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _run_problems(config)
     if config.quant.enabled:
         yield from _quant_problems(config)
+
+
+def _useless(config: RunConfig, field: str, why: str, fix: str = "Remove it") -> str:
+    """Return the line about a setting that does nothing beside others."""
+    return f"{field}={attrgetter(field)(config)}: has no effect {why}. {fix}."
 
 
 def _layout_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -67,9 +68,10 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
             "number."
         )
     if heads % groups:
+        divisors = ", ".join(str(d) for d in range(1, min(heads, 64) + 1) if heads % d == 0)
         yield (
             f"model.num_query_groups={groups}: does not divide num_attention_heads {heads}. Use "
-            f"{_divisors_text(heads)}."
+            f"{divisors}."
         )
     needed = model.family.constants
     for name in dict.fromkeys(name for family in FAMILIES.values() for name in family.constants):
@@ -77,10 +79,8 @@ def _model_problems(config: RunConfig) -> Iterator[str]:
         if name in needed and value is None:
             yield f"model.{name}=(absent): is required by {model.architecture}. Add the key."
         elif name not in needed and value is not None:
-            yield (
-                f"model.{name}={value}: has no effect with architecture {model.architecture}. "
-                "Remove it, or use minicpm."
-            )
+            why = f"with architecture {model.architecture}"
+            yield _useless(config, f"model.{name}", why, "Remove it, or use minicpm")
 
 
 def _rope_problems(config: RunConfig) -> Iterator[str]:
@@ -102,16 +102,14 @@ def _rope_problems(config: RunConfig) -> Iterator[str]:
                 f"{model.head_dim} head channels is needed, {wanted}. Use the factors of a model "
                 "with this head dimension."
             )
-    original = rope.original_max_position_embeddings
+    original, longest = rope.original_max_position_embeddings, model.max_position_embeddings
+    field = "model.rope_scaling.original_max_position_embeddings"
     if original is None:
+        yield f"{field}=(absent): is required. Add the key."
+    elif original > longest:
         yield (
-            "model.rope_scaling.original_max_position_embeddings=(absent): is required. Add the "
-            "key."
-        )
-    elif original > model.max_position_embeddings:
-        yield (
-            f"model.rope_scaling.original_max_position_embeddings={original}: exceeds "
-            f"model.max_position_embeddings {model.max_position_embeddings}. Raise the latter."
+            f"{field}={original}: exceeds model.max_position_embeddings {longest}. Raise the "
+            "latter."
         )
 
 
@@ -136,15 +134,11 @@ def _batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
 def _communication_problems(config: RunConfig) -> Iterator[str]:
     parallel = config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        yield (
-            "parallel.sequence_parallel=True: has no effect with tensor_model_parallel_size 1. "
-            "Remove it."
-        )
+        yield _useless(config, "parallel.sequence_parallel", "with tensor_model_parallel_size 1")
     if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
-        yield (
-            "parallel.overlap_param_gather=True: has no effect without use_distributed_optimizer. "
-            "Remove it, or set parallel.use_distributed_optimizer=true."
-        )
+        why = "without use_distributed_optimizer"
+        fix = "Remove it, or set parallel.use_distributed_optimizer=true"
+        yield _useless(config, "parallel.overlap_param_gather", why, fix)
     elif parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         yield (
             "parallel.overlap_param_gather=True: needs overlap_grad_reduce. Set "
@@ -152,10 +146,8 @@ def _communication_problems(config: RunConfig) -> Iterator[str]:
         )
     # Only overlapped communication is cut into buckets.
     if parallel.ddp_bucket_size is not None and not parallel.overlap_grad_reduce:
-        yield (
-            f"parallel.ddp_bucket_size={parallel.ddp_bucket_size}: has no effect without "
-            "overlap_grad_reduce. Remove it, or set parallel.overlap_grad_reduce=true."
-        )
+        fix = "Remove it, or set parallel.overlap_grad_reduce=true"
+        yield _useless(config, "parallel.ddp_bucket_size", "without overlap_grad_reduce", fix)
 
 
 def _data_problems(config: RunConfig) -> Iterator[str]:
@@ -191,55 +183,39 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
 def _run_problems(config: RunConfig) -> Iterator[str]:
     training, guard, checkpoint = config.training, config.guard, config.checkpoint
     scale = config.optimizer.initial_loss_scale
-    if scale is not None and training.precision != "fp16":
-        yield (
-            f"optimizer.initial_loss_scale={scale}: has no effect with training.precision "
-            f"{training.precision}. Remove it."
-        )
     least = 1 / (training.micro_batch_size * config.data.seq_length)
-    if scale is not None and training.precision == "fp16" and scale < least:
+    if scale is not None and training.precision != "fp16":
+        why = f"with training.precision {training.precision}"
+        yield _useless(config, "optimizer.initial_loss_scale", why)
+    elif scale is not None and scale < least:
         yield (
             f"optimizer.initial_loss_scale={scale}: is below the smallest scale, 1 / tokens of a "
             f"micro-batch = {least:g}. Use a larger one, or leave it out."
         )
     if guard.loss_spike_threshold is None:
         for name in guard.changed("loss_spike_window", "max_spikes"):
-            yield (
-                f"guard.{name}={getattr(guard, name)}: has no effect without "
-                "guard.loss_spike_threshold. Remove it."
-            )
+            yield _useless(config, f"guard.{name}", "without guard.loss_spike_threshold")
     if guard.action == "stop" and guard.changed("max_rollbacks"):
-        yield (
-            f"guard.max_rollbacks={guard.max_rollbacks}: has no effect with guard.action stop. "
-            "Remove it."
-        )
-    if guard.action == "rollback" and checkpoint.save_interval is None:
-        yield (
-            "guard.action=rollback: there is no checkpoint to return to before the last step. Set "
-            "checkpoint.save_interval."
-        )
-    interval = checkpoint.save_interval
-    if guard.action == "rollback" and interval is not None and interval >= training.train_iters:
-        yield (
-            f"guard.action=rollback: there is no checkpoint to return to: save_interval {interval} "
-            f"is not shorter than training.train_iters {training.train_iters}. Use a shorter "
-            "interval."
-        )
+        yield _useless(config, "guard.max_rollbacks", "with guard.action stop")
+    interval, every = checkpoint.save_interval, checkpoint.keep_every_n
+    if guard.action == "rollback":
+        nothing = "guard.action=rollback: there is no checkpoint to return to"
+        if interval is None:
+            yield f"{nothing} before the last step. Set checkpoint.save_interval."
+        elif interval >= training.train_iters:
+            yield (
+                f"{nothing}: save_interval {interval} is not shorter than training.train_iters "
+                f"{training.train_iters}. Use a shorter interval."
+            )
     if checkpoint.async_save and interval is None:
+        yield _useless(config, "checkpoint.async_save", "without checkpoint.save_interval")
+    if every is not None and checkpoint.keep_last_n is None:
+        yield _useless(config, "checkpoint.keep_every_n", "without checkpoint.keep_last_n")
+    elif every is not None and interval is not None and every % interval:
         yield (
-            "checkpoint.async_save=True: has no effect without checkpoint.save_interval. Remove it."
+            f"checkpoint.keep_every_n={every}: is not a multiple of checkpoint.save_interval "
+            f"{interval}. Use a multiple."
         )
-    if checkpoint.keep_every_n is not None:
-        if checkpoint.keep_last_n is None:
-            yield (
-                f"checkpoint.keep_every_n={checkpoint.keep_every_n}: has no effect without "
-                "checkpoint.keep_last_n. Remove it."
-            )
-        elif checkpoint.save_interval and checkpoint.keep_every_n % checkpoint.save_interval:
-            yield (
-                f"checkpoint.keep_every_n={checkpoint.keep_every_n}: is not a multiple of "
-                f"checkpoint.save_interval {checkpoint.save_interval}. Use a multiple."
-            )
 
 
 def _schedule_problems(config: RunConfig) -> Iterator[str]:
@@ -250,36 +226,31 @@ def _schedule_problems(config: RunConfig) -> Iterator[str]:
             "smaller value."
         )
     if optimizer.lr_decay_style == "constant" and optimizer.min_lr > 0:
-        yield (
-            f"optimizer.min_lr={optimizer.min_lr}: has no effect with lr_decay_style constant. "
-            "Remove it, or use WSD or cosine."
-        )
+        fix = "Remove it, or use WSD or cosine"
+        yield _useless(config, "optimizer.min_lr", "with lr_decay_style constant", fix)
     if optimizer.lr_decay_style != "WSD":
-        for name in ("lr_wsd_decay_iters", "lr_wsd_decay_style"):
-            value = getattr(optimizer, name)
-            if value is not None:
-                yield (
-                    f"optimizer.{name}={value}: has no effect with lr_decay_style "
-                    f"{optimizer.lr_decay_style}. Remove it, or use WSD."
-                )
+        why = f"with lr_decay_style {optimizer.lr_decay_style}"
+        for name in optimizer.changed("lr_wsd_decay_iters", "lr_wsd_decay_style"):
+            yield _useless(config, f"optimizer.{name}", why, "Remove it, or use WSD")
     warmup, decay = optimizer.lr_warmup_iters, optimizer.wsd_decay_iters(iters)
     if warmup >= iters:
         yield (
             f"optimizer.lr_warmup_iters={warmup}: is not shorter than training.train_iters "
             f"{iters}. Use a shorter warm-up."
         )
-    elif optimizer.lr_decay_style == "WSD" and warmup + decay > iters:
-        if optimizer.lr_wsd_decay_iters is None:
-            yield (
-                f"optimizer.lr_warmup_iters={warmup}: with the default decay of {decay} steps "
-                f"exceeds training.train_iters {iters}. Use at most {iters - decay}, or set "
-                "optimizer.lr_wsd_decay_iters."
-            )
-        else:
-            yield (
-                f"optimizer.lr_wsd_decay_iters={decay}: with the warm-up exceeds "
-                f"training.train_iters {iters}. Use a shorter decay."
-            )
+    elif optimizer.lr_decay_style != "WSD" or warmup + decay <= iters:
+        return
+    elif optimizer.lr_wsd_decay_iters is None:
+        yield (
+            f"optimizer.lr_warmup_iters={warmup}: with the default decay of {decay} steps exceeds "
+            f"training.train_iters {iters}. Use at most {iters - decay}, or set "
+            "optimizer.lr_wsd_decay_iters."
+        )
+    else:
+        yield (
+            f"optimizer.lr_wsd_decay_iters={decay}: with the warm-up exceeds training.train_iters "
+            f"{iters}. Use a shorter decay."
+        )
 
 
 def _quant_problems(config: RunConfig) -> Iterator[str]:
@@ -302,12 +273,10 @@ def _quant_problems(config: RunConfig) -> Iterator[str]:
             yield f"quant.group_size={size}: does not divide the inputs of a rank, {listed}. {fix}."
     # At tp 1 it is allowed: the setting belongs to the run, whatever its layout of the day.
     if quant.scale_sync == "local" and size != WHOLE_ROW:
-        reason = (
-            "with group_size tensor: its scale is that of all shards"
-            if size == TENSOR
-            else "with group_size > 0: such groups never span ranks"
-        )
-        yield f"quant.scale_sync=local: has no effect {reason}. Remove it."
+        why = "with group_size > 0: such groups never span ranks"
+        if size == TENSOR:
+            why = "with group_size tensor: its scale is that of all shards"
+        yield _useless(config, "quant.scale_sync", why)
     first, last = quant.full_precision_first_layers, quant.full_precision_last_layers
     if first + last >= model.num_layers:
         yield (
@@ -321,7 +290,3 @@ def _quant_problems(config: RunConfig) -> Iterator[str]:
             "quantising in place would destroy the latent weights. Use every_forward or auto, or "
             "training.precision=bf16."
         )
-
-
-def _divisors_text(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(n, 64) + 1) if n % d == 0)

@@ -16,6 +16,10 @@ from megatron_bitcpm.quant.grids import GRIDS
 from megatron_bitcpm.quant.settings import parse_group_size
 from megatron_bitcpm.records import Section
 
+_LEVELS = ", ".join(
+    " ".join([grid.name, *(f"{level:g}" for level in grid.levels)]) for grid in GRIDS.values()
+)
+
 
 class QuantConfig(Section):
     """The quantiser of the ternary linears (BitCPM-CANN report, section 3.1)."""
@@ -24,9 +28,8 @@ class QuantConfig(Section):
     grid: str = Field(
         "ternary",
         json_schema_extra={"enum": list(GRIDS)},
-        description="Levels of a quantised weight, in units of its scale: ternary -1 0 1, asym4 "
-        "-2 -1 0 1, half_sym4 -1.5 -0.5 0.5 1.5, int_sym4 -2 -1 1 2, five -2 -1 0 1 2. The scale "
-        "of ternary is a mean of absolute values, that of the others follows the largest one "
+        description=f"Levels of a quantised weight, in units of its scale: {_LEVELS}. The scale of "
+        "ternary is a mean of absolute values, that of the others follows the largest one "
         "(BitCPM-CANN report, section 3.1).",
     )
     group_size: int | Literal["tensor"] = Field(
@@ -73,7 +76,7 @@ class QuantConfig(Section):
     def _check_grid(cls, value: str) -> str:
         if value not in GRIDS:
             known = ", ".join(GRIDS)
-            raise PydanticCustomError("grid", f"must be one of {known}")  # type: ignore[arg-type]
+            raise PydanticCustomError("grid", f"must be one of {known}")
         return value
 
     @field_validator("group_size", mode="before")
@@ -83,15 +86,12 @@ class QuantConfig(Section):
         try:
             return parse_group_size(value)
         except ValueError as error:
-            raise PydanticCustomError("group_size", str(error)) from None  # type: ignore[arg-type]
+            raise PydanticCustomError("group_size", str(error)) from None
 
     def excludes(self, name: str, layer: int, num_layers: int) -> bool:
         """Whether a linear stays in full precision by its name or place, in training and exports.
 
-        Args:
-            name: global name, for example ``decoder.layers.3.mlp.linear_fc2``.
-            layer: global layer number, from 0, whatever the pipeline stage.
-            num_layers: layers of the whole model.
+        `name` is global, for example ``decoder.layers.3.mlp.linear_fc2``; so is `layer`, from 0.
         """
         first, last = self.full_precision_first_layers, self.full_precision_last_layers
         if layer < first or layer >= num_layers - last:
@@ -217,11 +217,7 @@ class OptimizerSettings(Section):
         return self.lr_wsd_decay_style or "minus_sqrt"
 
     def wsd_decay_iters(self, train_iters: int) -> int:
-        """Return the length of the WSD decay in steps, the default resolved.
-
-        Args:
-            train_iters: optimizer steps of the run.
-        """
+        """Return the length of the WSD decay in steps, the default resolved."""
         return self.lr_wsd_decay_iters or max(1, train_iters // 5)
 
 

@@ -1,15 +1,15 @@
-"""One result of one probe, and how a list of them is shown."""
+"""One result of one probe, and how the findings, probe name -> finding, are shown."""
 
 from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Literal
 
-Status = Literal["ok", "warn", "problem", "absent"]
-WIDTH = 100
+_wrap = partial(textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False)
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,6 @@ class Finding:
     """What a probe saw.
 
     Attributes:
-        name: what was looked at.
         status: ``ok``; ``warn``, works, but not as well as it could; ``problem``, something does
             not work; ``absent``, optional and not here.
         value: a version, a path, a number: short.
@@ -25,45 +24,41 @@ class Finding:
         fix: what to do; given with every ``warn`` and ``problem``.
     """
 
-    name: str
-    status: Status
+    status: Literal["ok", "warn", "problem", "absent"]
     value: str
     detail: str = ""
     fix: str = ""
 
 
-def exit_code(findings: Iterable[Finding]) -> int:
+ok = partial(Finding, "ok")
+warn = partial(Finding, "warn")
+problem = partial(Finding, "problem")
+absent = partial(Finding, "absent")
+
+
+def exit_code(findings: Mapping[str, Finding]) -> int:
     """Return 1 if there is a problem, otherwise 0."""
-    return int(any(finding.status == "problem" for finding in findings))
+    return int(any(finding.status == "problem" for finding in findings.values()))
 
 
-def render_json(findings: Iterable[Finding]) -> str:
+def render_json(findings: Mapping[str, Finding]) -> str:
     """Return the findings as a JSON list."""
-    return json.dumps([asdict(finding) for finding in findings], indent=2)
+    entries = [{"name": name, **asdict(finding)} for name, finding in findings.items()]
+    return json.dumps(entries, indent=2)
 
 
-def render_table(findings: list[Finding]) -> str:
+def render_table(findings: Mapping[str, Finding]) -> str:
     """Return the findings as lines of text, fixes below what they belong to."""
-    name_width = max(len(finding.name) for finding in findings)
+    name_width = max(map(len, findings))
     indent = " " * (9 + name_width + 2)
     lines = []
-    for finding in findings:
+    for name, finding in findings.items():
         text = finding.value + (f" - {finding.detail}" if finding.detail else "")
-        head = f"{finding.status:<9}{finding.name:<{name_width}}  "
-        lines += _wrap(text, head, indent)
+        head = f"{finding.status:<9}{name:<{name_width}}  "
+        lines += _wrap(text, initial_indent=head, subsequent_indent=indent)
         if finding.fix:
-            lines += _wrap(finding.fix, f"{indent}fix: ", f"{indent}     ")
-    counts = {s: sum(f.status == s for f in findings) for s in ("problem", "warn")}
-    lines += ["", f"{counts['problem']} problem(s), {counts['warn']} warning(s)"]
-    return "\n".join(lines)
-
-
-def _wrap(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+            below = f"{indent}     "
+            lines += _wrap(finding.fix, initial_indent=f"{indent}fix: ", subsequent_indent=below)
+    statuses = [finding.status for finding in findings.values()]
+    problems, warnings = statuses.count("problem"), statuses.count("warn")
+    return "\n".join([*lines, "", f"{problems} problem(s), {warnings} warning(s)"])

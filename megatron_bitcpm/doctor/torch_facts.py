@@ -6,6 +6,7 @@ this module runs as a program that prints a fact as soon as it knows it, and `as
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -30,16 +31,14 @@ def failure(facts: Facts, name: str) -> str | None:
     return None
 
 
+def reason_of(live: Mapping[str, Any]) -> str:
+    """Return why an entry of `ops.backend_report` is what it is, with what the loader said."""
+    error = live.get("load_error")
+    return f"{live['reason']} ({error})" if error else str(live["reason"])
+
+
 def ask_torch(environ: Mapping[str, str], import_only: bool = False) -> Facts:
-    """Collect the facts in a new process.
-
-    Args:
-        environ: its whole environment.
-        import_only: ask for ``torch`` alone.
-
-    Returns:
-        What it got to; ``torch`` is always there.
-    """
+    """Collect the facts in a new process with that environment; ``torch`` is always there."""
     command = [sys.executable, "-c", f"from {__name__} import main; main({import_only})"]
     # Of several ranks each would wait for the others.
     alone = {k: v for k, v in environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -101,29 +100,23 @@ def _torch() -> dict[str, Any]:
 
 
 def _npu() -> dict[str, Any] | None:
-    import importlib.util
-
     if importlib.util.find_spec("torch_npu") is None:
         return None
     import torch
     import torch_npu
 
+    npu: Any = torch.npu  # type: ignore[attr-defined]
     return {
         "version": str(torch_npu.__version__),
-        "is_available": bool(torch.npu.is_available()),
-        "device_count": int(torch.npu.device_count()),
+        "is_available": bool(npu.is_available()),
+        "device_count": int(npu.device_count()),
     }
 
 
-def _cuda() -> dict[str, Any]:
+def _cuda() -> dict[str, int]:
     import torch
 
-    count = torch.cuda.device_count()
-    return {
-        "is_available": torch.cuda.is_available(),
-        "device_count": count,
-        "names": [torch.cuda.get_device_name(index) for index in range(count)],
-    }
+    return {"device_count": torch.cuda.device_count()}
 
 
 def _collectives() -> list[str]:

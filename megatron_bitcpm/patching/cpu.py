@@ -44,22 +44,21 @@ _FACTORIES = [
 
 
 def _is_cuda(device: Any) -> bool:
-    if isinstance(device, str):
-        return device.split(":")[0] == "cuda"
     if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return False
+        device = device.type
+    return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
-def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a tensor factory: a CUDA device becomes the CPU, pinned memory ordinary memory."""
+def _on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor factory, or `Tensor.to`, for which CUDA is the CPU, and pinned memory ordinary."""
 
-    @functools.wraps(factory)
+    @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
+        args = tuple("cpu" if _is_cuda(value) else value for value in args)
+        if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
         kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
+        return original(*args, **kwargs)
 
     return wrapper
 
@@ -73,17 +72,6 @@ def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(result, str) and result.startswith("torch.") and ".cuda." not in result:
             return "torch.cuda." + result.removeprefix("torch.")
         return result
-
-    return wrapper
-
-
-def _tensor_to(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def wrapper(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        args = tuple("cpu" if _is_cuda(a) else a for a in args)
-        if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
-        return original(self, *args, **kwargs)
 
     return wrapper
 
@@ -110,32 +98,14 @@ class _CpuStream:
         return event or _CpuEvent()
 
 
-def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-    torch.set_rng_state(state)
-
-
-def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _manual_seed(seed: int) -> None:
-    torch.manual_seed(seed)
-
-
-def _always(value: Any) -> Callable[[Any], Callable[..., Any]]:
-    """Return a `Patch.make` whose replacement ignores its arguments and returns `value`."""
-
-    def make(original: Any) -> Callable[..., Any]:
-        def replacement(*args: Any, **kwargs: Any) -> Any:
-            return value
-
-        return replacement
-
-    return make
-
-
 def _replace(value: Any) -> Callable[[Any], Any]:
+    """Return a `Patch.make` that puts `value` there."""
     return lambda original: value
+
+
+def _always(value: Any) -> Callable[[Any], Any]:
+    """Return a `Patch.make` whose replacement ignores its arguments and returns `value`."""
+    return _replace(lambda *args, **kwargs: value)
 
 
 def _keep_sends(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,6 +127,8 @@ def _keep_sends(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _RANDOM = "megatron.core.tensor_parallel.random"
+_get_rng_state = _replace(lambda *args, **kwargs: torch.get_rng_state())
+_set_rng_state = _replace(lambda state, *args, **kwargs: torch.set_rng_state(state))
 
 _torch = functools.partial(
     Patch, package="torch", exit="Megatron takes its device from a setting, not from literals"
@@ -171,7 +143,7 @@ CATALOGUE = [
         for name in _FACTORIES
     ),
     _torch("torch:Tensor.type", _tensor_type, "compared with 'torch.cuda.FloatTensor'"),
-    _torch("torch:Tensor.to", _tensor_to, ".to('cuda')"),
+    _torch("torch:Tensor.to", _on_cpu, ".to('cuda')"),
     _torch("torch:Tensor.cuda", _replace(lambda self, *a, **k: self), ".cuda() of CPU tensors"),
     _torch("torch:nn.Module.cuda", _replace(lambda self, *a, **k: self), ".cuda() of modules"),
     _torch("torch:cuda.current_device", _always(torch.device("cpu")), "used as device="),
@@ -180,9 +152,13 @@ CATALOGUE = [
     _torch("torch:cuda.empty_cache", _always(None), "no caching allocator"),
     _torch("torch:cuda.memory_allocated", _always(0), "no caching allocator"),
     _torch("torch:cuda.max_memory_allocated", _always(0), "no caching allocator"),
-    _torch("torch:cuda.get_rng_state", _replace(_get_rng_state), "one random stream"),
-    _torch("torch:cuda.set_rng_state", _replace(_set_rng_state), "one random stream"),
-    _torch("torch:cuda.manual_seed", _replace(_manual_seed), "one random stream"),
+    _torch("torch:cuda.get_rng_state", _get_rng_state, "one random stream"),
+    _torch("torch:cuda.set_rng_state", _set_rng_state, "one random stream"),
+    _torch(
+        "torch:cuda.manual_seed",
+        _replace(lambda seed: torch.manual_seed(seed)),
+        "one random stream",
+    ),
     _torch("torch:cuda.Stream", _replace(_CpuStream), "no queues"),
     _torch("torch:cuda.Event", _replace(_CpuEvent), "no queues"),
     _torch("torch:cuda.current_stream", _always(_CpuStream()), "no queues"),
@@ -194,8 +170,8 @@ CATALOGUE = [
         "jit_fuser is torch.compile",
         exit="0.12, which lacks `disable_jit_fuser`, is no longer supported",
     ),
-    _core(f"{_RANDOM}:_get_cuda_rng_state", _replace(_get_rng_state), "one random stream"),
-    _core(f"{_RANDOM}:_set_cuda_rng_state", _replace(_set_rng_state), "one random stream"),
+    _core(f"{_RANDOM}:_get_cuda_rng_state", _get_rng_state, "one random stream"),
+    _core(f"{_RANDOM}:_set_cuda_rng_state", _set_rng_state, "one random stream"),
     _core(
         "megatron.core.pipeline_parallel.p2p_communication:_p2p_ops",
         _keep_sends,

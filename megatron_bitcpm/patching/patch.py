@@ -64,12 +64,7 @@ class Patch:
 
 
 class PatchSet:
-    """Patches that are applied and reverted together.
-
-    Attributes:
-        name: for messages.
-        patches: those of the catalogue that are needed here.
-    """
+    """Those patches of a catalogue that are needed here, applied and reverted together."""
 
     def __init__(self, name: str, catalogue: list[Patch]) -> None:
         self.name = name
@@ -87,15 +82,8 @@ class PatchSet:
             return
         try:
             for patch in self.patches:
-                try:
-                    holder, name = patch.resolve()
-                except (ImportError, AttributeError):
-                    raise self._missing(patch) from None
-                own = _own_attribute(holder, name)
-                original = getattr(holder, name, _ABSENT)
-                if original is _ABSENT and not patch.instead_of_absent:
-                    raise self._missing(patch)
-                replacement = patch.make(None if original is _ABSENT else original)
+                holder, name, original = self._find(patch)
+                own, replacement = _own_attribute(holder, name), patch.make(original)
                 setattr(holder, name, replacement)
                 self._applied.append((patch, holder, name, own, replacement))
             for package in {patch.package for patch in self.patches if patch.versions}:
@@ -104,19 +92,22 @@ class PatchSet:
             self.revert()
             raise
 
-    def _missing(self, patch: Patch) -> BitcpmError:
-        release = f"{patch.package} {required_version(patch.package)}"
-        return BitcpmError(
-            f"patches={self.name}: {patch.target} does not exist with {release} ({patch.why}). "
-            "Report the version."
-        )
+    def _find(self, patch: Patch) -> tuple[Any, str, Any]:
+        """Return what holds a symbol, its name there, and the symbol, None if it is added."""
+        try:
+            holder, name = patch.resolve()
+            if patch.instead_of_absent:
+                return holder, name, getattr(holder, name, None)
+            return holder, name, getattr(holder, name)
+        except (ImportError, AttributeError):
+            release = f"{patch.package} {required_version(patch.package)}"
+            raise BitcpmError(
+                f"patches={self.name}: {patch.target} does not exist with {release} ({patch.why}). "
+                "Report the version."
+            ) from None
 
     def revert(self) -> None:
-        """Restore every original, last patch first.
-
-        Raises:
-            BitcpmError: somebody else replaced a symbol after us.
-        """
+        """Restore every original, last patch first; BitcpmError if others replaced one since."""
         foreign = []
         while self._applied:
             patch, holder, name, own, replacement = self._applied.pop()

@@ -23,12 +23,7 @@ TESTED = ("0.12.1", "0.16.")
 
 
 def version_of(package: str) -> str:
-    """Return the version of a package, named as pip names it.
-
-    Raises:
-        PackageNotFoundError: it is absent.
-        BackendError: the imported megatron.core is not the one on the path.
-    """
+    """Return the version of a package, named as pip names it; PackageNotFoundError if absent."""
     if package != "megatron-core":
         return importlib.metadata.version(package)
     found = _megatron_on_path()
@@ -73,11 +68,7 @@ def _read_version(package_info: Path) -> str:
 
 
 def required_version(package: str) -> str:
-    """As `version_of`, but an absent package is an error for the user.
-
-    Raises:
-        BackendError: it is absent.
-    """
+    """As `version_of`, but an absent package is an error for the user, BackendError."""
     try:
         return version_of(package)
     except PackageNotFoundError:
@@ -97,11 +88,7 @@ def megatron_version() -> tuple[int, int]:
 
 
 def check_megatron_version() -> None:
-    """Refuse a megatron-core whose internals were not checked.
-
-    Raises:
-        ModelError: its version is not among the tested ones.
-    """
+    """Refuse with a ModelError a megatron-core whose internals were not checked."""
     version = required_version("megatron-core")
     if not version.startswith(TESTED):
         raise ModelError(

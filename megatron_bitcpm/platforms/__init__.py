@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,12 +27,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Platform:
-    """A kind of device.
+    """A kind of device, its torch.distributed backend, and how many of it this process sees.
 
-    Attributes:
-        name: ``cpu``, ``cuda`` or ``npu``; also torch's device type.
-        collectives: torch.distributed backend.
-        device_count: devices that this process sees (1 on a CPU).
+    The name, ``cpu``, ``cuda`` or ``npu``, is also torch's device type.
     """
 
     name: str
@@ -72,18 +70,15 @@ class Platform:
 
 @functools.cache
 def current_platform() -> Platform:
-    """Find this machine's platform; ``BITCPM_PLATFORM=cpu`` forces the CPU.
-
-    Raises:
-        BackendError: the forced platform is unknown or absent.
-    """
+    """Find this machine's platform, or the one that ``BITCPM_PLATFORM`` forces."""
     wanted = env_platform()
     if wanted not in ("", "cpu", "cuda", "npu"):
         raise BackendError(f"BITCPM_PLATFORM={wanted}: unknown platform. Use cpu, cuda or npu.")
     if wanted in ("", "npu") and importlib.util.find_spec("torch_npu"):
         importlib.import_module("torch_npu")
-        if torch.npu.is_available():
-            return Platform("npu", "hccl", torch.npu.device_count())
+        npu: Any = torch.npu  # type: ignore[attr-defined]
+        if npu.is_available():
+            return Platform("npu", "hccl", npu.device_count())
     if wanted in ("", "cuda") and torch.cuda.is_available():
         return Platform("cuda", "nccl", torch.cuda.device_count())
     if wanted in ("", "cpu"):

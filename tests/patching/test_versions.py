@@ -60,8 +60,10 @@ def test_a_checkout_that_is_first_on_the_path_counts_and_is_not_imported(tmp_pat
         "print(versions.version_of('megatron-core'), versions.megatron_version())\n"
         "print([name for name in sys.modules if name.startswith('megatron.')"
         " or name in ('megatron', 'torch')])\n"
-        "from megatron_bitcpm.doctor.diagnose import _probe_megatron\n"
-        "found = _probe_megatron()\n"
+        "from megatron_bitcpm.doctor.diagnose import _location\n"
+        "from megatron_bitcpm.doctor.software import probe_megatron\n"
+        "where = _location('megatron.core')\n"
+        "found = probe_megatron(versions.version_of, versions.TESTED, where)\n"
         "print(found.status, found.value)"
     )
     checkout = make_checkout(tmp_path, 0, 14, 2, "rc1")

@@ -27,7 +27,7 @@ from megatron_bitcpm.doctor import (
 HEALTHY = {
     "torch": {"version": "2.7.1+cpu", "file": "/x/torch/__init__.py", "threads": 4},
     "npu": None,
-    "cuda": {"is_available": False, "device_count": 0, "names": []},
+    "cuda": {"device_count": 0},
     "collectives": ["gloo"],
     "gloo": True,
     "platform": "cpu",
@@ -440,13 +440,12 @@ def test_this_machine_and_a_probe_that_breaks(monkeypatch):
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr(machine, "probe_disk", broken)
-    findings = diagnose(environment())
-    found = {finding.name: finding for finding in findings}
+    found = diagnose(environment())
     assert found["disk"].status == "warn" and "ZeroDivisionError: oops" in found["disk"].detail
     assert found["torch"].status == found["collectives"].status == "ok"
     assert found["operators"].status == "ok" and found["operators"].value.startswith("native")
     assert list(found)[-1] == "bisheng", "the other probes went on"
-    assert all(f.fix for f in findings if f.status in ("warn", "problem"))
+    assert all(f.fix for f in found.values() if f.status in ("warn", "problem"))
 
 
 def test_importing_the_doctor_loads_no_torch():
@@ -458,8 +457,8 @@ def test_importing_the_doctor_loads_no_torch():
 
 
 def test_output_and_exit_code():
-    fine = [Finding("a", "ok", "1"), Finding("bb", "warn", "2", "d " * 60, "f")]
-    bad = [*fine, Finding("c", "problem", "3", fix="do this")]
+    fine = {"a": Finding("ok", "1"), "bb": Finding("warn", "2", "d " * 60, "f")}
+    bad = {**fine, "c": Finding("problem", "3", fix="do this")}
     assert (exit_code(fine), exit_code(bad)) == (0, 1)
     table = render_table(bad)
     assert max(map(len, table.splitlines())) <= 100
