@@ -11,6 +11,7 @@ import torch
 
 # Megatron and torch warn about absent accelerators at import; nothing here depends on them.
 warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|deprecated).*")
+pytest_plugins = ["helpers.exported_models"]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

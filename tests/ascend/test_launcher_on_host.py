@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import numpy_ternary as expected
 from helpers.host_check import HOST_CHECK, ROOT, require_tools
-from ops import numpy_ternary as expected
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.ops import _npu

@@ -6,7 +6,7 @@ import os
 import shutil
 
 import pytest
-from checkpoint_cases import run_config, write_files
+from helpers.checkpoint_cases import run_config, write_files
 from helpers.death import die_at
 
 from megatron_bitcpm.checkpoint.retention import clean_leftovers, delete_surplus

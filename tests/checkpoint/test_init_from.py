@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import yaml
-from checkpoint_cases import CONFIG
+from helpers.checkpoint_cases import CONFIG
 
 from megatron_bitcpm.checkpoint.init_from import check_init_from
 from megatron_bitcpm.config import parse_config

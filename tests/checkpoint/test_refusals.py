@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from checkpoint_cases import (
+from helpers.checkpoint_cases import (
     TERNARY,
     load_and_train,
     load_weights_of,
@@ -175,7 +175,7 @@ def random_states(rank, folder, layout):
     import random
     from pathlib import Path
 
-    from checkpoint_cases import Schedule, build, save_state
+    from helpers.checkpoint_cases import Schedule, build, save_state
 
     from megatron_bitcpm.checkpoint.state import load_state
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from checkpoint_cases import load_and_train, train_and_save
+from helpers.checkpoint_cases import load_and_train, train_and_save
 from helpers.ranks import run_ranks
 
 pytestmark = pytest.mark.both_versions

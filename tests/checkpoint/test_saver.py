@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_cases import Schedule, build, load_and_train, run_config
+from helpers.checkpoint_cases import Schedule, build, load_and_train, run_config
 from helpers.ranks import run_ranks
 
 from megatron_bitcpm.checkpoint.safe_load import find_damage

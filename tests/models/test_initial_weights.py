@@ -6,8 +6,8 @@ from itertools import combinations
 
 import pytest
 import torch
+from helpers.model_cases import MUP, VOCAB, global_name, model_config, shard
 from helpers.ranks import run_ranks
-from model_cases import MUP, VOCAB, global_name, model_config, shard
 
 from megatron_bitcpm.config import ParallelConfig
 from megatron_bitcpm.models.decoder import Decoder, build_transformer_config

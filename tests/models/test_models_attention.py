@@ -7,8 +7,8 @@ import resource
 
 import pytest
 import torch
+from helpers.model_cases import VOCAB, model_config
 from helpers.ranks import run_ranks
-from model_cases import VOCAB, model_config
 
 from megatron_bitcpm.config import ParallelConfig
 from megatron_bitcpm.models import attention

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.model_cases import (
+    LONGROPE,
+    MUP,
+    VOCAB,
+    batch,
+    fill_by_name_,
+    global_name,
+    model_config,
+    shard,
+)
 from helpers.ranks import run_ranks
-from model_cases import LONGROPE, MUP, VOCAB, batch, fill_by_name_, global_name, model_config, shard
 
 from megatron_bitcpm.arch.counts import count_ternary_linears
 from megatron_bitcpm.arch.model import ModelConfig

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import math
 
-import plain_decoder
 import pytest
 import torch
-from model_cases import LONG, LONGROPE, MUP, SHORT, VOCAB, batch, fill_by_name_, model_config
-from plain_decoder import Shape
+from helpers import plain_decoder
+from helpers.model_cases import (
+    LONG,
+    LONGROPE,
+    MUP,
+    SHORT,
+    VOCAB,
+    batch,
+    fill_by_name_,
+    model_config,
+)
+from helpers.plain_decoder import Shape
 
 from megatron_bitcpm.config import ParallelConfig
 from megatron_bitcpm.errors import ModelError

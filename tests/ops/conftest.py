@@ -1,6 +1,6 @@
-import backends
 import pytest
-from backends import BACKENDS, Backend, TorchOperators
+from helpers import backends
+from helpers.backends import BACKENDS, Backend, TorchOperators
 
 TORCH_BACKENDS = [backend for backend in BACKENDS if not backend.make and backend.name != "npu"]
 

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from test_operators import GRIDS, random_weight
+from helpers.operator_cases import GRIDS, random_weight
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.errors import BackendError

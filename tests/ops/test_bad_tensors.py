@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_operators import random_weight
+from helpers.operator_cases import random_weight
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.errors import BitcpmError

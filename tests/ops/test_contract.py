@@ -2,16 +2,16 @@
 
 from functools import cache
 
-import backends
 import numpy as np
-import numpy_ternary as expected
 import pytest
 import torch
+from helpers import backends
+from helpers import numpy_ternary as expected
 from helpers.kernel_runner import KernelRunnerError
+from helpers.operator_cases import DTYPES, LENGTHS, dtypes, make_activations
 
 from megatron_bitcpm.errors import BitcpmError
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
 # (in_features, group_size): whole rows, whole vectors, a short last block, less than one vector.
 LAYOUTS = [
@@ -28,11 +28,9 @@ LAYOUTS = [
     (40, 1),
     (17, -1),
 ]
-# Lengths that end in every way a vector of 4, 8, 16, 32 or 64 lanes can.
-LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 95, 127, 128, 129, 130]
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16", "f16"])
 grids = pytest.mark.parametrize("grid", expected.GRIDS)
+layouts = pytest.mark.parametrize(("in_features", "group_size"), LAYOUTS)
 
 
 def assert_same(actual: torch.Tensor, want_bits: np.ndarray) -> None:
@@ -96,9 +94,9 @@ def check_values(run, in_features, group_size, dtype, grid, rows=24):
 
 @dtypes
 @grids
-def test_values_codes_and_scales(run, dtype, grid):
-    for in_features, group_size in LAYOUTS:
-        check_values(run, in_features, group_size, dtype, grid)
+@layouts
+def test_values_codes_and_scales(run, in_features, group_size, dtype, grid):
+    check_values(run, in_features, group_size, dtype, grid)
 
 
 @dtypes
@@ -111,11 +109,11 @@ def test_lengths_up_to_130(backend, run, dtype, grid):
 
 
 @dtypes
-def test_sums(run, dtype):
-    for in_features, group_size in LAYOUTS:
-        w = case(in_features, group_size, dtype, "ternary")[0]
-        want = expected.abs_sums(w.float().numpy(), resolve(in_features, group_size))
-        assert_same(run.abs_sums(w, group_size), expected.float32_bits(want))
+@layouts
+def test_sums(run, in_features, group_size, dtype):
+    w = case(in_features, group_size, dtype, "ternary")[0]
+    want = expected.abs_sums(w.float().numpy(), resolve(in_features, group_size))
+    assert_same(run.abs_sums(w, group_size), expected.float32_bits(want))
 
 
 @dtypes
@@ -294,24 +292,6 @@ def test_fields_of_three_are_refused(run, place, shift):
     packed[5, 0] |= 3
     with pytest.raises((BitcpmError, KernelRunnerError), match=rf"packed\[{place[0]}[,\]]"):
         run.unpack2(packed, 200)
-
-
-def make_activations(cols: int, dtype: torch.dtype, rows: int = 40) -> torch.Tensor:
-    """Random tokens, and in the first ones zeros, tiny, huge, equal and non-finite values."""
-    gen = torch.Generator().manual_seed(cols)
-    x = torch.randn(rows, cols, generator=gen)
-    x[rows // 2 :] *= torch.logspace(-6, 4, rows - rows // 2).unsqueeze(1)
-    x[0], x[1], x[2], x[3] = 0.0, -0.0, 0.3, -1e-6
-    x[4, cols // 2], x[5, 0], x[6, -1] = float("nan"), float("inf"), -float("inf")
-    x[7] = torch.linspace(-127, 127, cols)
-    x[7, 0] = 127.0  # scale 1 in exact arithmetic
-    x[8] = torch.linspace(-63.5, 63.5, cols)
-    x[8, 0] = 127.0
-    x = x.to(dtype)
-    x[9] = torch.finfo(dtype).max
-    x[10, 1:] = torch.finfo(dtype).max / 300
-    x[11] = torch.finfo(dtype).smallest_normal / 2
-    return x
 
 
 @uses("int8_per_token")

@@ -12,7 +12,7 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from backends import BACKENDS, require
+from helpers.backends import BACKENDS, require
 from helpers.kernel_runner import KernelRunnerError, RunnerOperators
 
 from megatron_bitcpm import ops

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.operator_cases import GRIDS, random_weight
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.arch.tensors import find_projection
@@ -12,12 +13,6 @@ from megatron_bitcpm.quant import groups
 from megatron_bitcpm.quant.grids import find_grid
 from megatron_bitcpm.quantizer import Quantizer
 
-
-def random_weight(rows=8, cols=64, dtype=torch.float32):
-    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-GRIDS = ["ternary", "asym4", "half_sym4", "int_sym4", "five"]
 SCALES = torch.full((8, 4), 0.5)
 CODES = torch.tensor([[-1, 0, 1, 1, 0]] * 8, dtype=torch.int8)
 OPCHECKS = [

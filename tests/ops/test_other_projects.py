@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from test_contract import DTYPES, LENGTHS, dtypes, make_activations
+from helpers.operator_cases import DTYPES, LENGTHS, dtypes, make_activations
 
 from megatron_bitcpm import ops
 
