@@ -26,7 +26,8 @@ import math
 import torch
 
 from megatron_bitcpm.quant.grids import TERNARY, Grid, find_grid
-from megatron_bitcpm.quant.scales import DEFAULT_EPS, compute_scales
+from megatron_bitcpm.quant.scales import compute_scales
+from megatron_bitcpm.quant.settings import DEFAULT_EPS
 
 
 def codes_from_scales(
