@@ -150,12 +150,15 @@ def int8_per_token(x: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_recording(ws: Sequence[torch.Tensor]) -> None:
-    if torch.is_grad_enabled() and any(w.requires_grad for w in ws):
-        raise BitcpmError(
-            "w.requires_grad=True: autograd cannot record this. Call it under torch.no_grad()."
-        )
-    if not torch.is_inference_mode_enabled() and any(w.is_inference() for w in ws):
-        raise BitcpmError("w.is_inference=True: it changes only in inference mode. Pass a clone.")
+    for w in ws:
+        if w.requires_grad and torch.is_grad_enabled():
+            raise BitcpmError(
+                "w.requires_grad=True: autograd cannot record this. Call it under torch.no_grad()."
+            )
+        if w.is_inference() and not torch.is_inference_mode_enabled():
+            raise BitcpmError(
+                "w.is_inference=True: it changes only in inference mode. Pass a clone."
+            )
 
 
 def _require_tensors(**tensors: Any) -> None:

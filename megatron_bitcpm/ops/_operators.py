@@ -92,23 +92,23 @@ class Operators:
 
     def pack2(self, codes: torch.Tensor) -> torch.Tensor:
         _checks.check_codes(codes)
-        self._check_memory(codes=codes)
+        self._check_memory(codes, "codes")
         return self._choose([codes], TERNARY).pack2(self._flatten(codes))
 
     def unpack2(self, packed: torch.Tensor, in_features: int) -> torch.Tensor:
         _checks.check_packed(packed, in_features)
-        self._check_memory(packed=packed)
+        self._check_memory(packed, "packed")
         return self._choose([packed], TERNARY).unpack2(self._flatten(packed), in_features)
 
     def int8_per_token(self, x: torch.Tensor) -> torch.Tensor:
         _checks.check_activation(x)
-        self._check_memory(x=x)
+        self._check_memory(x, "x")
         return self._choose([x], TERNARY).int8_per_token(self._flatten(x))
 
     def _check_groups(self, w: torch.Tensor, group_size: int, eps: float, grid: str) -> int:
         """Return the length of a group; 1 for a row without inputs, which has no groups."""
         _checks.check_weight(w)
-        self._check_memory(w=w)
+        self._check_memory(w, "w")
         check_eps(eps)
         find_grid(grid)
         return resolve_group_size(w.shape[1], group_size) or 1
@@ -116,7 +116,8 @@ class Operators:
     def _check_scales(self, w: torch.Tensor, scales: torch.Tensor, grid: str) -> None:
         _checks.check_weight(w)
         _checks.check_scales(w, scales)
-        self._check_memory(w=w, scales=scales)
+        self._check_memory(w, "w")
+        self._check_memory(scales, "scales")
         find_grid(grid)
 
     def _check_list(
@@ -124,12 +125,12 @@ class Operators:
     ) -> None:
         _checks.check_list(ws, scales)
         for name, tensors in (("ws", ws), ("scales", scales or ())):
-            self._check_memory(**{f"{name}[{index}]": x for index, x in enumerate(tensors)})
+            for index, x in enumerate(tensors):
+                self._check_memory(x, f"{name}[{index}]")
 
-    def _check_memory(self, **tensors: torch.Tensor) -> None:
+    def _check_memory(self, x: torch.Tensor, name: str) -> None:
         if self._has_memory:
-            for name, x in tensors.items():
-                _checks.check_memory(x, name)
+            _checks.check_memory(x, name)
 
     def _flatten(self, x: torch.Tensor) -> torch.Tensor:
         return x.contiguous() if self._has_memory else x
@@ -139,10 +140,10 @@ class Operators:
     ) -> None:
         if not self._has_memory:
             return
-        # One contiguous weight cannot overlap; the look costs as much as 100,000 weights.
-        if len(ws) > 1 or not all(w.is_contiguous() for w in ws):
-            _checks.check_written(ws)
         flats = [w.contiguous() for w in ws]
+        # One contiguous weight cannot overlap; the look costs as much as 100,000 weights.
+        if len(ws) != 1 or flats[0] is not ws[0]:
+            _checks.check_written(ws)
         self._choose(ws, grid).fake_quantize_list(flats, group_lens, eps, grid)
         _store(ws, flats)
 
