@@ -1,5 +1,5 @@
 // Python module megatron_bitcpm._cpu: plain functions over addresses and sizes. It knows no torch;
-// megatron_bitcpm/ops/_cpu.py checks device, type and layout before it passes data_ptr().
+// megatron_bitcpm/ops/_operators.py checks type and layout before _cpu.py passes data_ptr().
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

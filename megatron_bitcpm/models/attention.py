@@ -23,8 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.models.context_parallel import chunks_of_rank, gather_for_context_parallel
 
+# Of the largest mask; the kernels hold it in the type of the queries.
 MASK_ELEMENTS = 2**23
-"""Elements of the largest mask; the kernels hold it in the type of the queries."""
 
 
 class CausalAttention(MegatronModule):
@@ -63,10 +63,7 @@ class CausalAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Attend from this rank's part of the sequence, see `causal_attention`; [S, B, H * D].
-
-        The `attention_mask` is the `document_start` of the whole sequence.
-        """
+        """Attend as `causal_attention`; `attention_mask` is `document_start`, not sliced."""
         assert attention_bias is None and packed_seq_params is None
         cp_size = self.cp_group.size()
         if cp_size > 1:
@@ -100,14 +97,10 @@ def causal_attention(
 ) -> torch.Tensor:
     """Attend from some chunks of a sequence to all of it, within documents; [S, B, H * D].
 
-    Args:
-        query: [S, B, H, D]: equally long chunks of the sequence, one after the other.
-        key, value: [whole sequence, B, key heads, D]; key heads divides H.
-        first_tokens: for each chunk of the queries its first token's place in the sequence.
-        document_start: int64 [B, whole sequence]: for each token the place of its document's first
-            token; documents are contiguous. None: each sequence is one document. The work is
-            planned on the host, so that a tensor on the host spares a synchronisation.
-        softmax_scale: factor of the scores.
+    `query`, [S, B, H, D], holds equally long chunks of the sequence, one after the other, which
+    begin at `first_tokens`; key and value are [whole sequence, B, key heads, D]. `document_start`,
+    int64 [B, whole sequence], has the place of the first token of each token's document; None where
+    each sequence is one document. On the host it spares a synchronisation: work is planned there.
     """
     length = query.shape[0] // len(first_tokens)
     plans = _plan(first_tokens, length, document_start)
@@ -208,10 +201,10 @@ class _LastQueries(torch.autograd.Function):
         dv = torch.zeros_like(v_BHSD, dtype=torch.float32)
         for begin, end, keys in _blocks(q_BHSD, k_BHSD):
             views = q_BHSD[:, :, begin:end], k_BHSD[:, :, :keys], v_BHSD[:, :, :keys]
-            inputs = [view.detach().requires_grad_() for view in views]
+            q, k, v = (view.detach().requires_grad_() for view in views)
             with torch.enable_grad():
-                output = _attend_block(*inputs, ctx.scale)
-            gradients = torch.autograd.grad(output, inputs, grad[:, :, begin:end])
+                output = _attend_block(q, k, v, ctx.scale)
+            gradients = torch.autograd.grad(output, (q, k, v), grad[:, :, begin:end])
             dq[:, :, begin:end] = gradients[0]
             dk[:, :, :keys] += gradients[1]
             dv[:, :, :keys] += gradients[2]
@@ -222,11 +215,8 @@ def _blocks(q_BHSD: torch.Tensor, k_BHSD: torch.Tensor) -> list[tuple[int, int, 
     """Return (first query, end of queries, number of keys) of each block."""
     queries, keys = q_BHSD.shape[2], k_BHSD.shape[2]
     size = max(1, MASK_ELEMENTS // keys)
-    ends = [min(begin + size, queries) for begin in range(0, queries, size)]
-    return [
-        (begin, end, keys - queries + end)
-        for begin, end in zip(range(0, queries, size), ends, strict=True)
-    ]
+    bounds = itertools.pairwise([*range(0, queries, size), queries])
+    return [(begin, end, keys - queries + end) for begin, end in bounds]
 
 
 def _attend_block(

@@ -39,8 +39,7 @@ def build_transformer_config(
 ) -> TransformerConfig:
     """Translate the model and parallel sections into Megatron's TransformerConfig.
 
-    Raises:
-        ModelError: the installed Megatron cannot share a key head between tensor ranks.
+    Raises ModelError where the installed Megatron cannot share a key head between tensor ranks.
     """
     tp = parallel.tensor_model_parallel_size
     if model.num_query_groups % tp and megatron_version() < (0, 16):
@@ -97,14 +96,9 @@ class Decoder(GPTModel):
     """The model, or one pipeline chunk of it, on this rank, in full precision.
 
     A GPTModel, with its checkpoint names, whose rotary angles follow the position ids, and with
-    MiniCPM's constants.
-
-    Args:
-        config: from `build_transformer_config`.
-        model: the architecture.
-        padded_vocab_size: rows of the embedding, see `arch.layout.pad_rows`.
-        seq_length: of the run, in tokens; chooses between LongRoPE's two arrays.
-        pre_process, post_process, vp_stage: see `megatron_api.build_pipeline_chunks`.
+    MiniCPM's constants. `padded_vocab_size` is of `arch.layout.pad_rows`; the run's `seq_length`
+    chooses between LongRoPE's two arrays; `pre_process`, `post_process` and `vp_stage` are of
+    `megatron_api.build_pipeline_chunks`.
     """
 
     def __init__(
@@ -143,13 +137,11 @@ class Decoder(GPTModel):
         decoder_input: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Return logits, or losses where labels are given, or hidden states on earlier stages.
+        """Return logits, or losses where ``labels`` are given, or hidden states on earlier stages.
 
-        Args:
-            input_ids: int64 [B, S], S this context-parallel rank's part of the sequence.
-            position_ids: int64 [B, S], the part of `input_ids`; needed on every stage.
-            attention_mask: `document_start` of `attention.causal_attention`, or None.
-            decoder_input, **kwargs: as for GPTModel, for example ``labels``, int64 [B, S].
+        Ids, and labels, are int64 [B, S], S this context-parallel rank's part of the sequence;
+        position ids are needed on every stage. `attention_mask` is `document_start` of
+        `attention.causal_attention`, the rest as for GPTModel.
         """
         self.rotary_pos_emb.position_ids = position_ids
         if self.embedding_scale is not None and self.pre_process and decoder_input is None:

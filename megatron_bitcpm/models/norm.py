@@ -27,7 +27,7 @@ class RMSNorm(torch.nn.Module):
         """Create the weight, all ones; the output is divided by `divisor`."""
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.eps = eps
         self.divisor = divisor
 

@@ -45,8 +45,7 @@ def rope_factors(model: ModelConfig, seq_length: int) -> list[float]:
 class RotaryAngles(torch.nn.Module):
     """Takes the place of GPTModel's rotary embedding; the angles follow the position ids.
 
-    Attributes:
-        position_ids: int64 [B, S], of this context-parallel rank's tokens; set before each forward.
+    `position_ids`, int64 [B, S], of this context-parallel rank's tokens, are set before a forward.
     """
 
     def __init__(self, model: ModelConfig, seq_length: int) -> None:

@@ -9,8 +9,9 @@
     pack2(codes), unpack2(packed, in_features)     ternary codes in two bits each
     int8_per_token(x)  -> x_q              activations; straight-through
 
-Definitions live in `_schema`, refusals in `_checks`, backends in `_reference`, `_cpu` and `_npu`,
-the functions with their documentation in `_api`, the choice between backends in `_backends`.
+`_api` has the functions with their documentation, `_schema` what torch knows of them, `_operators`
+the checks and copies around kernels, `_checks` the refusals. Kernels are in `_reference`, `_cpu`
+and `_npu`; `_backends` chooses between them.
 
 The only importer of compiled modules. Without them everything runs on the pure-torch reference and
 one warning says so; `backend_report` tells which backend is live and why.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import logging
 
 from megatron_bitcpm.config import env_cpu_isa
-from megatron_bitcpm.ops import _cpu, _npu, _reference, _schema
+from megatron_bitcpm.ops import _cpu, _npu, _schema
 from megatron_bitcpm.ops._api import (
     abs_sums,
     fake_quantize,
@@ -57,7 +58,6 @@ __all__ = [
 ]
 
 _schema.register()
-_reference.register()
 _cpu.register(env_cpu_isa())
 if _cpu.load_error:
     logging.getLogger(__name__).warning(

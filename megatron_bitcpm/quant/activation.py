@@ -6,11 +6,10 @@ For a token x of I values (float32 arithmetic, no contraction):
     scale = (1 / m) * 127                          two roundings, as torch evaluates 127 / m
     x_q   = clamp(rint(x * scale), -128, 127) / scale        rounded once, to the dtype of x
 
-Bitwise the quantiser of activations in Transformers' AutoBitLinear, whose values BitNet checkpoints
-were trained with. A token with a value that is not finite is NaN as a whole. Zeros keep the sign
-of x. Nothing is added to a linear's output: it is the local input that is quantised.
-
-Shape legend: leading dimensions of any number, I in.
+rint rounds half to even. Bitwise the quantiser of activations in Transformers' AutoBitLinear
+(transformers.integrations.bitnet), whose values BitNet checkpoints were trained with. A token with
+a value that is not finite is NaN as a whole. Zeros keep the sign of x. Nothing is added to a
+linear's output: it is the local input that is quantised.
 """
 
 from __future__ import annotations
@@ -25,15 +24,7 @@ SMALLEST_CODE = -128
 
 
 def int8_per_token(x: torch.Tensor) -> torch.Tensor:
-    """Round each token of x to 256 levels.
-
-    Args:
-        x: activations, [..., I], float32/bfloat16/float16, any device.
-    Returns:
-        x_q, shape and dtype of x; at most 256 values per token.
-    Rounding: half to even. Arithmetic in float32.
-    Source: transformers.integrations.bitnet.
-    """
+    """Return x_q of activations [..., I], in shape and dtype of x."""
     if not x.numel():
         return x.clone(memory_format=torch.contiguous_format)
     x32 = x.to(torch.float32)

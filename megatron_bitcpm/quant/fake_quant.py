@@ -13,10 +13,10 @@ A group with a scale that is not positive and finite has codes 0 and NaN wq, and
 that is not finite. Zeros of wq are +0 and NaNs are the canonical quiet NaN, whatever the sign of w.
 
 Source: BitCPM-CANN technical report, section 3.1, eqs. 1-2. The report leaves the order of the sum
-and the rounding open; here they are fixed, see docs/quantizer.md. Levels live in
-`megatron_bitcpm.quant.grids`, scales in `megatron_bitcpm.quant.scales`.
+and the rounding open; here they are fixed, see docs/quantizer.md. Levels live in `quant.grids`,
+scales in `quant.scales`, the length of groups in `quant.groups`.
 
-Shape legend: O out, I in, G groups per row.
+w is float32, bfloat16 or float16. Shape legend: O out, I in, G groups per row, of I / G inputs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,14 @@ import math
 import torch
 
 from megatron_bitcpm.quant.grids import TERNARY, Grid, find_grid
-from megatron_bitcpm.quant.scales import DEFAULT_EPS, compute_scales
+from megatron_bitcpm.quant.scales import compute_scales
+from megatron_bitcpm.quant.settings import DEFAULT_EPS
 
 
 def codes_from_scales(
     w_OI: torch.Tensor, scales_OG: torch.Tensor, grid: str = TERNARY
 ) -> torch.Tensor:
-    """Return int8 codes_OI, [O, I], of w under given scales; 0 where w or its scale is not usable.
-
-    Groups have I / G inputs. A scale is usable when it is positive and finite.
-    """
+    """Return int8 codes_OI, [O, I], of w under given float32 scales."""
     found = find_grid(grid)
     w_OGI = _split_groups(w_OI, scales_OG)
     magnitude_OGI = w_OGI.to(torch.float32).abs()
@@ -52,10 +50,7 @@ def codes_from_scales(
 def fake_quantize_with_scales(
     w_OI: torch.Tensor, scales_OG: torch.Tensor, grid: str = TERNARY
 ) -> torch.Tensor:
-    """Return wq_OI = level * scale in the dtype of w, [O, I].
-
-    NaN where w is not finite, and in the whole group where the scale is not positive and finite.
-    """
+    """Return wq_OI = level * scale in the dtype of w, [O, I]."""
     codes_OGI = _split_groups(codes_from_scales(w_OI, scales_OG, grid), scales_OG)
     # An int8 zero has no sign: zeros of wq are +0. Code times unit is exact.
     levels_OGI = codes_OGI.to(torch.float32).mul_(find_grid(grid).code_unit)
@@ -68,20 +63,9 @@ def fake_quantize_with_scales(
 def quantize(
     w_OI: torch.Tensor, group_size: int = -1, eps: float = DEFAULT_EPS, grid: str = TERNARY
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a latent weight to codes, one scale per group of inputs.
+    """Return codes_OI, int8, [O, I], and scales_OG, float32, [O, G], of a latent weight.
 
-    Args:
-        w_OI: latent weight, [O, I], float32/bfloat16/float16, any device.
-        group_size: inputs per scale; must divide I; -1 means I.
-        eps: smallest scale, in units of w.
-        grid: name of the levels, see `megatron_bitcpm.quant.grids`.
-    Returns:
-        codes_OI: int8, the stored codes of the grid, [O, I].  scales_OG: float32, units of w,
-        [O, G].
-    Raises:
-        BitcpmError: I is not a multiple of group_size, eps is out of range, or an unknown grid.
-    Rounding: to the nearest level, a midpoint to the smaller magnitude. Arithmetic in float32.
-    Source: BitCPM-CANN technical report, section 3.1, eqs. 1-2.
+    Raises BitcpmError as `scales.compute_scales`.
     """
     scales_OG = compute_scales(w_OI, group_size, eps, grid)
     return codes_from_scales(w_OI, scales_OG, grid), scales_OG
@@ -90,7 +74,7 @@ def quantize(
 def fake_quantize(
     w_OI: torch.Tensor, group_size: int = -1, eps: float = DEFAULT_EPS, grid: str = TERNARY
 ) -> torch.Tensor:
-    """Return wq_OI, levels times scales in the dtype of w, [O, I]; arguments as `quantize`."""
+    """Return wq_OI of a latent weight, as `fake_quantize_with_scales` with its own scales."""
     return fake_quantize_with_scales(w_OI, compute_scales(w_OI, group_size, eps, grid), grid)
 
 

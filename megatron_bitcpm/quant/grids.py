@@ -11,8 +11,8 @@ A weight takes the nearest level of its own sign: its magnitude is compared with
 neighbouring levels times s. On a midpoint the smaller magnitude wins; a zero of either sign takes
 level 0 or, in a grid without 0, the smallest positive level.
 
-Source: BitCPM-CANN technical report, section 3.1. What does not live here: how scales are computed
-(`megatron_bitcpm.quant.scales`) and applied (`megatron_bitcpm.quant.fake_quant`).
+Source: BitCPM-CANN technical report, section 3.1. `quant.scales` computes scales,
+`quant.fake_quant` applies them.
 """
 
 from __future__ import annotations
@@ -26,20 +26,12 @@ from megatron_bitcpm.errors import BitcpmError
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels of a weight and the statistic its scale comes from.
-
-    Attributes:
-        name: configuration value `quant.grid`.
-        codes: int8 values that are stored, ascending.
-        code_unit: level behind a code of 1, in scales: level = code * code_unit.
-        statistic: of a group's weights, "abs_sum" (scale = sum / inputs) or "abs_max".
-        divisor: scale = maximum / divisor; 1 for "abs_sum".
-    """
+    """The levels of a weight, and the statistic of a group's weights its scale comes from."""
 
     name: str
-    codes: tuple[int, ...]
-    code_unit: float
-    statistic: Literal["abs_sum", "abs_max"]
+    codes: tuple[int, ...]  # int8 values that are stored, ascending
+    code_unit: float  # level = code * code_unit
+    statistic: Literal["abs_sum", "abs_max"]  # scale = sum / inputs, or maximum / divisor
     divisor: float
 
     @property
@@ -73,10 +65,9 @@ class Grid:
         return tuple(sorted({abs(code) for code in self.codes if code}))
 
     def find_midpoints(self, side: tuple[int, ...]) -> tuple[float, ...]:
-        """Magnitudes, in scales, above which the next code of `side` is nearer; exact in float32.
+        """Magnitudes, in scales, above which the next code of a side is nearer; exact in float32.
 
-        Args:
-            side: `positive` or `negative`.
+        `side` is `positive` or `negative`.
         """
         return tuple((abs(a) + abs(b)) * self.code_unit / 2 for a, b in pairwise(side))
 

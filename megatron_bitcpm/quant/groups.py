@@ -27,31 +27,21 @@ def list_divisors(number: int) -> list[int]:
 
 
 def find_nearest_divisors(number: int, wanted: int) -> list[int]:
-    """Return the divisors of `number` nearest to `wanted`: at most one below, one at or above.
-
-    Both are at least 1; the list is ascending and empty only when number < 1.
-    """
+    """Return the divisors of `number` nearest to `wanted`: at most one below, one at or above."""
     divisors = list_divisors(number)
     below = [d for d in divisors if d < wanted]
     above = [d for d in divisors if d >= wanted]
     return below[-1:] + above[:1]
 
 
-def _list_choices(values: Sequence[int]) -> str:
-    return " or ".join(str(value) for value in values)
+def _suggest(number: int, wanted: int) -> str:
+    return " or ".join(str(divisor) for divisor in find_nearest_divisors(number, wanted))
 
 
 def resolve_group_size(in_features: int, group_size: int, field: str = "group_size") -> int:
-    """Turn a configured group size into the number of inputs that share a scale.
+    """Return the number of inputs that share a scale; 0 for a row without inputs and size -1.
 
-    Args:
-        in_features: length of the row, I.
-        group_size: at least 1 and a divisor of I, or -1 for the whole row.
-        field: name used in the message.
-    Returns:
-        The group's length, >= 1 (0 for a row without inputs and group_size -1).
-    Raises:
-        BitcpmError: group_size is 0 or below -1, or does not divide I; names the nearest that do.
+    Raises BitcpmError, about `field`, unless group_size is -1 or a divisor of I; names the nearest.
     """
     if group_size == WHOLE_ROW:
         return in_features
@@ -60,10 +50,9 @@ def resolve_group_size(in_features: int, group_size: int, field: str = "group_si
             f"{field}={group_size}: must be at least 1, or -1 for the whole row. Use 64 or -1."
         )
     if in_features % group_size:
-        choices = find_nearest_divisors(in_features, group_size)
         raise BitcpmError(
             f"{field}={group_size}: in_features {in_features} is not a multiple. Use "
-            f"{_list_choices(choices)}, or -1 for the whole row."
+            f"{_suggest(in_features, group_size)}, or -1 for the whole row."
         )
     return group_size
 
@@ -76,18 +65,14 @@ def count_groups(in_features: int, group_size: int) -> int:
 
 @dataclass(frozen=True)
 class ShardedGroups:
-    """How the groups of one linear lie on one tensor-parallel rank.
-
-    Attributes:
-        local_group_size: what the rank passes to the operators (-1 = its whole local row).
-        scale_len: inputs behind one scale, the `n` of the mean; larger than the local row when
-            sums are exchanged.
-        needs_sum_exchange: the ranks' sums must be gathered and added in rank order.
-    """
+    """How the groups of one linear lie on one tensor-parallel rank."""
 
     local_group_size: int
+    """What the rank passes to the operators; -1 is its whole local row."""
     scale_len: int
+    """Inputs behind one scale, the `n` of the mean; with an exchange more than the local row."""
     needs_sum_exchange: bool
+    """The ranks' sums must be gathered and added in rank order."""
 
 
 def resolve_sharded_groups(
@@ -100,25 +85,17 @@ def resolve_sharded_groups(
 ) -> ShardedGroups:
     """Lay the groups of a full weight over tensor-parallel ranks.
 
-    Args:
-        in_features_full: inputs of the full weight.
-        tp_size: tensor-parallel ranks; row parallelism gives each `in_features_full / tp_size`.
-        group_size: as configured, -1 for the whole full row.
-        parallel: which dimension is sharded, "column" (O) or "row" (I).
-        scale_sync: for whole rows cut by row parallelism: "exact" adds the sums of all ranks,
-            "local" gives each shard its own scale, which is a group of I / tp.
-        field: name used in messages.
-    Raises:
-        BitcpmError: a group would straddle two ranks; names the nearest settings that work.
+    For whole rows cut by row parallelism `scale_sync` "exact" adds the sums of all ranks, "local"
+    gives each shard its own scale, which is a group of I / tp. Raises BitcpmError, about `field`,
+    where a group would straddle two ranks; names the nearest settings that work.
     """
     if parallel == "column" or tp_size == 1:
         group_len = resolve_group_size(in_features_full, group_size, field)
         return ShardedGroups(group_size, group_len, needs_sum_exchange=False)
     if in_features_full % tp_size:
-        choices = find_nearest_divisors(in_features_full, tp_size)
         raise BitcpmError(
             f"tp={tp_size}: in_features {in_features_full} of a row-parallel linear is not a "
-            f"multiple. Use tp {_list_choices(choices)}."
+            f"multiple. Use tp {_suggest(in_features_full, tp_size)}."
         )
     local = in_features_full // tp_size
     if group_size == WHOLE_ROW:
@@ -128,14 +105,13 @@ def resolve_sharded_groups(
     if group_size < 1 or in_features_full % group_size:
         resolve_group_size(in_features_full, group_size, field)
     if local % group_size:
-        choices = find_nearest_divisors(local, group_size)
         # Fewer, larger shards may hold whole groups where these do not.
         fewer = next(
             tp for tp in range(tp_size - 1, 0, -1) if _fits(in_features_full, tp, group_size)
         )
         raise BitcpmError(
             f"{field}={group_size}: local in_features {local} ({in_features_full} / tp {tp_size}) "
-            f"is not a multiple. Use {_list_choices(choices)}, or tp {fewer}."
+            f"is not a multiple. Use {_suggest(local, group_size)}, or tp {fewer}."
         )
     return ShardedGroups(group_size, group_size, needs_sum_exchange=False)
 
@@ -145,14 +121,9 @@ def _fits(in_features_full: int, tp_size: int, group_size: int) -> bool:
 
 
 def add_in_rank_order(sums_per_rank: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Add the ranks' group sums, rank 0 first: ((s0 + s1) + s2) + ...
+    """Add the ranks' group sums, float32 of equal shapes, rank 0 first: ((s0 + s1) + s2) + ...
 
     An all-reduce has no defined order, so ranks gather the sums and each adds them like this.
-
-    Args:
-        sums_per_rank: one float32 tensor per rank, equal shapes, in rank order; at least one.
-    Returns:
-        A new float32 tensor of that shape.
     """
     if not sums_per_rank:
         raise BitcpmError("sums_per_rank=[]: needs one tensor per rank. Pass at least one.")

@@ -5,8 +5,8 @@ j, j + 32, j + 64 and j + 96 of the block, in bits 0-1, 2-3, 4-5 and 6-7, as fie
 Inputs past the row's end are code 0. So 32 neighbouring bytes unpack with two shifts and a mask,
 and the bytes are those of the `qs` of llama.cpp's TQ2_0.
 
-Shape legend: O out, I in, P packed bytes per row, K blocks per row, Q quarters of a block,
-J bytes of a block.
+Shape legend: O out, I in, P packed bytes per row, 32 * ceil(I / 128), K blocks per row, Q quarters
+of a block, J bytes of a block.
 """
 
 from __future__ import annotations
@@ -26,18 +26,8 @@ def count_packed_bytes(in_features: int) -> int:
 
 
 def pack2(codes_OI: torch.Tensor) -> torch.Tensor:
-    """Pack ternary codes, four to a byte.
-
-    Args:
-        codes_OI: int8 in {-1, 0, 1}, [O, I].
-    Returns:
-        packed_OP: uint8, [O, 32 * ceil(I / 128)].
-    Raises:
-        BitcpmError: a code is not -1, 0 or 1; names the first row that holds one.
-    """
-    bad_O = ((codes_OI < -1) | (codes_OI > 1)).any(1)
-    if bad_O.any():
-        raise describe_bad_code(codes_OI, int(bad_O.nonzero()[0]))
+    """Pack codes_OI, int8, [O, I], to uint8 [O, P]; raises as `refuse_bad_codes`."""
+    refuse_bad_codes(codes_OI)
     out_features, in_features = codes_OI.shape
     packed_len = count_packed_bytes(in_features)
     fields_OI = codes_OI.new_ones(out_features, packed_len * len(SHIFTS), dtype=torch.uint8)
@@ -50,17 +40,8 @@ def pack2(codes_OI: torch.Tensor) -> torch.Tensor:
 
 
 def unpack2(packed_OP: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Unpack ternary codes; the inverse of `pack2`.
-
-    Args:
-        packed_OP: uint8, [O, 32 * ceil(I / 128)].
-        in_features: I, codes per row.
-    Returns:
-        codes_OI: int8 in {-1, 0, 1}, [O, I].
-    Raises:
-        BitcpmError: a field is 3, also one past the row's end; names the first row that holds one.
-    """
-    bad_O = ((packed_OP & (packed_OP >> 1) & 0x55) != 0).any(1)
+    """Return codes_OI, int8, [O, in_features], that `pack2` packed; raises `describe_bad_field`."""
+    bad_O = _find_bad_fields(packed_OP).any(1)
     if bad_O.any():
         raise describe_bad_field(packed_OP, int(bad_O.nonzero()[0]))
     out_features, packed_len = packed_OP.shape
@@ -70,21 +51,34 @@ def unpack2(packed_OP: torch.Tensor, in_features: int) -> torch.Tensor:
     return (fields_OI[:, :in_features].to(torch.int8) - 1).contiguous()
 
 
+def refuse_bad_codes(codes_OI: torch.Tensor) -> None:
+    """Raise BitcpmError, naming the first, where a code is not -1, 0 or 1."""
+    bad_O = _find_bad_codes(codes_OI).any(1)
+    if bad_O.any():
+        raise describe_bad_code(codes_OI, int(bad_O.nonzero()[0]))
+
+
 def describe_bad_code(codes_OI: torch.Tensor, row: int) -> BitcpmError:
     """Return the error for the first code of `row` that is not ternary."""
-    codes_I = codes_OI[row]
-    column = int(((codes_I < -1) | (codes_I > 1)).nonzero()[0])
+    column = int(_find_bad_codes(codes_OI[row]).nonzero()[0])
     return BitcpmError(
-        f"codes[{row}, {column}]={int(codes_I[column])}: two bits hold -1, 0 and 1. Pack the codes "
-        "of the ternary grid."
+        f"codes[{row}, {column}]={int(codes_OI[row, column])}: two bits hold -1, 0 and 1. Pack the "
+        "codes of the ternary grid."
     )
 
 
 def describe_bad_field(packed_OP: torch.Tensor, row: int) -> BitcpmError:
-    """Return the error for the first byte of `row` that holds a field of 3."""
-    packed_P = packed_OP[row]
-    column = int(((packed_P & (packed_P >> 1) & 0x55) != 0).nonzero()[0])
+    """Return the error for the first byte of `row` with a field of 3, also past the row's end."""
+    column = int(_find_bad_fields(packed_OP[row]).nonzero()[0])
     return BitcpmError(
-        f"packed[{row}, {column}]={int(packed_P[column])}: a field of 3 is no code. Pass what "
-        "pack2 returned."
+        f"packed[{row}, {column}]={int(packed_OP[row, column])}: a field of 3 is no code. Pass "
+        "what pack2 returned."
     )
+
+
+def _find_bad_codes(codes: torch.Tensor) -> torch.Tensor:
+    return (codes < -1) | (codes > 1)
+
+
+def _find_bad_fields(packed: torch.Tensor) -> torch.Tensor:
+    return (packed & (packed >> 1) & 0x55) != 0

@@ -33,15 +33,8 @@ def quantize_reciprocal(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return codes_OI, int8, 0 in groups that are not finite, and scales_OG, float32, NaN there.
 
-    Args:
-        w_OI: latent weight, [O, I], bfloat16 or float32.
-        sums_OG: float32 sums of the groups' |w|, [O, G], of `scales.abs_sums` or of several slices
-            added in rank order.
-        n: weights behind each sum.
-        eps: smallest mean, units of w.
-
-    Raises:
-        BitcpmError: another dtype; float16 has no room for the reciprocal of a small mean.
+    `sums_OG` are float32 sums of |w|, each of `n` weights: of `scales.abs_sums`, or of several
+    slices added in rank order. Raises BitcpmError unless w_OI, [O, I], is bfloat16 or float32.
     """
     codes_OGI, mean_OG, bad_OG = _quantize(w_OI, sums_OG, n, eps)
     codes_OGI = codes_OGI.masked_fill_(bad_OG.unsqueeze(-1), 0)
@@ -63,6 +56,7 @@ def _quantize(
     w_OI: torch.Tensor, sums_OG: torch.Tensor, n: int, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return codes in the dtype of w, [O, G, inputs], means, and which groups are not finite."""
+    # Float16 has no room for the reciprocal of a small mean.
     if w_OI.dtype not in (torch.bfloat16, torch.float32):
         raise BitcpmError(
             f"numerics=bf16_reciprocal: needs bfloat16 or float32 weights, not {w_OI.dtype}. Use "

@@ -46,16 +46,10 @@ def abs_maxima(w_OI: torch.Tensor, group_size: int = -1) -> torch.Tensor:
 
 
 def scales_from_sums(sums: torch.Tensor, n: int, eps: float = DEFAULT_EPS) -> torch.Tensor:
-    """Turn sums of absolute values into scales: ``max(sum * float32(1 / n), eps)``.
+    """Turn float32 sums of `n` absolute values each, any shape, into scales of that shape.
 
-    Args:
-        sums: float32, any shape, units of w.
-        n: inputs behind each sum (the full row's length when sums of ranks were added), >= 1.
-        eps: smallest scale, units of w.
-    Returns:
-        Scales of the same shape, float32; NaN where the sum is not finite.
-    Raises:
-        BitcpmError: sums not float32, n not an int >= 1, or eps not a positive normal float32.
+    `n` is the full row's length when sums of ranks were added. Raises BitcpmError for other sums,
+    for n that is not an int >= 1, and as `check_eps`.
     """
     check_eps(eps)
     if sums.dtype != torch.float32:
@@ -70,16 +64,9 @@ def scales_from_sums(sums: torch.Tensor, n: int, eps: float = DEFAULT_EPS) -> to
 def scales_from_max(
     maxima: torch.Tensor, eps: float = DEFAULT_EPS, grid: str = "five"
 ) -> torch.Tensor:
-    """Turn largest absolute values into scales: ``max(maximum / divisor, eps)``.
+    """Turn largest absolute values, float32 of any shape, >= 0 or NaN, into scales of that shape.
 
-    Args:
-        maxima: float32, any shape, units of w, >= 0 or NaN.
-        eps: smallest scale, units of w.
-        grid: a grid whose scale is a maximum, which is every one but ternary.
-    Returns:
-        Scales of the same shape, float32; NaN where the maximum is not finite.
-    Raises:
-        BitcpmError: the grid takes its scale from sums or is unknown; eps out of range.
+    Raises BitcpmError where the grid is unknown or its scale comes from sums, and as `check_eps`.
     """
     check_eps(eps)
     found = find_grid(grid)
@@ -90,7 +77,10 @@ def scales_from_max(
 
 
 def compute_scales(w_OI: torch.Tensor, group_size: int, eps: float, grid: str) -> torch.Tensor:
-    """Return scales_OG, float32, [O, G], of a latent weight; arguments as `fake_quant.quantize`."""
+    """Return scales_OG, float32, [O, G], of a latent weight.
+
+    Raises BitcpmError as `check_eps`, `find_grid` and `groups.resolve_group_size`.
+    """
     check_eps(eps)
     if find_grid(grid).statistic == "abs_max":
         return scales_from_max(abs_maxima(w_OI, group_size), eps, grid)

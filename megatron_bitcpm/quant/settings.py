@@ -20,11 +20,7 @@ SMALLEST_EPS = 2.0**-126
 
 
 def parse_group_size(value: object) -> int | str:
-    """Return a configured group size: inputs per scale, -1 for the whole row, or ``tensor``.
-
-    Raises:
-        ValueError: it is none of these; says what it must be.
-    """
+    """Return a configured group size; raises ValueError, saying what it must be."""
     if value == TENSOR:
         return TENSOR
     number = 0

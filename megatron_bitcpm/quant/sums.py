@@ -9,7 +9,6 @@ Floating-point addition is not associative, and the order is visible: on bfloat1
 2. an adjacent-pair tree over the lanes: (0+1), (2+3), ...; then pairs of these; six levels.
 
 It suits vector units of 4 to 64 lanes alike. All additions are float32 whatever the input type.
-What does not live here: scales and codes, see `megatron_bitcpm.quant.scales`.
 
 Shape legend: O out, I in, G groups per row, K blocks of 64 per group, L lanes.
 """
@@ -22,14 +21,7 @@ LANES = 64
 
 
 def sum_abs_canonical(w_OI: torch.Tensor, group_len: int) -> torch.Tensor:
-    """Sum absolute values of each group, in the canonical order.
-
-    Args:
-        w_OI: weight, [O, I], float32/bfloat16/float16, any device.
-        group_len: inputs per group, a divisor of I (already resolved, never -1).
-    Returns:
-        sums_OG: float32, units of w, [O, I / group_len]; inf on overflow, NaN where w has NaN.
-    """
+    """Return sums_OG, float32, [O, I / group_len]; inf on overflow, NaN where w has NaN."""
     out_features, in_features = w_OI.shape
     num_groups = in_features // group_len if group_len else 0
     magnitude_OGI = w_OI.to(torch.float32).abs().reshape(out_features, num_groups, group_len)

@@ -84,9 +84,21 @@ def test_compiled_kernels_run_and_thread_count_changes_nothing():
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             assert torch.equal(ops.fake_quantize(w), want)
-            assert torch.equal(ops.quantize(w, 64)[1], _cpu.quantize(w, 64, 1e-5)[1])
+            assert torch.equal(ops.quantize(w, 64)[1], _cpu.OPERATORS.quantize(w, 64, 1e-5)[1])
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_native
+def test_a_grid_that_is_not_compiled_runs_the_reference(monkeypatch):
+    w = random_weight()
+    want = ops.fake_quantize(w, grid="five")
+    monkeypatch.delitem(_cpu._GRID_CODES, "five")
+    assert torch.equal(ops.fake_quantize(w, grid="five"), want)
+    assert torch.equal(ops.fake_quantize_(w.clone(), grid="five"), want)
+    assert "five" not in ops.backend_report()["cpu"]["grids"]
+    with pytest.raises(BackendError, match=r"no compiled operators for quant.grid five"):
+        ops.use_backend("native", grid="five")
 
 
 def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
