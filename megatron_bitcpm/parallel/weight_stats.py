@@ -1,9 +1,8 @@
 """How the codes of a model move and what they cost: statistics of each layer and of the model.
 
-Looks at a fixed sample of whole rows, at most `MAX_WEIGHTS` weights of each layer. Everything is
-measured on latent weights, inside `TernaryModel.latents`, and the sampled rows are quantised with
-the very operator and scales of the forward: the codes are exactly those of the next forward.
-Where weights are quantised in place that costs one more rewrite of them, the tail of a step.
+Looks at a fixed sample of whole rows, at most `MAX_WEIGHTS` weights of each layer. The latent rows
+are quantised with the very operator and scales of the forward: the codes are exactly those of the
+next. Where weights are quantised in place that costs one more rewrite of them.
 
 Shape suffixes: R sampled rows, I input features of the local shard, G groups per row.
 """
@@ -15,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.parallel.convert import TernaryModel
@@ -48,10 +48,7 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """Statistics of one moment, the same on all ranks of a model.
-
-    `layers` has the global numbers, from 0, of the layers with ternary linears.
-    """
+    """Statistics of one moment, the same on all ranks; global layer numbers, from 0."""
 
     total: LayerStatistics
     layers: dict[int, LayerStatistics]
@@ -71,16 +68,13 @@ class CodeSampler:
             for site in ternary.sites
         }
         self._codes_before: dict[int, torch.Tensor] = {}
-        self._has_looked = False
+        self._is_first_look = True
 
     @torch.no_grad()
     def measure(self) -> CodeStatistics:
-        """Look at the weights as they are now, between two steps; collective over all ranks.
-
-        The ranks that together hold one model put their sums together in rank order.
-        """
-        sites, first_look = self._ternary.sites, not self._has_looked
-        self._has_looked = True
+        """Look at the weights as they are now, between two steps; collective over all ranks."""
+        sites, first_look = self._ternary.sites, self._is_first_look
+        self._is_first_look = False
         with self._ternary.latents():
             update_given_scales(sites)
             looks = [self._look_at(site) for site in sites]
@@ -91,10 +85,10 @@ class CodeSampler:
         for site, numbers in zip(sites, numbers_of_sites, strict=True):
             mine.setdefault(_layer_of(site), _Sums()).add(_Sums(*numbers))
         layers: dict[int, _Sums] = {}
+        total = _Sums()
         for part in _gather_from_model_parallel_ranks(mine):
             for layer, sums in part.items():
                 layers.setdefault(layer, _Sums()).add(sums)
-        total = _Sums()
         for sums in layers.values():
             total.add(sums)
         return CodeStatistics(
@@ -166,8 +160,6 @@ def _half_levels(wq_RI: torch.Tensor, scales_RG: torch.Tensor) -> torch.Tensor:
 
 
 def _gather_from_model_parallel_ranks(mine: dict[int, _Sums]) -> list[dict[int, _Sums]]:
-    from megatron.core import parallel_state
-
     group = parallel_state.get_model_parallel_group()
     parts: list[dict[int, _Sums]] = [{} for _ in range(group.size())]
     torch.distributed.all_gather_object(parts, mine, group=group)

@@ -59,13 +59,9 @@ class MetricsWriter:
         layers: dict[int, dict[str, float | None]] | None = None,
         **values: Any,
     ) -> None:
-        """Write the values of one moment; None values are left out.
+        """Write the values of one moment by metric name, those of layers by layer number.
 
-        Args:
-            iteration: optimizer steps done.
-            layers: layer number -> numbers by metric name; one key in the file, in TensorBoard
-                ``layers/<number>/<name>``.
-            **values: numbers by metric name. One that is not finite becomes null in the file.
+        None values are left out; one that is not finite becomes null in the file.
         """
         kept = {key: value for key, value in values.items() if value is not None}
         line: dict[str, Any] = _finite_or_null(kept)
@@ -144,12 +140,9 @@ def _open_tensorboard(directory: Path, first_iter: int) -> Any:
 def plot_losses(
     runs: dict[str, Path], output: Path, levels: dict[str, float] | None = None
 ) -> bool:
-    """Draw training and validation losses of runs; return False without matplotlib.
+    """Draw losses of run folders by label as a PNG; return False without matplotlib.
 
-    Args:
-        runs: label -> run folder.
-        output: PNG file.
-        levels: label -> loss in nats of models without a run, drawn as horizontal lines.
+    `levels` are losses in nats of models without a run, drawn as horizontal lines.
     """
     try:
         import matplotlib
@@ -163,8 +156,8 @@ def plot_losses(
     for index, (label, directory) in enumerate(runs.items()):
         _draw_run(axes, label, f"C{index}", read_metrics(directory / METRICS_FILE))
     for index, (label, value) in enumerate((levels or {}).items()):
-        style = {"color": "0.4", "linestyle": ("--", ":")[index % 2]}
-        axes.axhline(value, label=f"{label} {value:.2f}", **style)
+        dash = ("--", ":")[index % 2]
+        axes.axhline(value, label=f"{label} {value:.2f}", color="0.4", linestyle=dash)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per token (pale: training, dots: validation)")
     axes.grid(alpha=0.3)

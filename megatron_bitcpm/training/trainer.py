@@ -1,9 +1,8 @@
 """The training loop.
 
-`train` builds everything from the configuration, resumes if asked, and runs optimizer steps:
-Megatron's own forward-backward schedule, optimizer and learning-rate scheduler. Validation, logging
-and checkpoints happen at their intervals and at the end. What stands on Megatron is imported inside
-functions: it reads parts of torch at import, so the platform must be prepared before.
+Steps are Megatron's own forward-backward schedule, optimizer and learning-rate scheduler. What
+stands on Megatron is imported inside functions: it reads parts of torch at import, so the platform
+must be prepared before.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from megatron_bitcpm.training.checkpointing import Checkpointer, check_run_folde
 from megatron_bitcpm.training.exit import ExitRequest
 from megatron_bitcpm.training.guard import LossGuard, Verdict
 from megatron_bitcpm.training.metrics import MetricsWriter, plot_losses
-from megatron_bitcpm.training.progress import Progress
 from megatron_bitcpm.training.report import StepReport
+from megatron_bitcpm.training.resume import Progress
 from megatron_bitcpm.training.runtime import Runtime, start_runtime
 
 if TYPE_CHECKING:
@@ -44,11 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, resume: bool = False) -> None:
-    """Run a configuration, or resume it, to its end on this rank; every rank calls it.
-
-    Raises:
-        BitcpmError: an input that cannot be used, or a run that had to stop.
-    """
+    """Run a configuration, or resume it, to its end; every rank calls it."""
     with start_runtime(config.parallel, config.training.seed) as runtime:
         check_run_folder(config, resume)
         Trainer(config, runtime).run(resume)
@@ -149,7 +144,7 @@ class Trainer:
                 continue
             reason = exit_request.reason()
             self._after_step(report, reason is not None)
-        report.published(self.checkpointer.finish())
+        report.published(self.checkpointer.saver.finish())
         if reason is not None:
             iteration = self.progress.iteration
             what = "stopped while losses were bad, not saved" if self._save_is_due else "saved"
@@ -164,16 +159,16 @@ class Trainer:
         valid_loss: float | None = None
         # A signal leaves little time: what it cuts short is the validation.
         if is_last or (iteration % training.eval_interval == 0 and not stopping):
-            valid_loss = self._validate(report)
+            valid_loss = report.validated(iteration, self.evaluate())
         interval = self.config.checkpoint.save_interval
         if is_last or stopping or (interval is not None and iteration % interval == 0):
             self._save_is_due = True
         if self._save_is_due and (is_last or self._is_worth_returning_to()):
             self._save_is_due = False
             self.progress.guard = self.guard.state()
-            report.published(self.checkpointer.save(self.progress, valid_loss))
+            report.published(*self.checkpointer.save(self.progress, valid_loss))
             report.restart_clock()
-        report.published(self.checkpointer.poll())
+        report.published(self.checkpointer.saver.poll())
 
     def _is_worth_returning_to(self) -> bool:
         """Whether to save now: a rollback must not return to bad losses."""
@@ -184,7 +179,7 @@ class Trainer:
     def _roll_back(self, verdict: Verdict, report: StepReport) -> Batches:
         """Return to the newest checkpoint, and to later data; return the new batches."""
         bad_iteration, consumed = self.progress.iteration, self.progress.consumed_samples
-        report.published(self.checkpointer.finish())
+        report.published(self.checkpointer.saver.finish())
         self.guard.begin_rollback(verdict)
         if not self.checkpointer.has_checkpoint():
             raise TrainingError(
@@ -222,17 +217,18 @@ class Trainer:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         loss_sum, num_tokens = self._run_schedule(batches, forward_only=False)
-        updated, grad_norm = False, None
+        grad_norm = None
         if self._gradients_are_usable():
-            updated, grad_norm, _ = state.optimizer.step()
-        if updated:
+            updated, norm, _ = state.optimizer.step()
+            grad_norm = float(norm) if updated else None
+        if grad_norm is not None:
             state.scheduler.step(1)
         else:
             self.progress.skipped_steps += 1
         self.progress.iteration += 1
         self.progress.consumed_samples += training.global_batch_size
         loss = loss_sum / num_tokens if num_tokens else math.nan
-        return loss, float(grad_norm) if updated else None
+        return loss, grad_norm
 
     def _gradients_are_usable(self) -> bool:
         """Whether the step may be tried; in fp32 Megatron's optimizer itself does not look."""
@@ -258,12 +254,6 @@ class Trainer:
             device=self.runtime.device,
             forward_only=forward_only,
         )
-
-    def _validate(self, report: StepReport) -> float:
-        losses = self.evaluate()
-        mean = math.fsum(losses.values()) / len(losses)
-        report.validated(self.progress.iteration, mean, losses)
-        return mean
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ class EveryStep(Requantizer):
     """The model parameters are quantised weights, but for `latents` and right after a rewrite."""
 
     mode = "every_step"
+    runs_on_latents = False
 
     def _matrix(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
         self._make_fresh(site)
@@ -31,6 +32,3 @@ class EveryStep(Requantizer):
 
     def _after_rewrite(self) -> None:
         self.refresh()
-
-    def _runs_on_latents(self) -> bool:
-        return False

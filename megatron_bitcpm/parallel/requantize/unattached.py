@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 class Unattached:
     """The state of a model from `ternarize_` until `attach`, for example in evaluation.
 
-    Nobody tells when a weight changes, so nothing is kept from one forward to the next. `requested`
-    is the configuration's ``requantize``.
+    Nobody tells when a weight changes, so nothing is kept from one forward to the next.
     """
 
     mode = EveryForward.mode
@@ -54,30 +53,22 @@ class Unattached:
         yield
 
     def attach(self, optimizer: Any) -> Requantizer:
-        """Choose the strategy for a Megatron optimizer that has not stepped yet; collective.
-
-        Raises:
-            ModelError: ``every_step`` was requested and this optimizer cannot do it.
-        """
-        return self._choose(optimizer)(self.sites, optimizer)
-
-    def _choose(self, optimizer: Any) -> type[Requantizer]:
+        """Choose the strategy for a Megatron optimizer that has not stepped yet; collective."""
         if self._requested == EveryForward.mode:
-            return EveryForward
+            return EveryForward(self.sites, optimizer)
         reason = first_reason(reason_against_every_step(optimizer, self.sites))
         if reason is None:
-            return EveryStep
+            return EveryStep(self.sites, optimizer)
         if self._requested == EveryStep.mode:
             raise ModelError(f"quant.requantize=every_step: {reason}. Use every_forward or auto.")
         logger.info("quant.requantize=auto: every_forward, because %s", reason)
-        return EveryForward
+        return EveryForward(self.sites, optimizer)
 
 
 def _follow_loads(site: TernarySite) -> None:
     """Let a load into the linear, which brings its latent weight back, mark it stale."""
 
-    def mark_stale(module: torch.nn.Module, incompatible_keys: Any) -> None:
-        del module, incompatible_keys
+    def mark_stale(*_: Any) -> None:
         site.fresh = False
 
     site.module.register_load_state_dict_post_hook(mark_stale)

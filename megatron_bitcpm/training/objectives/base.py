@@ -27,14 +27,10 @@ class Objective(Protocol):
     def forward_step(
         self, batches: Batches, model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], TokenSum]]:
-        """Run a model on the next micro-batch; Megatron's schedules call it on every stage.
+        """Run a wrapped chunk on this rank's next micro-batch.
 
-        Args:
-            batches: this rank's micro-batches.
-            model: a wrapped chunk; `model.training` tells training from validation.
-
-        Returns:
-            The chunk's output, and a function that the last stage calls with it.
+        Returns its output, and a function that the last stage calls with that.
+        `model.training` tells training from validation.
         """
         ...
 
@@ -42,8 +38,7 @@ class Objective(Protocol):
 def next_micro_batch(batches: Batches, device: torch.device) -> MicroBatch:
     """Take the next micro-batch: of each tensor this rank's piece of the sequences, [B, S].
 
-    Only ``document_start``, if there is one, stays whole and where it is: attention needs it for
-    the whole sequence and plans its work on the host.
+    Only ``document_start`` stays whole and on the host, where attention plans its work.
     """
     rank = parallel_state.get_context_parallel_rank()
     size = parallel_state.get_context_parallel_world_size()
