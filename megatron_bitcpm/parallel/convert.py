@@ -1,9 +1,9 @@
 """`ternarize_`: give a built Megatron model ternary linears.
 
-The swap changes the class of each linear *instance* to a ternary subclass of whatever class it has.
-No global state changes, any model spec works, and parameters stay where optimizers and checkpoints
-expect them. Every matrix inside a transformer layer must be swapped, excluded by the configuration,
-or a router's. Anything else is an error, so that none silently trains in full precision.
+The swap changes the class of each linear *instance* to a ternary subclass of whatever class it has,
+so that parameters stay where optimizers and checkpoints expect them. Every matrix inside a
+transformer layer must be swapped, excluded by the configuration, or a router's, so that none
+silently trains in full precision.
 """
 
 from __future__ import annotations
@@ -82,10 +82,6 @@ class TernaryModel:
             backend = ops.describe_backend(device, quant.grid, quant.activation)
             lines.append(f"  operators: {backend}")
         return "\n".join(lines)
-
-    def stamp(self) -> dict[str, Any]:
-        """Return what a checkpoint must record to reproduce these codes exactly."""
-        return self.quantizer.stamp()
 
 
 def ternarize_(

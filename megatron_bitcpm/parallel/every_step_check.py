@@ -1,8 +1,8 @@
 """Whether quantising in place is safe with a given optimizer; asked once, when it is attached.
 
 In place needs a separate main copy of every ternary weight from which Megatron rewrites the *whole*
-model parameter. That is checked on the objects themselves rather than by a list of class names: by
-storage, and by a probe that fills the weights with NaN and asks for the rewrite.
+model parameter. That is checked on the objects themselves: by storage, and by a probe that fills
+the weights with NaN and asks for the rewrite.
 """
 
 from __future__ import annotations

@@ -45,10 +45,7 @@ def get_optimizer(config: OptimizerConfig, chunks: list[Any]) -> MegatronOptimiz
 
 
 def _check_buckets(chunks: list[Any]) -> None:
-    """Refuse buckets that overlap, as 0.12 lays them out before a tied embedding; collective.
-
-    There the padding of one bucket covers the beginning of the next, which breaks the sharding.
-    """
+    """Refuse buckets that overlap, as 0.12 lays them out before a tied embedding; collective."""
     if megatron_version() >= (0, 13):
         return
     reason = None
@@ -70,8 +67,7 @@ def finalize_gradients(
     """Megatron's `finalize_model_grads`, dividing by the tokens of whole sequences.
 
     0.12 adds up the tokens of data-parallel ranks only, so that with context parallelism every
-    gradient is too large by that size; clipping and Adam hide it in the loss. `num_tokens` is int
-    [1], zero except on the last pipeline stage.
+    gradient is too large by that size; clipping and Adam hide it in the loss.
     """
     if megatron_version() < (0, 13) and num_tokens is not None:
         torch.distributed.all_reduce(num_tokens, group=parallel_state.get_context_parallel_group())
@@ -99,8 +95,7 @@ def check_pipeline_config(config: Any) -> None:
 def virtual_stage(index: int) -> Iterator[None]:
     """Tell 0.12, which numbers a chunk's layers by a global, the chunk's position on this rank.
 
-    Building a chunk and asking it for its `sharded_state_dict` need this: without it every chunk
-    passes for the one that ran last. Nothing happens without virtual stages.
+    Without it every chunk that is built or saved passes for the one that ran last.
     """
     if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
         yield

@@ -24,7 +24,6 @@ class SuppliesWeight(Protocol):
 
     def weight_for_forward(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
         """Return the matrix for the GEMM, [O, I]; `weight` is the module's parameter."""
-        ...
 
 
 @dataclass(eq=False)
@@ -33,7 +32,6 @@ class TernarySite:
 
     Attributes:
         name: global: layers count from 0 over all stages (``decoder.layers.3.mlp.linear_fc2``).
-        tp_group: the tensor-parallel ranks that share this linear.
         row_parallel: whether the input dimension is sharded.
         groups: how the groups lie over the ranks; None with one scale per projection.
         fused: which row belongs to which projection; None where scales do not depend on that.

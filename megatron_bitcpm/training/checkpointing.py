@@ -77,7 +77,7 @@ class Checkpointer:
             "world_size": runtime.world_size,
             "vocab_size": vocab_size,
             "padded_vocab_size": state.padded_vocab_size,
-            "quantizer": state.ternary.stamp() if state.ternary else None,
+            "quantizer": state.ternary.quantizer.stamp() if state.ternary else None,
         }
         self.saver = CheckpointSaver(config, runtime.device)
         self._lock: IO[str] | None = None

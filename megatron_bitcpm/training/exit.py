@@ -1,7 +1,7 @@
 """Ending a run early in good order: by a signal or after a time.
 
-A signal only sets a flag; after each step all ranks agree on whether to stop, because the scheduler
-of a cluster may signal one process and the clocks of machines differ.
+After each step all ranks agree on whether to stop: a cluster may signal one process only, and the
+clocks of machines differ.
 """
 
 from __future__ import annotations

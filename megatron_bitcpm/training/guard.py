@@ -7,8 +7,7 @@ The guard only decides; the trainer stops or rolls back. It sees only numbers th
                  median of the last `loss_spike_window` good losses
 
 Spikes and losses that are not finite never enter the window, so a diverged run cannot become the
-norm. A skipped step with a finite loss is judged by its loss like any other. A loss that is not
-finite neither continues nor ends a row of spikes.
+norm. A loss that is not finite neither continues nor ends a row of spikes.
 """
 
 from __future__ import annotations

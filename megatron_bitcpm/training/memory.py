@@ -18,8 +18,7 @@ def measure_peak_memory_gb(device: torch.device) -> float:
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type != "cpu":
-        peak: int = torch.get_device_module(device).max_memory_allocated(device)
-        return peak
+        return int(torch.get_device_module(device).max_memory_allocated(device))
     import psutil
 
     # Kilobytes everywhere but on macOS; Linux updates it late.

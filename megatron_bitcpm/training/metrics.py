@@ -1,7 +1,4 @@
-"""Where a run's numbers go: the terminal, ``metrics.jsonl``, TensorBoard, ``loss.png``.
-
-Only the main rank creates a `MetricsWriter`. Keys are the same everywhere.
-"""
+"""Where a run's numbers go: the terminal, ``metrics.jsonl``, TensorBoard, ``loss.png``."""
 
 from __future__ import annotations
 
@@ -84,7 +81,11 @@ class MetricsWriter:
         self.advance(iteration)
 
     def _open_files(self, iteration: int) -> None:
-        self._forget_after(iteration)
+        # A run resumed from an earlier checkpoint will write the later lines again.
+        if self._path.is_file():
+            lines = [line for line in read_metrics(self._path) if line["iteration"] <= iteration]
+            text = "".join(json.dumps(line) + "\n" for line in (lines if iteration else []))
+            write_text(self._path, text)
         self._stream = self._path.open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", iteration)
 
@@ -100,14 +101,6 @@ class MetricsWriter:
             yield
         except OSError as error:
             logger.warning("%s: numbers are lost (%s)", self._path, error.strerror or error)
-
-    def _forget_after(self, iteration: int) -> None:
-        """Drop lines that a run resumed from an earlier checkpoint will write again."""
-        if not self._path.is_file():
-            return
-        lines = [line for line in read_metrics(self._path) if line["iteration"] <= iteration]
-        text = "".join(json.dumps(line) + "\n" for line in (lines if iteration else []))
-        write_text(self._path, text)
 
 
 def _finite_or_null(values: dict[str, Any]) -> dict[str, Any]:

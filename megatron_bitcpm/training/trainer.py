@@ -79,8 +79,6 @@ class Trainer:
         self.objective = objective or NextToken(runtime.device)
         self._save_is_due = False
 
-    # -- the run ---------------------------------------------------------------------------------
-
     def run(self, resume: bool) -> None:
         """Train from the start or the newest checkpoint to ``training.train_iters``."""
         training = self.config.training
@@ -90,16 +88,17 @@ class Trainer:
             self.guard = LossGuard.from_state(self.config.guard, self.progress.guard)
         elif self.config.checkpoint.init_from:
             self.checkpointer.initialize(self.config.checkpoint.init_from)
-        first_iter = self.progress.iteration
-        if first_iter >= training.train_iters:
-            logger.info(
-                "already at step %d of %d; raise training.train_iters to continue",
-                first_iter,
-                training.train_iters,
-            )
+        first_iter, last_iter = self.progress.iteration, training.train_iters
+        if first_iter >= last_iter:
+            fix = "raise training.train_iters to continue"
+            logger.info("already at step %d of %d; %s", first_iter, last_iter, fix)
         title = "ternary" if self.state.ternary else "full precision"
         with ExitStack() as stack:
-            writer = self._open_metrics(first_iter, title)
+            writer = on_all_ranks(
+                lambda: MetricsWriter(self.directory, first_iter, last_iter, title),
+                partial(write_error, self.directory),
+                main_only=True,
+            )
             if writer:
                 stack.enter_context(writer)
                 writer.say(self.describe())
@@ -109,7 +108,7 @@ class Trainer:
             self._loop(StepReport(self.config, self.runtime, self.state, writer), exit_request)
         if self.runtime.is_main:
             self._plot(title)
-            done = self.progress.iteration >= training.train_iters
+            done = self.progress.iteration >= last_iter
             logger.info("%s; checkpoints in %s", "done" if done else "stopped", self.directory)
 
     def _plot(self, title: str) -> None:
@@ -118,16 +117,6 @@ class Trainer:
         except BitcpmError as error:
             # The run is complete and saved without its picture.
             logger.warning("%s", error)
-
-    def _open_metrics(self, first_iter: int, title: str) -> MetricsWriter | None:
-        """Return the writer on the main rank; a folder that it cannot use stops all ranks."""
-        return on_all_ranks(
-            lambda: MetricsWriter(
-                self.directory, first_iter, self.config.training.train_iters, title
-            ),
-            partial(write_error, self.directory),
-            main_only=True,
-        )
 
     def _loop(self, report: StepReport, exit_request: ExitRequest) -> None:
         training = self.config.training
@@ -177,7 +166,7 @@ class Trainer:
         return not self.checkpointer.has_checkpoint()
 
     def _roll_back(self, verdict: Verdict, report: StepReport) -> Batches:
-        """Return to the newest checkpoint, and to later data; return the new batches."""
+        """Return to the newest checkpoint; return batches of later data."""
         bad_iteration, consumed = self.progress.iteration, self.progress.consumed_samples
         report.published(self.checkpointer.saver.finish())
         self.guard.begin_rollback(verdict)
@@ -205,13 +194,8 @@ class Trainer:
         )
         return text if self.state.ternary else f"{text}\nfull precision (quant.enabled is false)"
 
-    # -- steps -----------------------------------------------------------------------------------
-
     def step(self, batches: Batches) -> tuple[float, float | None]:
-        """Do one optimizer step; return (mean loss in nats per token, gradient norm).
-
-        The norm is None when the step was skipped for non-finite gradients.
-        """
+        """Do one step; return the mean loss in nats per token, and the gradient norm if taken."""
         training, state = self.config.training, self.state
         for chunk in state.chunks:
             chunk.zero_grad_buffer()

@@ -1,7 +1,6 @@
 """When a ternary weight is quantised: strategies with one result.
 
-`unattached` holds until an optimizer is attached and chooses the strategy then; `base` is what all
-strategies share.
+`unattached` holds until an optimizer is attached and chooses one of the `strategies` then.
 
 Quantising is not idempotent, so it may happen only after a *real* rewrite of the latents: not after
 a skipped step, not when a gather repeats, not on a bucket whose gather is in flight. The state is a

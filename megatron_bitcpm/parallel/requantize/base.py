@@ -31,7 +31,7 @@ class Unit:
 class Requantizer(ABC):
     """The quantisation state of a model's ternary linears; follows the optimizer from the start.
 
-    A subclass is a strategy: it fills in the methods under "strategy" and leaves the flags alone.
+    A subclass is a strategy: it fills in the first few methods and leaves the flags alone.
     """
 
     mode: str
@@ -51,8 +51,6 @@ class Requantizer(ABC):
         optimizer.step = self._follow_step(optimizer.step)
         optimizer.reload_model_params = self._guard_reload(optimizer.reload_model_params)
 
-    # -- strategy --------------------------------------------------------------------------------
-
     @abstractmethod
     def _matrix(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
         """Return the matrix for the GEMM of one linear, [O, I]."""
@@ -68,8 +66,6 @@ class Requantizer(ABC):
     def _holds_latents(self) -> bool:
         """Whether all ternary model parameters are latent weights now."""
         return True
-
-    # -- forward ---------------------------------------------------------------------------------
 
     def weight_for_forward(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
         """See `SuppliesWeight`."""
@@ -105,8 +101,6 @@ class Requantizer(ABC):
         for site in stale:
             site.fresh = True
 
-    # -- optimizer -------------------------------------------------------------------------------
-
     def _follow_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def followed(*args: Any, **kwargs: Any) -> Any:
             self._refuse_within_latents("step")
@@ -141,8 +135,6 @@ class Requantizer(ABC):
             return reload(*args, **kwargs)
 
         return guarded
-
-    # -- latents ---------------------------------------------------------------------------------
 
     @contextmanager
     def latents(self) -> Iterator[None]:

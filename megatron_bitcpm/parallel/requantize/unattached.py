@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.agree import first_reason
 from megatron_bitcpm.parallel.every_step_check import reason_against_every_step
 from megatron_bitcpm.parallel.requantize.base import Requantizer
-from megatron_bitcpm.parallel.requantize.every_forward import EveryForward
-from megatron_bitcpm.parallel.requantize.every_step import EveryStep
+from megatron_bitcpm.parallel.requantize.strategies import EveryForward, EveryStep
 from megatron_bitcpm.parallel.scale_sync import update_given_scales
 from megatron_bitcpm.parallel.site import TernarySite
 
@@ -34,7 +34,8 @@ class Unattached:
         self._requested = requested
         for site in sites:
             site.requantizer = self
-            _follow_loads(site)
+            # A load into the linear brings its latent weight back.
+            site.module.register_load_state_dict_post_hook(partial(_mark_stale, site))
 
     def weight_for_forward(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
         """See `SuppliesWeight`."""
@@ -65,10 +66,5 @@ class Unattached:
         return EveryForward(self.sites, optimizer)
 
 
-def _follow_loads(site: TernarySite) -> None:
-    """Let a load into the linear, which brings its latent weight back, mark it stale."""
-
-    def mark_stale(*_: Any) -> None:
-        site.fresh = False
-
-    site.module.register_load_state_dict_post_hook(mark_stale)
+def _mark_stale(site: TernarySite, *_: Any) -> None:
+    site.fresh = False

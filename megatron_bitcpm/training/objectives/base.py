@@ -1,7 +1,6 @@
 """What the loop, the schedule and the evaluation need of an objective, and what objectives share.
 
-A loss is a sum over tokens together with their number, so that micro-batches, pieces of sequences
-and data-parallel ranks weigh by their tokens.
+A loss is a sum over tokens and their number, so that all parts of a batch weigh by their tokens.
 """
 
 from __future__ import annotations
