@@ -1,7 +1,6 @@
 """Failures that every rank raises alike.
 
-A rank that raises alone leaves the others waiting in the next collective until it times out. Work
-on files is therefore done between two collectives, and its outcome exchanged in the second.
+A rank that raises alone leaves the others waiting in the next collective until it times out.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ def on_all_ranks(
 def from_main_rank(action: Callable[[], T], error: Callable[[str], BitcpmError]) -> T:
     """Do some work on rank 0 and return its result, or raise its failure, on all. Collective.
 
-    What is read from files goes this way where ranks must not differ: on a shared file system one
-    may still see the state of a moment ago. The result must pickle; see `on_all_ranks` for `error`.
+    For files where ranks must not differ: on a shared file system one may see an earlier state.
     """
     box: list[Any] = [on_all_ranks(action, error, main_only=True)]
     torch.distributed.broadcast_object_list(box, src=0)

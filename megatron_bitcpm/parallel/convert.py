@@ -100,8 +100,7 @@ def ternarize_(
         expected: ternary linears that must result on this rank, None for at least one.
 
     Raises:
-        ModelError: on any rank the linears cannot be ternary, or are not those expected. The model
-            is unchanged then.
+        ModelError: on any rank; the model is unchanged then.
     """
     quant = config.quant if isinstance(config, RunConfig) else config
     if not quant.enabled:

@@ -3,8 +3,7 @@
     latent weight -> bitcpm::fake_quantize -> Megatron's own GEMM and collectives
     (input -> bitcpm::int8_per_token, with quant.activation) -^
 
-The parameter stays Megatron's `weight` (name, tensor-parallel attributes, sharded state dict); only
-what enters the GEMM changes. Gradients of the quantised weight and input pass unchanged
+The parameter stays Megatron's `weight`; gradients of the quantised weight and input pass unchanged
 (straight-through). Groups run along the input dimension, so column parallelism and fused or
 permuted output rows never touch a scale; `group_size: tensor` alone looks at the rows.
 
@@ -21,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.errors import ModelError
@@ -69,22 +67,7 @@ class TernaryLinear(torch.nn.Module):
         return text if quant.activation == "none" else f"{text}, {quant.activation}"
 
 
-class TernaryColumnParallelLinear(TernaryLinear, ColumnParallelLinear):
-    """Column-parallel ternary linear: shards the rows (outputs); scales need no communication."""
-
-
-class TernaryRowParallelLinear(TernaryLinear, RowParallelLinear):
-    """Row-parallel ternary linear: shards the inputs; whole-row scales span the ranks."""
-
-
-_CLASSES: dict[type, type] = {
-    ColumnParallelLinear: TernaryColumnParallelLinear,
-    RowParallelLinear: TernaryRowParallelLinear,
-}
-
-
+@functools.cache
 def ternary_class(base: type) -> type:
     """Return the ternary subclass of a Column- or RowParallelLinear, or of their subclass."""
-    if base not in _CLASSES:
-        _CLASSES[base] = type(f"Ternary{base.__name__}", (TernaryLinear, base), {})
-    return _CLASSES[base]
+    return type(f"Ternary{base.__name__}", (TernaryLinear, base), {})

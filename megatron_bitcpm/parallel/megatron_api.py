@@ -77,9 +77,8 @@ def finalize_gradients(
 def check_pipeline_config(config: Any) -> None:
     """Refuse the pipeline settings that train wrongly without an error.
 
-    With virtual stages and batched point-to-point messages the sends and receives of two stages
-    meet in another order than they were meant, and gradients reach the wrong chunk. Megatron's own
-    command line refuses that; `megatron.core` does not look.
+    With virtual stages and batched point-to-point messages gradients reach the wrong chunk.
+    Megatron's own command line refuses that; `megatron.core` does not look.
     """
     size = config.virtual_pipeline_model_parallel_size
     if size is None or (config.overlap_p2p_comm and not config.batch_p2p_comm):

@@ -1,9 +1,8 @@
 """Inside a Megatron optimizer: its leaves, the model chunks, the way back to latents, Adam's steps.
 
-Without Apex and Transformer Engine the inner optimizer is torch's, which keeps `step` as a tensor
-per parameter and increments it in place. Megatron's DistributedOptimizer restores a checkpoint by
-putting one and the same tensor into every parameter's state: each iteration then advances it once
-per parameter (5, 32, 59, ... with 27 parameters) and the bias correction is silently wrong.
+Without Apex and Transformer Engine the inner optimizer is torch's, which increments a `step` tensor
+per parameter in place. Megatron's DistributedOptimizer restores one and the same tensor for all:
+each iteration then advances it once per parameter, and the bias correction is silently wrong.
 """
 
 from __future__ import annotations
@@ -74,10 +73,7 @@ def _unshare_steps(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def seed_adam_state(leaf: Any) -> None:
-    """Give one of `leaf_optimizers` that has not stepped yet the state of step 0.
-
-    Checkpoints describe the state by its tensors, which torch's Adam makes in its first step.
-    """
+    """Give a leaf the state of step 0, which torch's Adam makes in its first step only."""
     inner = leaf.optimizer
     if isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and not inner.state:
         leaf.init_state_fn(inner, leaf.config)

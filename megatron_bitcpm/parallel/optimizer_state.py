@@ -1,7 +1,7 @@
 """The optimizer's part of a checkpoint, in a form that other layouts can load.
 
 Per model parameter: the fp32 main parameter and both moments, cut like the parameter itself. The
-stock optimizer has that form by itself; the distributed optimizer is asked for it:
+stock optimizer does that by itself; the distributed optimizer is asked for it:
 
 * 0.12: ``fully_sharded_model_space``, every rank writes its flat piece;
 * 0.16: ``fully_reshardable``, the pieces are gathered first. Stock 0.16 saves padded buckets

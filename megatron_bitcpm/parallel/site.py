@@ -32,13 +32,11 @@ class TernarySite:
 
     Attributes:
         name: global: layers count from 0 over all stages (``decoder.layers.3.mlp.linear_fc2``).
-        row_parallel: whether the input dimension is sharded.
         groups: how the groups lie over the ranks; None with one scale per projection.
         fused: which row belongs to which projection; None where scales do not depend on that.
         fresh: the in-place weight (or the cached scales) belongs to the current latent weight.
         ran: a forward used the current weight.
         scales_OG: cached scales of the local rows, float32 [O, 1], only where `takes_scales`.
-        requantizer: shared by all sites of a model.
     """
 
     name: str
@@ -95,11 +93,7 @@ class TernarySite:
 
 
 def fake_quantize_sites_(sites: list[TernarySite]) -> None:
-    """Overwrite the parameters with their quantised values.
-
-    One operator for all weights whose scales are given, one for each group size of the others, so
-    that threads are shared out over the whole model.
-    """
+    """Overwrite the parameters with their quantised values, few operators for all of them."""
     if not sites:
         return
     quant = sites[0].quantizer.config

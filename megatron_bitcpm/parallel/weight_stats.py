@@ -1,8 +1,7 @@
 """How the codes of a model move and what they cost: statistics of each layer and of the model.
 
-Looks at a fixed sample of whole rows, at most `MAX_WEIGHTS` weights of each layer. The latent rows
-are quantised with the very operator and scales of the forward: the codes are exactly those of the
-next. Where weights are quantised in place that costs one more rewrite of them.
+Looks at a fixed sample of whole latent rows, quantised with the very operator and scales of the
+forward. Where weights are quantised in place that costs one more rewrite of them.
 
 Shape suffixes: R sampled rows, I input features of the local shard, G groups per row.
 """

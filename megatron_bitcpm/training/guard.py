@@ -84,10 +84,7 @@ class LossGuard:
         return self.skipped_in_a_row > 0 or self.spikes_in_a_row > 0
 
     def begin_rollback(self, verdict: Verdict) -> None:
-        """Count one more rollback, or raise TrainingError where the run must stop.
-
-        After it load the newest checkpoint and call `rewind`.
-        """
+        """Count a rollback, to be done with `rewind`; raise TrainingError to stop the run."""
         config = self._config
         if config.action == "stop":
             raise TrainingError(

@@ -37,18 +37,11 @@ _MUST_STAY = (
 
 @dataclass
 class Progress:
-    """Counters of a run; saved in every checkpoint.
+    """Counters of a run and the state of `LossGuard`; saved in every checkpoint."""
 
-    Attributes:
-        iteration: optimizer steps done, skipped ones included.
-        consumed_samples: position in the training data; ahead of the steps after a rollback.
-        skipped_steps: steps without an update, because gradients were not finite.
-        guard: the state of `LossGuard`.
-    """
-
-    iteration: int = 0
-    consumed_samples: int = 0
-    skipped_steps: int = 0
+    iteration: int = 0  # optimizer steps done, skipped ones included
+    consumed_samples: int = 0  # position in the training data; ahead of steps after a rollback
+    skipped_steps: int = 0  # without an update, because gradients were not finite
     guard: dict[str, Any] = field(default_factory=dict)
 
 
@@ -89,16 +82,14 @@ def check_same_data(
 ) -> None:
     """Refuse to continue a checkpoint's state with other training data than `facts` describe."""
     data = config.data
-    fields = {
-        "tokenizer_sha256": f"data.tokenizer={data.tokenizer}",
-        "train_data": f"data.blend={[f'{entry.weight:g} {entry.prefix}' for entry in data.blend]}"
-        if data.blend
-        else f"data.prefix={data.prefix}_train",
-    }
+    train_data = f"data.prefix={data.prefix}_train"
+    if data.blend:
+        train_data = f"data.blend={[f'{entry.weight:g} {entry.prefix}' for entry in data.blend]}"
+    fields = {"tokenizer_sha256": f"data.tokenizer={data.tokenizer}", "train_data": train_data}
     problems = [
-        f"{fields[key]}: is not what the checkpoint {folder.name} was trained with. Use the same "
-        "files and weights, or start a new run in another folder."
-        for key in fields
+        f"{name}: is not what the checkpoint {folder.name} was trained with. Use the same files "
+        "and weights, or start a new run in another folder."
+        for key, name in fields.items()
         if saved.get(key) != facts[key]
     ]
     if problems:

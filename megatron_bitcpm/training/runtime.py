@@ -41,8 +41,7 @@ class Runtime:
 def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
     """Initialise torch.distributed and Megatron's parallel state; tear both down at the end.
 
-    Under torchrun the ranks find each other through its environment; a process started by hand is a
-    world of one. What the layout leaves of the world is data parallel.
+    A process started without torchrun is a world of one. What the layout leaves is data parallel.
     """
     platform = current_platform()
     platform.prepare()

@@ -27,11 +27,7 @@ class LearningRateSchedule(OptimizerParamScheduler):
 
 
 def build_scheduler(config: RunConfig, optimizer: Any) -> LearningRateSchedule:
-    """Build the schedule, whose steps are optimizer steps.
-
-    A resumed run takes only the number of steps from its checkpoint, so that it can be continued
-    with another schedule.
-    """
+    """Build the schedule; of a checkpoint it takes only the number of steps, not the shape."""
     settings, iters = config.optimizer, config.training.train_iters
     return LearningRateSchedule(
         optimizer,

@@ -55,7 +55,12 @@ def build_train_state(config: RunConfig, runtime: Runtime, vocab_size: int) -> T
         config.model, config.parallel, dtype, config.training.recompute
     )
     check_pipeline_config(transformer)
-    models = build_model_chunks(config, transformer, runtime, padded_vocab_size)
+    build = functools.partial(
+        Decoder, transformer, config.model, padded_vocab_size, config.data.seq_length
+    )
+    models = [model.to(runtime.device) for model in build_pipeline_chunks(build)]
+    for model in models:
+        initialize_weights_(model, config.training.seed)
     ternary = None
     if config.quant.enabled:
         layers = config.parallel.layout.layers_of_stage(config.model, runtime.pp_rank)
@@ -68,19 +73,6 @@ def build_train_state(config: RunConfig, runtime: Runtime, vocab_size: int) -> T
     connect_schedule(transformer, chunks, optimizer)
     scheduler = build_scheduler(config, optimizer)
     return TrainState(models, chunks, optimizer, scheduler, ternary, padded_vocab_size)
-
-
-def build_model_chunks(
-    config: RunConfig, transformer: TransformerConfig, runtime: Runtime, padded_vocab_size: int
-) -> list[GPTModel]:
-    """Build this rank's pipeline chunks, with weights that do not depend on the layout."""
-    build = functools.partial(
-        Decoder, transformer, config.model, padded_vocab_size, config.data.seq_length
-    )
-    models = [model.to(runtime.device) for model in build_pipeline_chunks(build)]
-    for model in models:
-        initialize_weights_(model, config.training.seed)
-    return models
 
 
 def wrap_chunks(

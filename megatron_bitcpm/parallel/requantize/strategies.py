@@ -42,8 +42,7 @@ class EveryStep(Requantizer):
     """The model parameters are quantised weights, but for `latents` and right after a rewrite.
 
     The latent weights live in the optimizer's fp32 main parameters, from which Megatron rewrites
-    the bf16 model parameters after each step. Forward, backward and all overlaps run as if the
-    model were an ordinary one. `every_step_check` says where that holds.
+    the bf16 model parameters after each step. `every_step_check` says where that holds.
     """
 
     mode = "every_step"

@@ -26,12 +26,7 @@ class Objective(Protocol):
     def forward_step(
         self, batches: Batches, model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], TokenSum]]:
-        """Run a wrapped chunk on this rank's next micro-batch.
-
-        Returns its output, and a function that the last stage calls with that.
-        `model.training` tells training from validation.
-        """
-        ...
+        """Run a wrapped chunk on the next micro-batch; return its output, and the loss of that."""
 
 
 def next_micro_batch(batches: Batches, device: torch.device) -> MicroBatch:
