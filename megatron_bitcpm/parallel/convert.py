@@ -121,7 +121,7 @@ def ternarize_(
         device = sites[0].weight.device.type
         ops.use_backend(quant.backend, device, quant.grid, quant.activation)
     for site in sites:
-        site.module.__class__ = ternary_class(type(site.module))
+        site.module.__class__ = ternary_class(site.module.__class__)
         site.module.ternary = site
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     requantizer = Unattached(sites, quant.requantize)

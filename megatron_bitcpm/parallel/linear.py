@@ -4,8 +4,8 @@
     (input -> bitcpm::int8_per_token, with quant.activation) -^
 
 The parameter stays Megatron's `weight`; gradients of the quantised weight and input pass unchanged
-(straight-through). Groups run along the input dimension, so column parallelism and fused or
-permuted output rows never touch a scale; `group_size: tensor` alone looks at the rows.
+(straight-through). Groups run along the input dimension, so that output rows may be sharded, fused
+or permuted; `group_size: tensor` alone looks at the rows.
 
 The input is quantised as this rank holds it. Sequence parallelism never cuts a token; row
 parallelism does, and each slice has its own scale, as in the report.

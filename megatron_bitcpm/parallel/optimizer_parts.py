@@ -36,10 +36,9 @@ def rewrite_model_params(optimizer: Any) -> None:
 
 
 def gather_model_params(optimizer: Any) -> None:
-    """Complete the parameters that distributed optimizers have written in part; collective.
+    """Complete the parameters, which overlapped gathers leave incomplete; collective.
 
-    With overlapped gathers they are incomplete between a step and the next forward: whoever reads
-    them there, a checkpoint for example, must call this first.
+    Whoever reads them between a step and the next forward must call this first.
     """
     for chunk in model_chunks(optimizer):
         if not chunk.ddp_config.use_distributed_optimizer:

@@ -15,10 +15,7 @@ from megatron_bitcpm.parallel.site import TernarySite
 
 @torch.no_grad()
 def update_given_scales(sites: list[TernarySite]) -> None:
-    """Set `scales_OG` of every site that takes given scales; collective, one gather for a group.
-
-    All ranks of a tensor-parallel group must name the same sites in the same order.
-    """
+    """Set `scales_OG` of the sites that take scales; collective, the same sites on all ranks."""
     by_group: dict[int, list[TernarySite]] = {}
     for site in sites:
         if site.takes_scales:

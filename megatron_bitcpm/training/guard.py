@@ -1,6 +1,6 @@
 """Notices a run that has gone wrong: losses or gradients that are not finite, and loss spikes.
 
-The guard only decides; the trainer stops or rolls back. It sees only numbers that all ranks share.
+It sees only numbers that all ranks share, and only decides: the trainer stops or rolls back.
 
     non-finite   `max_skipped_steps` steps in a row were not taken, or had a loss that is not finite
     spike        `max_spikes` losses in a row, each more than `loss_spike_threshold` nats above the

@@ -13,10 +13,10 @@ from megatron_bitcpm.config import RunConfig
 class LearningRateSchedule(OptimizerParamScheduler):
     """Megatron's schedule, with ``minus_sqrt`` as the shape of a WSD decay."""
 
-    def get_lr(self, param_group: dict[str, Any]) -> float:
+    def get_lr(self, param_group: Any) -> float:
         """Return the learning rate of a parameter group at the current step."""
         decay_steps = self.wsd_decay_steps
-        assert self.lr_decay_steps is not None and decay_steps is not None
+        assert decay_steps is not None
         step = self.num_steps - (self.lr_decay_steps - decay_steps)
         decays = self.lr_decay_style == "WSD" and 0 < step <= decay_steps
         if not decays or self.lr_wsd_decay_style != "minus_sqrt":

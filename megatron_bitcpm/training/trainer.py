@@ -184,7 +184,7 @@ class Trainer:
         return self._batches(self.train_data, consumed)
 
     def describe(self) -> str:
-        """Return the layout and the size of the model; what is ternary was logged by then."""
+        """Return the layout and the size of the model."""
         place = self.runtime
         parameters = sum(p.numel() for model in self.state.models for p in model.parameters())
         text = (
