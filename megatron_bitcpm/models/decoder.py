@@ -18,7 +18,7 @@ from megatron_bitcpm.config import ParallelConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.models.rope import RotaryAngles, softmax_scale
 from megatron_bitcpm.models.spec import build_block_spec
-from megatron_bitcpm.parallel.megatron_api import megatron_version
+from megatron_bitcpm.patching.versions import megatron_version
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},

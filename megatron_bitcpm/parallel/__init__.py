@@ -1,6 +1,5 @@
 """The ternary linears and what keeps them right in parallel runs.
 
 Start with `linear`, then `convert` (`ternarize_`) and `requantize` (when weights are quantised).
-Only this folder and `patching` touch names of Megatron that are not public, and
-`checkpoint.writer`, for the format of the files.
+Only this folder, `patching` and `checkpoint.writer` touch names of Megatron that are not public.
 """

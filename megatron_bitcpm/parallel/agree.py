@@ -1,7 +1,6 @@
 """Failures that every rank raises alike.
 
-A rank that raises alone leaves the others waiting in the next collective until it times out. Work
-on files is therefore done between two collectives, and its outcome exchanged in the second.
+A rank that raises alone leaves the others waiting in the next collective until it times out.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ def on_all_ranks(
 ) -> T | None:
     """Do this rank's part of some work; raise on every rank when it failed on one. Collective.
 
-    Args:
-        action: this rank's part, without collectives; its result is returned on this rank.
-        error: makes the error out of the reason. A BitcpmError keeps its own message.
-        main_only: only rank 0 has a part, the others return None.
+    `action` has no collectives inside, and with `main_only` runs on rank 0 alone (the others return
+    None). `error` makes the error out of a reason; a BitcpmError keeps its own message.
     """
     result: T | None = None
     failure: tuple[type[BitcpmError], Any] | None = None
@@ -37,10 +34,7 @@ def on_all_ranks(
             cause = problem
             own = problem if isinstance(problem, BitcpmError) else error(describe(problem))
             failure = type(own), own.problems if isinstance(own, ConfigError) else str(own)
-    failures: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(failures, failure)
-    first = next((found for found in failures if found is not None), None)
-    if first is not None:
+    if first := _first_of_ranks(failure):
         kind, message = first
         raise kind(message) from cause
     return result
@@ -49,8 +43,7 @@ def on_all_ranks(
 def from_main_rank(action: Callable[[], T], error: Callable[[str], BitcpmError]) -> T:
     """Do some work on rank 0 and return its result, or raise its failure, on all. Collective.
 
-    What is read from files goes this way where ranks must not differ: on a shared file system one
-    may still see the state of a moment ago. The result must pickle; see `on_all_ranks` for `error`.
+    For files where ranks must not differ: on a shared file system one may see an earlier state.
     """
     box: list[Any] = [on_all_ranks(action, error, main_only=True)]
     torch.distributed.broadcast_object_list(box, src=0)
@@ -60,6 +53,10 @@ def from_main_rank(action: Callable[[], T], error: Callable[[str], BitcpmError])
 
 def first_reason(reason: str | None) -> str | None:
     """Return the reason of the first rank that has one, so that all decide alike; collective."""
-    reasons: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(reasons, reason)
-    return next((r for r in reasons if r), None)
+    return _first_of_ranks(reason)
+
+
+def _first_of_ranks(mine: T | None) -> T | None:
+    everyone: list[T | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return next((found for found in everyone if found), None)

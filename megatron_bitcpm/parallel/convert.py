@@ -1,9 +1,9 @@
 """`ternarize_`: give a built Megatron model ternary linears.
 
-The swap changes the class of each linear *instance* to a ternary subclass of whatever class it has.
-No global state changes, any model spec works, and parameters stay where optimizers and checkpoints
-expect them. Every matrix inside a transformer layer must be swapped, excluded by the configuration,
-or a router's. Anything else is an error, so that none silently trains in full precision.
+The swap changes the class of each linear *instance* to a ternary subclass of whatever class it has,
+so that parameters stay where optimizers and checkpoints expect them. Every matrix inside a
+transformer layer must be swapped, excluded by the configuration, or a router's, so that none
+silently trains in full precision.
 """
 
 from __future__ import annotations
@@ -40,13 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class TernaryModel:
-    """What `ternarize_` returns: the report, and the handle on the quantisation state.
-
-    Attributes:
-        sites: the ternary linears of all chunks on this rank.
-        excluded: names of linears that stay in full precision.
-        quantizer: of the model.
-    """
+    """The ternary linears of this rank, and the names of those that stay in full precision."""
 
     quantizer: Quantizer
     sites: list[TernarySite]
@@ -54,10 +48,7 @@ class TernaryModel:
     requantizer: Unattached | Requantizer
 
     def attach_optimizer(self, optimizer: Any) -> None:
-        """Choose when to quantise and follow the optimizer's steps; log the report on rank 0.
-
-        Call it once; see `Unattached.attach`.
-        """
+        """Follow the optimizer's steps (see `Unattached.attach`); log the report on rank 0."""
         assert isinstance(self.requantizer, Unattached), "one optimizer per model"
         self.requantizer = self.requantizer.attach(optimizer)
         if torch.distributed.get_rank() == 0:
@@ -92,10 +83,6 @@ class TernaryModel:
             lines.append(f"  operators: {backend}")
         return "\n".join(lines)
 
-    def stamp(self) -> dict[str, Any]:
-        """Return what a checkpoint must record to reproduce these codes exactly."""
-        return self.quantizer.stamp()
-
 
 def ternarize_(
     model: torch.nn.Module | list[torch.nn.Module],
@@ -110,12 +97,10 @@ def ternarize_(
     Args:
         model: a model, or the list of its (virtual) pipeline chunks; wrapped or not.
         config: the quantiser's configuration, or the run's.
-        expected: ternary linears that must result on this rank; 0 allows a pipeline stage without
-            any, None means at least one.
+        expected: ternary linears that must result on this rank, None for at least one.
 
     Raises:
-        ModelError: a layer that cannot be ternary, a group size that does not divide, no linear at
-            all, or another count than expected, on any rank. The model is unchanged then.
+        ModelError: on any rank; the model is unchanged then.
     """
     quant = config.quant if isinstance(config, RunConfig) else config
     if not quant.enabled:
@@ -130,17 +115,16 @@ def ternarize_(
     except ModelError as error:
         problem = str(error)
     # Stages hold different layers; what one of them cannot do stops all, or the others would wait.
-    problem = first_reason(problem)
-    if problem:
+    if problem := first_reason(problem):
         raise ModelError(problem)
     if sites:
         device = sites[0].weight.device.type
         ops.use_backend(quant.backend, device, quant.grid, quant.activation)
     for site in sites:
-        site.module.__class__ = ternary_class(type(site.module))
+        site.module.__class__ = ternary_class(site.module.__class__)
         site.module.ternary = site
-    requantizer = Unattached(sites, quant.requantize)
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    requantizer = Unattached(sites, quant.requantize)
     return TernaryModel(Quantizer(quant, tp_size), sites, excluded, requantizer)
 
 
@@ -158,31 +142,27 @@ def _plan(
             excluded.append(name)
         else:
             sites.append(_make_site(name, module, quant))
+    model = "+".join(type(chunk).__name__ for chunk in chunks)
     if not sites and expected != 0:
         raise ModelError(
-            f"model={_class_name(chunks)}: has no linear to make ternary. Check quant.exclude and "
-            "the full-precision layers."
+            f"model={model}: has no linear to make ternary. Check quant.exclude and the "
+            "full-precision layers."
         )
     if expected is not None and len(sites) != expected:
         raise ModelError(
-            f"model={_class_name(chunks)}: {len(sites)} ternary linears, expected {expected}. "
-            "Check the layer spec."
+            f"model={model}: {len(sites)} ternary linears, expected {expected}. Check the layer "
+            "spec."
         )
     return sites, excluded
 
 
-def _class_name(chunks: list[torch.nn.Module]) -> str:
-    return "+".join(type(chunk).__name__ for chunk in chunks)
-
-
 def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, int, int]]:
     """Yield (global name, linear, layer number from 0, number of layers) of every matrix."""
-    layers = [m for m in chunk.modules() if isinstance(m, TransformerLayer)]
-    for layer in layers:
+    for layer in (m for m in chunk.modules() if isinstance(m, TransformerLayer)):
         number = layer.layer_number - 1
         for local_name, module in layer.named_modules():
-            matrices = [n for n, p in module.named_parameters(recurse=False) if p.ndim >= 2]
-            if not matrices or isinstance(module, Router):
+            has_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
+            if not has_matrix or isinstance(module, Router):
                 continue
             name = f"decoder.layers.{number}.{local_name}"
             if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
@@ -198,11 +178,8 @@ def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, in
 def _check_patterns(
     quant: QuantConfig, matrices: list[tuple[str, torch.nn.Module, int, int]]
 ) -> None:
-    """Refuse a name filter that matches nothing in the whole model.
-
-    Other pipeline stages hold layers of the same shape, so every local name is tried with every
-    global layer number.
-    """
+    """Refuse a name filter that matches nothing in the whole model."""
+    # Other pipeline stages hold layers of the same shape: each local name with each layer number.
     names = {
         name.replace(f".layers.{layer}.", f".layers.{number}.", 1)
         for name, _, layer, num_layers in matrices
@@ -216,22 +193,18 @@ def _check_patterns(
             )
 
 
-def _make_site(name: str, module: torch.nn.Module, quant: QuantConfig) -> TernarySite:
+def _make_site(name: str, module: Any, quant: QuantConfig) -> TernarySite:
     tp_group = tensor_parallel_group(module)
     quantizer = Quantizer(quant, tp_group.size())
     site = TernarySite(name, module, quantizer, tp_group, isinstance(module, RowParallelLinear))
     site.groups = quantizer.groups_of(site.row_parallel, site.in_features_full)
     if quantizer.per_projection:
-        site.fused = find_fused_rows(name, module)
+        site.fused = _find_fused_rows(name, module)
     return site
 
 
-def find_fused_rows(name: str, module: torch.nn.Module) -> tuple[TensorSpec, Dimensions]:
-    """Return which rows of a linear belong to which projection: its row of the map, and the sizes.
-
-    Raises:
-        ModelError: the order of its rows is not known.
-    """
+def _find_fused_rows(name: str, module: Any) -> tuple[TensorSpec, Dimensions]:
+    """Return which rows belong to which projection: the linear's row of the map, and the sizes."""
     config, out_features = module.config, module.output_size
     kind = name.rsplit(".", 1)[-1]
     spec = next((spec for spec in all_specs() if spec.module.endswith(f".{kind}")), None)

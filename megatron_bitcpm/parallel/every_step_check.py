@@ -1,8 +1,8 @@
 """Whether quantising in place is safe with a given optimizer; asked once, when it is attached.
 
 In place needs a separate main copy of every ternary weight from which Megatron rewrites the *whole*
-model parameter. That is checked on the objects themselves rather than by a list of class names: by
-storage, and by a probe that fills the weights with NaN and asks for the rewrite.
+model parameter. That is checked on the objects themselves: by storage, and by a probe that fills
+the weights with NaN and asks for the rewrite.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ _REFUSED_MODEL = {
 
 
 def reason_against_every_step(optimizer: Any, sites: list[TernarySite]) -> str | None:
-    """Return why the ternary weights cannot be quantised in place, or None if they can.
-
-    The optimizer has not stepped yet; the weights are left as they were.
-    """
+    """Return why the ternary weights cannot be quantised in place, or None; they stay as before."""
     leaves = leaf_optimizers(optimizer)
     configs = [(leaf.config, _REFUSED_OPTIMIZER) for leaf in leaves]
     configs += [(chunk.ddp_config, _REFUSED_DDP) for chunk in model_chunks(optimizer)]
@@ -50,11 +47,9 @@ def reason_against_every_step(optimizer: Any, sites: list[TernarySite]) -> str |
         for option, why in refused.items():
             if getattr(config, option, None):
                 return f"{option} is set: {why}"
-    if len(leaves) > 1 and getattr(leaves[0].config, "overlap_param_gather_with_optimizer_step", 0):
-        return "overlap_param_gather_with_optimizer_step gathers experts before their own step"
-    frozen = [site.name for site in sites if not site.weight.requires_grad]
-    if frozen:
-        return f"{frozen[0]} is frozen: it has no main parameter"
+    overlap = "overlap_param_gather_with_optimizer_step"
+    if len(leaves) > 1 and getattr(leaves[0].config, overlap, False):
+        return f"{overlap} gathers experts before their own step"
     main_storages = {
         tensor.untyped_storage().data_ptr()
         for leaf in leaves
@@ -63,6 +58,8 @@ def reason_against_every_step(optimizer: Any, sites: list[TernarySite]) -> str |
         for tensor in group["params"]
     }
     for site in sites:
+        if not site.weight.requires_grad:
+            return f"{site.name} is frozen: it has no main parameter"
         if site.weight.untyped_storage().data_ptr() in main_storages:
             return f"{site.name} has no separate main parameter ({site.weight.dtype})"
     return _probe(optimizer, sites)

@@ -3,15 +3,12 @@
     latent weight -> bitcpm::fake_quantize -> Megatron's own GEMM and collectives
     (input -> bitcpm::int8_per_token, with quant.activation) -^
 
-The parameter stays Megatron's `weight` (name, tensor-parallel attributes, sharded state dict); only
-what enters the GEMM changes. Gradients of the quantised weight go to the latent weight unchanged
-(straight-through), and so do those of the quantised input. Groups run along the input dimension, so
-column parallelism and fused or permuted output rows never touch a scale; `group_size: tensor` alone
-looks at the rows, see `quantizer`.
+The parameter stays Megatron's `weight`; gradients of the quantised weight and input pass unchanged
+(straight-through). Groups run along the input dimension, so that output rows may be sharded, fused
+or permuted; `group_size: tensor` alone looks at the rows.
 
-The input is quantised as this rank holds it. Before the gather of sequence parallelism that is the
-same as after it, since a token is never cut; row parallelism does cut tokens, and each slice has
-its own scale, as in the report.
+The input is quantised as this rank holds it. Sequence parallelism never cuts a token; row
+parallelism does, and each slice has its own scale, as in the report.
 
 Source: BitCPM-CANN technical report, sections 2 and 3.1.
 """
@@ -23,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.errors import ModelError
@@ -41,7 +37,8 @@ class TernaryLinear(torch.nn.Module):
         # instance, later it is a method that features such as MindSpeed's replace on the class.
         stock = self.__dict__.get("_stock_forward_impl")
         if stock is None:
-            stock = super()._forward_impl
+            linear: Any = super()
+            stock = linear._forward_impl
         return functools.partial(self._ternary_forward_impl, stock)
 
     @_forward_impl.setter
@@ -70,22 +67,7 @@ class TernaryLinear(torch.nn.Module):
         return text if quant.activation == "none" else f"{text}, {quant.activation}"
 
 
-class TernaryColumnParallelLinear(TernaryLinear, ColumnParallelLinear):
-    """Column-parallel ternary linear: shards the rows (outputs); scales need no communication."""
-
-
-class TernaryRowParallelLinear(TernaryLinear, RowParallelLinear):
-    """Row-parallel ternary linear: shards the inputs; whole-row scales span the ranks."""
-
-
-_CLASSES: dict[type, type] = {
-    ColumnParallelLinear: TernaryColumnParallelLinear,
-    RowParallelLinear: TernaryRowParallelLinear,
-}
-
-
+@functools.cache
 def ternary_class(base: type) -> type:
     """Return the ternary subclass of a Column- or RowParallelLinear, or of their subclass."""
-    if base not in _CLASSES:
-        _CLASSES[base] = type(f"Ternary{base.__name__}", (TernaryLinear, base), {})
-    return _CLASSES[base]
+    return type(f"Ternary{base.__name__}", (TernaryLinear, base), {})

@@ -16,20 +16,9 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_bitcpm.errors import ModelError
-from megatron_bitcpm.parallel.adam_step import keep_adam_steps_apart
 from megatron_bitcpm.parallel.agree import first_reason
+from megatron_bitcpm.parallel.optimizer_parts import keep_adam_steps_apart
 from megatron_bitcpm.patching.versions import megatron_version
-
-__all__ = [
-    "build_pipeline_chunks",
-    "check_pipeline_config",
-    "finalize_gradients",
-    "get_optimizer",
-    "megatron_version",
-    "sharded_state_dict_of_chunks",
-    "tensor_parallel_group",
-    "virtual_stage",
-]
 
 M = TypeVar("M")
 
@@ -37,8 +26,7 @@ M = TypeVar("M")
 def tensor_parallel_group(linear: torch.nn.Module) -> torch.distributed.ProcessGroup:
     """Return the process group over which a Column- or RowParallelLinear is sharded."""
     # From 0.13 on it knows its group itself.
-    group = getattr(linear, "tp_group", None)
-    if group is not None:
+    if (group := getattr(linear, "tp_group", None)) is not None:
         return group
     if getattr(linear, "is_expert", False):
         return parallel_state.get_expert_tensor_parallel_group()
@@ -51,17 +39,13 @@ def get_optimizer(config: OptimizerConfig, chunks: list[Any]) -> MegatronOptimiz
     if hasattr(config, "overlap_param_gather"):
         config.overlap_param_gather = chunks[0].ddp_config.overlap_param_gather
     _check_buckets(chunks)
-    # Both releases leave biases and vectors out of the decay when nothing else is asked for.
     optimizer = get_megatron_optimizer(config, chunks)
     keep_adam_steps_apart(optimizer)
     return optimizer
 
 
 def _check_buckets(chunks: list[Any]) -> None:
-    """Refuse buckets that overlap, as 0.12 lays them out before a tied embedding; collective.
-
-    There the padding of one bucket covers the beginning of the next, which breaks the sharding.
-    """
+    """Refuse buckets that overlap, as 0.12 lays them out before a tied embedding; collective."""
     if megatron_version() >= (0, 13):
         return
     reason = None
@@ -83,8 +67,7 @@ def finalize_gradients(
     """Megatron's `finalize_model_grads`, dividing by the tokens of whole sequences.
 
     0.12 adds up the tokens of data-parallel ranks only, so that with context parallelism every
-    gradient is too large by that size; clipping and Adam hide it in the loss. `num_tokens` is int
-    [1], zero except on the last pipeline stage.
+    gradient is too large by that size; clipping and Adam hide it in the loss.
     """
     if megatron_version() < (0, 13) and num_tokens is not None:
         torch.distributed.all_reduce(num_tokens, group=parallel_state.get_context_parallel_group())
@@ -94,12 +77,8 @@ def finalize_gradients(
 def check_pipeline_config(config: Any) -> None:
     """Refuse the pipeline settings that train wrongly without an error.
 
-    With virtual stages and batched point-to-point messages the sends and receives of two stages
-    meet in another order than they were meant, and gradients reach the wrong chunk. Megatron's own
-    command line refuses that; `megatron.core` does not look.
-
-    Raises:
-        ModelError: virtual stages without ``overlap_p2p_comm`` or with ``batch_p2p_comm``.
+    With virtual stages and batched point-to-point messages gradients reach the wrong chunk.
+    Megatron's own command line refuses that; `megatron.core` does not look.
     """
     size = config.virtual_pipeline_model_parallel_size
     if size is None or (config.overlap_p2p_comm and not config.batch_p2p_comm):
@@ -115,8 +94,7 @@ def check_pipeline_config(config: Any) -> None:
 def virtual_stage(index: int) -> Iterator[None]:
     """Tell 0.12, which numbers a chunk's layers by a global, the chunk's position on this rank.
 
-    Building a chunk and asking it for its `sharded_state_dict` need this: without it every chunk
-    passes for the one that ran last. Nothing happens without virtual stages.
+    Without it every chunk that is built or saved passes for the one that ran last.
     """
     if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
         yield
@@ -132,9 +110,8 @@ def virtual_stage(index: int) -> Iterator[None]:
 def build_pipeline_chunks(build: Callable[..., M]) -> list[M]:
     """Build this rank's part of a model: one chunk, or one for each virtual pipeline stage.
 
-    Args:
-        build: called with ``pre_process`` (holds the embedding), ``post_process`` (holds the
-            output layer) and, where Megatron's models take it, ``vp_stage``.
+    `build` is called with ``pre_process`` (holds the embedding), ``post_process`` (holds the output
+    layer) and, where Megatron's models take it, ``vp_stage``.
     """
     rank = parallel_state.get_pipeline_model_parallel_rank()
     last = parallel_state.get_pipeline_model_parallel_world_size() - 1

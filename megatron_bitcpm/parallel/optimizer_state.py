@@ -1,8 +1,7 @@
 """The optimizer's part of a checkpoint, in a form that other layouts can load.
 
-Per model parameter: the fp32 main parameter and both moments, cut like the parameter itself, so
-that another tensor-, pipeline- or data-parallel size finds its pieces. The stock optimizer has that
-form by itself; the distributed optimizer must be asked, in the words of each release:
+Per model parameter: the fp32 main parameter and both moments, cut like the parameter itself. The
+stock optimizer does that by itself; the distributed optimizer is asked for it:
 
 * 0.12: ``fully_sharded_model_space``, every rank writes its flat piece;
 * 0.16: ``fully_reshardable``, the pieces are gathered first. Stock 0.16 saves padded buckets
@@ -14,10 +13,13 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel.adam_step import seed_adam_state
-from megatron_bitcpm.parallel.megatron_api import megatron_version
-from megatron_bitcpm.parallel.optimizer_parts import gather_model_params, leaf_optimizers
+from megatron_bitcpm.parallel.optimizer_parts import (
+    gather_model_params,
+    leaf_optimizers,
+    seed_adam_state,
+)
 from megatron_bitcpm.patching.core import megatron_patches
+from megatron_bitcpm.patching.versions import megatron_version
 
 
 def optimizer_sharded_state_dict(
@@ -25,9 +27,8 @@ def optimizer_sharded_state_dict(
 ) -> dict[str, Any]:
     """Return the optimizer's sharded state dict; give the loaded one to its `load_state_dict`.
 
-    Collective over all ranks. `model_sharded_state_dict` is made on the live parameters; of several
-    chunks it is a dict of theirs. Before a save the parameters are completed, see
-    `gather_model_params`.
+    Collective. `model_sharded_state_dict` is made on the live parameters, of which a save calls
+    `gather_model_params`; of several chunks it is a dict of theirs.
     """
     guard_padded_buckets(optimizer)
     if not is_loading:
@@ -44,11 +45,7 @@ def optimizer_sharded_state_dict(
 
 
 def guard_padded_buckets(optimizer: Any) -> None:
-    """Refuse padded buckets where Megatron would save them shifted.
-
-    Raises:
-        CheckpointError: `Platform.prepare` was not called, or was undone.
-    """
+    """Refuse padded buckets where Megatron would save them shifted, without our patches."""
     if megatron_version() < (0, 13) or megatron_patches().is_applied:
         return
     for leaf in leaf_optimizers(optimizer):

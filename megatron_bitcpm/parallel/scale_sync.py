@@ -1,10 +1,9 @@
 """Scales that a rank cannot know alone: of rows and projections that span tensor-parallel ranks.
 
-Each rank takes the statistic of its part of each row, see `quantizer`. All ranks gather all of
-them, and every rank puts them together in rank order. An all-reduce would be cheaper to write
-and wrong: its order of additions depends on the position in the ring and on what else is in the
-buffer, so the same weights would get other scales in another call. One gather serves all layers: a
-row costs four bytes.
+All ranks gather the statistics of all parts of rows, see `quantizer`, and put them together in rank
+order. An all-reduce would be wrong: its order of additions depends on the position in the ring and
+on what else is in the buffer, so the same weights would get other scales in another call. One
+gather serves all layers: a row costs four bytes.
 """
 
 from __future__ import annotations
@@ -16,11 +15,7 @@ from megatron_bitcpm.parallel.site import TernarySite
 
 @torch.no_grad()
 def update_given_scales(sites: list[TernarySite]) -> None:
-    """Set `scales_OG` of every site that is quantised with given scales.
-
-    One all-gather for each tensor-parallel group of several ranks. All ranks of a group must call
-    this with the same sites in the same order.
-    """
+    """Set `scales_OG` of the sites that take scales; collective, the same sites on all ranks."""
     by_group: dict[int, list[TernarySite]] = {}
     for site in sites:
         if site.takes_scales:

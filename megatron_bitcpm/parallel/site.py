@@ -24,7 +24,6 @@ class SuppliesWeight(Protocol):
 
     def weight_for_forward(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
         """Return the matrix for the GEMM, [O, I]; `weight` is the module's parameter."""
-        ...
 
 
 @dataclass(eq=False)
@@ -32,21 +31,16 @@ class TernarySite:
     """One ternary linear on this rank.
 
     Attributes:
-        name: global name, for example ``decoder.layers.3.mlp.linear_fc2`` (layers count from 0
-            over the whole model, whatever the pipeline stage).
-        quantizer: how; its tp_size is that of `tp_group`.
-        tp_group: the tensor-parallel ranks that share this linear.
-        row_parallel: whether the input dimension is sharded.
+        name: global: layers count from 0 over all stages (``decoder.layers.3.mlp.linear_fc2``).
         groups: how the groups lie over the ranks; None with one scale per projection.
         fused: which row belongs to which projection; None where scales do not depend on that.
         fresh: the in-place weight (or the cached scales) belongs to the current latent weight.
         ran: a forward used the current weight.
         scales_OG: cached scales of the local rows, float32 [O, 1], only where `takes_scales`.
-        requantizer: decides when the weight is quantised; shared by all sites of a model.
     """
 
     name: str
-    module: torch.nn.Module
+    module: Any
     quantizer: Quantizer
     tp_group: Any
     row_parallel: bool
@@ -67,7 +61,8 @@ class TernarySite:
     @property
     def weight(self) -> torch.nn.Parameter:
         """The parameter, float [O, I]: latent, or quantised in place (see `requantize`)."""
-        return self.module.weight
+        weight: torch.nn.Parameter = self.module.weight
+        return weight
 
     @property
     def in_features_full(self) -> int:
@@ -98,24 +93,21 @@ class TernarySite:
 
 
 def fake_quantize_sites_(sites: list[TernarySite]) -> None:
-    """Overwrite the parameters with their quantised values; keep the latents first.
-
-    One operator for all weights whose scales are given, one for all others, so that threads are
-    shared out over the whole model.
-    """
+    """Overwrite the parameters with their quantised values, few operators for all of them."""
     if not sites:
         return
     quant = sites[0].quantizer.config
-    given = [site for site in sites if site.takes_scales]
-    if given:
-        scales = [site.scales_OG for site in given if site.scales_OG is not None]
-        assert len(scales) == len(given)
-        ops.foreach_fake_quantize_with_scales_(
-            [site.weight.data for site in given], scales, quant.grid
-        )
+    given: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
     by_group_size: dict[int, list[torch.Tensor]] = {}
     for site in sites:
-        if not site.takes_scales:
+        if site.takes_scales:
+            assert site.scales_OG is not None
+            given.append(site.weight.data)
+            scales.append(site.scales_OG)
+        else:
             by_group_size.setdefault(site.local_group_size, []).append(site.weight.data)
+    if given:
+        ops.foreach_fake_quantize_with_scales_(given, scales, quant.grid)
     for group_size, weights in by_group_size.items():
         ops.foreach_fake_quantize_(weights, group_size, quant.eps, quant.grid)

@@ -1,20 +1,20 @@
 """How the codes of a model move and what they cost: statistics of each layer and of the model.
 
-Looks at a fixed sample of whole rows, at most `MAX_WEIGHTS` weights of each layer. Everything is
-measured on latent weights, inside `TernaryModel.latents`, and the sampled rows are quantised with
-the very operator and scales of the forward: the codes are exactly those of the next forward.
-Where weights are quantised in place that costs one more rewrite of them, the tail of a step.
+Looks at a fixed sample of whole latent rows, quantised with the very operator and scales of the
+forward. Where weights are quantised in place that costs one more rewrite of them.
 
 Shape suffixes: R sampled rows, I input features of the local shard, G groups per row.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.parallel.convert import TernaryModel
@@ -30,28 +30,21 @@ _NO_CODE = 100.0
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What was measured on the sample of one layer, or of the whole model.
-
-    Attributes:
-        zero_fraction: codes that are 0, of all codes; 0 in grids without that level.
-        flip_fraction: codes that differ from those of the look before; None at the first look.
-        mean_scale: mean over weights of the scale of each, in units of the weight.
-        quant_error: ||w - wq|| / ||w|| (Frobenius) of the latent weight w in the model's dtype and
-            the quantised weight wq; NaN where a weight is not finite.
-    """
+    """What was measured on the sample of one layer, or of the whole model."""
 
     zero_fraction: float
+    """Codes that are 0, of all codes; 0 in grids without that level."""
     flip_fraction: float | None
+    """Codes that differ from those of the look before; None at the first look."""
     mean_scale: float
+    """Mean over weights of the scale of each, in units of the weight."""
     quant_error: float
+    """||w - wq|| / ||w|| (Frobenius) of latents in the model's dtype; NaN if one is not finite."""
 
 
 @dataclass(frozen=True)
 class CodeStatistics:
-    """Statistics of one moment, the same on all ranks of a model.
-
-    `layers` has the global numbers, from 0, of the layers with ternary linears.
-    """
+    """Statistics of one moment, the same on all ranks; global layer numbers, from 0."""
 
     total: LayerStatistics
     layers: dict[int, LayerStatistics]
@@ -71,39 +64,33 @@ class CodeSampler:
             for site in ternary.sites
         }
         self._codes_before: dict[int, torch.Tensor] = {}
-        self._has_looked = False
+        self._is_first_look = True
 
     @torch.no_grad()
     def measure(self) -> CodeStatistics:
-        """Look at the weights as they are now, between two steps; collective over all ranks.
-
-        The ranks that together hold one model put their sums together in rank order.
-        """
-        sites, first_look = self._ternary.sites, not self._has_looked
-        self._has_looked = True
+        """Look at the weights as they are now, between two steps; collective over all ranks."""
+        sites, first_look = self._ternary.sites, self._is_first_look
+        self._is_first_look = False
         with self._ternary.latents():
             update_given_scales(sites)
             looks = [self._look_at(site) for site in sites]
-        mine: dict[int, _Sums] = {}
+        mine: dict[int, list[float]] = {}
         # To the host in one piece: one wait for the device.
         # A pipeline stage may have no ternary linear.
         numbers_of_sites = torch.stack(looks).tolist() if looks else []
         for site, numbers in zip(sites, numbers_of_sites, strict=True):
-            mine.setdefault(_layer_of(site), _Sums()).add(_Sums(*numbers))
-        layers: dict[int, _Sums] = {}
+            mine[_layer_of(site)] = _add(mine.get(_layer_of(site)), numbers)
+        layers: dict[int, list[float]] = {}
         for part in _gather_from_model_parallel_ranks(mine):
-            for layer, sums in part.items():
-                layers.setdefault(layer, _Sums()).add(sums)
-        total = _Sums()
-        for sums in layers.values():
-            total.add(sums)
+            for layer, numbers in part.items():
+                layers[layer] = _add(layers.get(layer), numbers)
         return CodeStatistics(
-            total.statistics(first_look),
-            {layer: layers[layer].statistics(first_look) for layer in sorted(layers)},
+            _statistics(functools.reduce(_add, layers.values()), first_look),
+            {layer: _statistics(layers[layer], first_look) for layer in sorted(layers)},
         )
 
     def _look_at(self, site: TernarySite) -> torch.Tensor:
-        """Return the fields of `_Sums` for one linear's rows, float32, and keep their codes."""
+        """Return what `_statistics` takes of one linear's rows, float32, and keep their codes."""
         rows, quant = self._rows[id(site)], site.quantizer.config
         w_RI, wq_RI = site.weight.detach()[rows], site.fake_quantize(site.weight.detach(), rows)
         if site.takes_scales:
@@ -127,37 +114,23 @@ class CodeSampler:
         return torch.stack([number.to(w_RI.device, torch.float32) for number in numbers])
 
 
-@dataclass
-class _Sums:
-    """What adds up over linears, ranks and layers."""
+def _add(sums: list[float] | None, numbers: list[float]) -> list[float]:
+    return [a + b for a, b in zip(sums, numbers, strict=True)] if sums else numbers
 
-    zeros: float = 0.0
-    flips: float = 0.0
-    weights: float = 0.0
-    scale: float = 0.0
-    error_squared: float = 0.0
-    norm_squared: float = 0.0
 
-    def add(self, other: _Sums) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
-
-    def statistics(self, first_look: bool) -> LayerStatistics:
-        norm = self.norm_squared
-        return LayerStatistics(
-            zero_fraction=self.zeros / self.weights,
-            flip_fraction=None if first_look else self.flips / self.weights,
-            mean_scale=self.scale / self.weights,
-            quant_error=0.0 if norm == 0 else math.sqrt(self.error_squared / norm),
-        )
+def _statistics(numbers: list[float], first_look: bool) -> LayerStatistics:
+    zeros, flips, weights, scale, error_squared, norm_squared = numbers
+    return LayerStatistics(
+        zero_fraction=zeros / weights,
+        flip_fraction=None if first_look else flips / weights,
+        mean_scale=scale / weights,
+        quant_error=0.0 if norm_squared == 0 else math.sqrt(error_squared / norm_squared),
+    )
 
 
 def _half_levels(wq_RI: torch.Tensor, scales_RG: torch.Tensor) -> torch.Tensor:
-    """Return the levels of quantised weights in halves of the scale, int8 [R, I].
-
-    A weight is a level times its scale, rounded to the weight's type: that moves the quotient by
-    far less than half a level.
-    """
+    """Return the levels of quantised weights in halves of the scale, int8 [R, I]."""
+    # Rounding to the weight's type moves the quotient by far less than half a level.
     wq_RGI = wq_RI.float().view(*scales_RG.shape, -1)
     halves_RGI = (wq_RGI / scales_RG.unsqueeze(-1) * 2).round()
     # A level times its scale may overflow the type of the weight.
@@ -165,11 +138,11 @@ def _half_levels(wq_RI: torch.Tensor, scales_RG: torch.Tensor) -> torch.Tensor:
     return halves_RGI.to(torch.int8).view(wq_RI.shape)
 
 
-def _gather_from_model_parallel_ranks(mine: dict[int, _Sums]) -> list[dict[int, _Sums]]:
-    from megatron.core import parallel_state
-
+def _gather_from_model_parallel_ranks(
+    mine: dict[int, list[float]],
+) -> list[dict[int, list[float]]]:
     group = parallel_state.get_model_parallel_group()
-    parts: list[dict[int, _Sums]] = [{} for _ in range(group.size())]
+    parts: list[dict[int, list[float]]] = [{} for _ in range(group.size())]
     torch.distributed.all_gather_object(parts, mine, group=group)
     return parts
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -22,8 +21,7 @@ from megatron_bitcpm.checkpoint.store import (
 from megatron_bitcpm.config import RunConfig
 from megatron_bitcpm.errors import BitcpmError, CheckpointError, ConfigError
 from megatron_bitcpm.parallel.agree import from_main_rank, on_all_ranks
-from megatron_bitcpm.training.progress import Progress
-from megatron_bitcpm.training.resume import check_resumable, check_same_data
+from megatron_bitcpm.training.resume import Progress, check_resumable, check_same_data
 from megatron_bitcpm.training.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -59,10 +57,7 @@ def _unreadable(folder: str | Path, reason: str) -> BitcpmError:
 
 
 class Checkpointer:
-    """Saves and restores one run; all methods are collective over all ranks.
-
-    `data_facts` are from `data_fingerprints`.
-    """
+    """Saves and restores one run; all methods are collective over all ranks."""
 
     def __init__(
         self,
@@ -82,9 +77,9 @@ class Checkpointer:
             "world_size": runtime.world_size,
             "vocab_size": vocab_size,
             "padded_vocab_size": state.padded_vocab_size,
-            "quantizer": state.ternary.stamp() if state.ternary else None,
+            "quantizer": state.ternary.quantizer.stamp() if state.ternary else None,
         }
-        self._saver = CheckpointSaver(config, runtime.device)
+        self.saver = CheckpointSaver(config, runtime.device)
         self._lock: IO[str] | None = None
 
     def prepare_folder(self) -> None:
@@ -105,17 +100,9 @@ class Checkpointer:
         facts = {**asdict(progress), **self._data_facts, **self._facts, "valid_loss": valid_loss}
         state = self._state
         with self._latents():
-            return self._saver.save(
+            return self.saver.save(
                 state.chunks, state.optimizer, state.scheduler, asdict(progress), facts
             )
-
-    def poll(self) -> Iterable[SaveReport]:
-        """Return what was published in the background since the last call."""
-        return filter(None, [self._saver.poll()])
-
-    def finish(self) -> Iterable[SaveReport]:
-        """Wait for a save in the background; return what was published."""
-        return filter(None, [self._saver.finish()])
 
     def has_checkpoint(self) -> bool:
         """Whether the run has saved anything."""
@@ -130,13 +117,8 @@ class Checkpointer:
         folder = from_main_rank(self._find_resumable, partial(_unreadable, self._directory))
         state = self._state
         with self._latents():
-            progress = load_state(
-                folder,
-                state.chunks,
-                state.optimizer,
-                state.scheduler,
-                seed=self._config.training.seed,
-            )
+            seed = self._config.training.seed
+            progress = load_state(folder, state.chunks, state.optimizer, state.scheduler, seed=seed)
         logger.info("resumed from %s", folder)
         return Progress(**progress)
 

@@ -1,7 +1,7 @@
 """Ending a run early in good order: by a signal or after a time.
 
-A signal only sets a flag; after each step all ranks agree on whether to stop, because the scheduler
-of a cluster may signal one process and the clocks of machines differ.
+After each step all ranks agree on whether to stop: a cluster may signal one process only, and the
+clocks of machines differ.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class ExitRequest:
-    """Watches for reasons to stop, of which one may be a time in minutes from now.
-
-    A context manager that holds the signal handlers.
-    """
+    """Watches for reasons to stop; a context manager that holds the signal handlers."""
 
     def __init__(self, duration_min: float | None, device: torch.device) -> None:
         self._deadline_s = None if duration_min is None else time.monotonic() + 60 * duration_min

@@ -1,15 +1,13 @@
 """Notices a run that has gone wrong: losses or gradients that are not finite, and loss spikes.
 
-The guard only decides; the trainer stops or rolls back. It sees nothing but numbers that all ranks
-share, so all ranks decide alike.
+It sees only numbers that all ranks share, and only decides: the trainer stops or rolls back.
 
     non-finite   `max_skipped_steps` steps in a row were not taken, or had a loss that is not finite
     spike        `max_spikes` losses in a row, each more than `loss_spike_threshold` nats above the
                  median of the last `loss_spike_window` good losses
 
 Spikes and losses that are not finite never enter the window, so a diverged run cannot become the
-norm. A skipped step with a finite loss is judged by its loss like any other. A loss that is not
-finite neither continues nor ends a row of spikes.
+norm. A loss that is not finite neither continues nor ends a row of spikes.
 """
 
 from __future__ import annotations
@@ -28,16 +26,11 @@ _COUNTERS = ("skipped_in_a_row", "spikes_in_a_row", "rollbacks")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the guard says after a step.
-
-    Attributes:
-        spike: this step's loss was a spike.
-        limit: the setting that says to stop or roll back now, as ``key=value``.
-        reason: one sentence without a full stop, where there is a limit.
-    """
+    """What the guard says after a step."""
 
     spike: bool = False
     limit: str = ""
+    """The setting that says to stop or roll back now, as ``key=value``."""
     reason: str = ""
 
     @property
@@ -57,14 +50,13 @@ class LossGuard:
         self.rollbacks = 0
 
     def observe(self, iteration: int, loss: float, step_taken: bool) -> Verdict:
-        """Judge one step; call it once for each, in order, on all ranks with the same numbers.
-
-        The loss is the mean over all ranks, in nats per token.
-        """
+        """Judge the next step by its loss, the mean over all ranks in nats per token."""
         config, finite = self._config, math.isfinite(loss)
         self.skipped_in_a_row = 0 if finite and step_taken else self.skipped_in_a_row + 1
-        norm = self._norm()
-        spike = finite and loss > norm + self._threshold
+        is_full = len(self._window) == config.loss_spike_window
+        norm = statistics.median(self._window) if is_full else math.inf
+        threshold = config.loss_spike_threshold
+        spike = finite and threshold is not None and loss > norm + threshold
         if finite:
             self.spikes_in_a_row = self.spikes_in_a_row + 1 if spike else 0
         if finite and not spike:
@@ -87,26 +79,12 @@ class LossGuard:
         return Verdict(spike)
 
     @property
-    def _threshold(self) -> float:
-        threshold = self._config.loss_spike_threshold
-        return math.inf if threshold is None else threshold
-
-    def _norm(self) -> float:
-        """Return the median of the window, infinity until it is full."""
-        is_full = len(self._window) == self._config.loss_spike_window
-        return statistics.median(self._window) if is_full else math.inf
-
-    @property
     def in_trouble(self) -> bool:
         """Whether the last step was bad: a checkpoint of now would be a bad place to return to."""
         return self.skipped_in_a_row > 0 or self.spikes_in_a_row > 0
 
     def begin_rollback(self, verdict: Verdict) -> None:
-        """Count one more rollback; after it load the newest checkpoint and call `rewind`.
-
-        Raises:
-            TrainingError: the run stops, by configuration or because it went back often enough.
-        """
+        """Count a rollback, to be done with `rewind`; raise TrainingError to stop the run."""
         config = self._config
         if config.action == "stop":
             raise TrainingError(
@@ -127,7 +105,7 @@ class LossGuard:
         self.skipped_in_a_row = self.spikes_in_a_row = 0
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold, numbers and one list of numbers."""
+        """Return what a checkpoint must hold, as JSON."""
         return {"window": list(self._window)} | {name: getattr(self, name) for name in _COUNTERS}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Memory of the ranks: the device's allocator, or the resident set of the process on a CPU."""
+"""Memory of the ranks: what the device's allocator handed out, or a process's resident set."""
 
 from __future__ import annotations
 
@@ -7,25 +7,18 @@ import sys
 
 import torch
 
-GB = 1e9
-
 
 def measure_peak_memory_gb(device: torch.device) -> float:
-    """Return the most memory of the fullest rank since the start, in 10^9 bytes; collective.
-
-    On an accelerator that is what torch's allocator handed out (not its cache), on a CPU the
-    resident set of the process with all its libraries.
-    """
+    """Return the most memory of the fullest rank since the start, in 10^9 bytes; collective."""
     # float32 rounds to one part in 16 million.
     mine = torch.tensor(_peak_bytes(device), dtype=torch.float32, device=device)
     torch.distributed.all_reduce(mine, op=torch.distributed.ReduceOp.MAX)
-    return mine.item() / GB
+    return mine.item() / 1e9
 
 
 def _peak_bytes(device: torch.device) -> int:
     if device.type != "cpu":
-        peak: int = torch.get_device_module(device).max_memory_allocated(device)
-        return peak
+        return int(torch.get_device_module(device).max_memory_allocated(device))
     import psutil
 
     # Kilobytes everywhere but on macOS; Linux updates it late.

@@ -1,7 +1,4 @@
-"""Where a run's numbers go: the terminal, ``metrics.jsonl``, TensorBoard, ``loss.png``.
-
-Only the main rank creates a `MetricsWriter`. Keys are the same everywhere.
-"""
+"""Where a run's numbers go: the terminal, ``metrics.jsonl``, TensorBoard, ``loss.png``."""
 
 from __future__ import annotations
 
@@ -59,13 +56,9 @@ class MetricsWriter:
         layers: dict[int, dict[str, float | None]] | None = None,
         **values: Any,
     ) -> None:
-        """Write the values of one moment; None values are left out.
+        """Write the values of one moment by metric name, those of layers by layer number.
 
-        Args:
-            iteration: optimizer steps done.
-            layers: layer number -> numbers by metric name; one key in the file, in TensorBoard
-                ``layers/<number>/<name>``.
-            **values: numbers by metric name. One that is not finite becomes null in the file.
+        None values are left out; one that is not finite becomes null in the file.
         """
         kept = {key: value for key, value in values.items() if value is not None}
         line: dict[str, Any] = _finite_or_null(kept)
@@ -88,7 +81,11 @@ class MetricsWriter:
         self.advance(iteration)
 
     def _open_files(self, iteration: int) -> None:
-        self._forget_after(iteration)
+        # A run resumed from an earlier checkpoint will write the later lines again.
+        if self._path.is_file():
+            lines = [line for line in read_metrics(self._path) if line["iteration"] <= iteration]
+            text = "".join(json.dumps(line) + "\n" for line in (lines if iteration else []))
+            write_text(self._path, text)
         self._stream = self._path.open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(self._path.parent / "tensorboard", iteration)
 
@@ -104,14 +101,6 @@ class MetricsWriter:
             yield
         except OSError as error:
             logger.warning("%s: numbers are lost (%s)", self._path, error.strerror or error)
-
-    def _forget_after(self, iteration: int) -> None:
-        """Drop lines that a run resumed from an earlier checkpoint will write again."""
-        if not self._path.is_file():
-            return
-        lines = [line for line in read_metrics(self._path) if line["iteration"] <= iteration]
-        text = "".join(json.dumps(line) + "\n" for line in (lines if iteration else []))
-        write_text(self._path, text)
 
 
 def _finite_or_null(values: dict[str, Any]) -> dict[str, Any]:
@@ -144,12 +133,9 @@ def _open_tensorboard(directory: Path, first_iter: int) -> Any:
 def plot_losses(
     runs: dict[str, Path], output: Path, levels: dict[str, float] | None = None
 ) -> bool:
-    """Draw training and validation losses of runs; return False without matplotlib.
+    """Draw losses of run folders by label as a PNG; return False without matplotlib.
 
-    Args:
-        runs: label -> run folder.
-        output: PNG file.
-        levels: label -> loss in nats of models without a run, drawn as horizontal lines.
+    `levels` are losses in nats of models without a run, drawn as horizontal lines.
     """
     try:
         import matplotlib
@@ -163,8 +149,8 @@ def plot_losses(
     for index, (label, directory) in enumerate(runs.items()):
         _draw_run(axes, label, f"C{index}", read_metrics(directory / METRICS_FILE))
     for index, (label, value) in enumerate((levels or {}).items()):
-        style = {"color": "0.4", "linestyle": ("--", ":")[index % 2]}
-        axes.axhline(value, label=f"{label} {value:.2f}", **style)
+        dash = ("--", ":")[index % 2]
+        axes.axhline(value, label=f"{label} {value:.2f}", color="0.4", linestyle=dash)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats per token (pale: training, dots: validation)")
     axes.grid(alpha=0.3)

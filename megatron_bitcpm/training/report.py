@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from megatron_bitcpm.arch.counts import tflops_per_device, training_flops_per_token
 from megatron_bitcpm.config import RunConfig
-from megatron_bitcpm.parallel.weight_stats import CodeSampler
 from megatron_bitcpm.training.memory import measure_peak_memory_gb
 from megatron_bitcpm.training.metrics import MetricsWriter, format_duration
-from megatron_bitcpm.training.progress import Progress
+from megatron_bitcpm.training.resume import Progress
 from megatron_bitcpm.training.runtime import Runtime
 
 if TYPE_CHECKING:
     from megatron_bitcpm.checkpoint.saver import SaveReport
+    from megatron_bitcpm.parallel.weight_stats import CodeSampler
     from megatron_bitcpm.training.setup import TrainState
 
 
 class StepReport:
-    """Collects the numbers of steps and writes them; on every rank, since some are collective.
-
-    `writer` is None on all ranks but the main one.
-    """
+    """Collects the numbers of steps, on every rank, and writes them where there is a `writer`."""
 
     def __init__(
         self, config: RunConfig, runtime: Runtime, state: TrainState, writer: MetricsWriter | None
@@ -34,13 +30,18 @@ class StepReport:
         self._runtime = runtime
         self._state = state
         self._writer = writer
-        self._sampler = CodeSampler(state.ternary) if state.ternary else None
+        self._sampler = self._new_sampler()
         self._flops_per_token = training_flops_per_token(
             config.model, state.padded_vocab_size, config.data.seq_length
         )
         self._stall_s = 0.0
         self._grad_norm: float | None = None
         self._clear()
+
+    def _new_sampler(self) -> CodeSampler | None:
+        from megatron_bitcpm.parallel.weight_stats import CodeSampler
+
+        return CodeSampler(self._state.ternary) if self._state.ternary else None
 
     def _clear(self) -> None:
         self._losses: list[float] = []
@@ -72,10 +73,11 @@ class StepReport:
         memory_gb = measure_peak_memory_gb(self._runtime.device)
         if self._writer:
             values = {**self._numbers(progress), "memory_gb": memory_gb}
+            layers = None
             if codes is not None:
                 values.update(asdict(codes.total))
-            layers = {k: asdict(v) for k, v in codes.layers.items()} if codes else None
-            self._writer.record(progress.iteration, **values, layers=layers)
+                layers = {number: asdict(layer) for number, layer in codes.layers.items()}
+            self._writer.record(progress.iteration, layers, **values)
             self._writer.say(self._line(progress, values))
         self._stall_s = 0.0
         self._clear()
@@ -100,13 +102,11 @@ class StepReport:
 
     def _line(self, progress: Progress, values: dict[str, Any]) -> str:
         """Return one line for the terminal, the most important numbers first."""
-        training = self._config.training
+        train_iters = self._config.training.train_iters
         grad_norm, scale = values["grad_norm"], values["loss_scale"]
-        seconds_left = (
-            (training.train_iters - progress.iteration) * self._seconds / len(self._losses)
-        )
+        seconds_left = (train_iters - progress.iteration) * self._seconds / len(self._losses)
         parts = [
-            f"step {progress.iteration:6d}/{training.train_iters}",
+            f"step {progress.iteration:6d}/{train_iters}",
             f"loss {values['loss']:.4f}",
             f"lr {values['learning_rate']:.2e}",
             "skipped" if grad_norm is None else f"grad {grad_norm:.3f}",
@@ -124,18 +124,21 @@ class StepReport:
             parts.append(f"skips {progress.skipped_steps}")
         return "  ".join(filter(None, parts))
 
-    def validated(self, iteration: int, mean: float, losses: dict[str, float]) -> None:
-        """Write validation losses, nats per token; their mean and, of several, each by name."""
+    def validated(self, iteration: int, losses: dict[str, float]) -> float:
+        """Write validation losses, nats per token, and return their mean; of several, each too."""
+        mean = math.fsum(losses.values()) / len(losses)
         if self._writer:
-            named = {f"valid_loss/{k}": v for k, v in losses.items()} if len(losses) > 1 else {}
-            self._writer.record(iteration, valid_loss=mean, **named)
-            parts = "".join(f"  {k} {v:.4f}" for k, v in losses.items()) if named else ""
+            named = losses if len(losses) > 1 else {}
+            each: dict[str, Any] = {f"valid_loss/{name}": loss for name, loss in named.items()}
+            self._writer.record(iteration, valid_loss=mean, **each)
+            parts = "".join(f"  {name} {loss:.4f}" for name, loss in named.items())
             self._writer.say(f"step {iteration:6d}  validation loss {mean:.4f}{parts}")
         self.restart_clock()
+        return mean
 
-    def published(self, saves: Iterable[SaveReport]) -> None:
+    def published(self, *saves: SaveReport | None) -> None:
         """Say that checkpoints are complete, and count how long they held the training."""
-        for save in saves:
+        for save in filter(None, saves):
             self._stall_s += save.stall_s
             self.restart_clock()
             if self._config.checkpoint.async_save:
@@ -154,6 +157,5 @@ class StepReport:
                 f"step {bad_iteration:6d}  {reason}; back to step {progress.iteration}, with later "
                 f"data (rollback {rollbacks} of {self._config.guard.max_rollbacks})"
             )
-        if self._state.ternary:
-            self._sampler = CodeSampler(self._state.ternary)
+        self._sampler = self._new_sampler()
         self._clear()

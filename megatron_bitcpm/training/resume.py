@@ -1,7 +1,8 @@
-"""Which settings may change when a run is resumed."""
+"""How far a run has come, and which settings may change when it is resumed."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,22 @@ _MUST_STAY = (
 )
 
 
+@dataclass
+class Progress:
+    """Counters of a run and the state of `LossGuard`; saved in every checkpoint."""
+
+    iteration: int = 0  # optimizer steps done, skipped ones included
+    consumed_samples: int = 0  # position in the training data; ahead of steps after a rollback
+    skipped_steps: int = 0  # without an update, because gradients were not finite
+    guard: dict[str, Any] = field(default_factory=dict)
+
+
 def check_resumable(config: RunConfig, saved: RunConfig, folder: Path) -> None:
     """Refuse to resume a checkpoint with settings under which it would not be the same run."""
     now, then = _flatten(config.model_dump()), _flatten(saved.model_dump())
     problems = [
-        (
-            f"{key}={now.get(key, '(absent)')}: the checkpoint {folder.name} was trained with "
-            f"{then.get(key, '(absent)')}. Use that value, or start a new run in another folder."
-        )
+        f"{key}={now.get(key, '(absent)')}: the checkpoint {folder.name} was trained with "
+        f"{then.get(key, '(absent)')}. Use that value, or start a new run in another folder."
         for key in {**then, **now}
         if now.get(key) != then.get(key) and (key in _MUST_STAY or not key.startswith(_MAY_CHANGE))
     ]
@@ -62,32 +71,25 @@ def _local_scale_problems(config: RunConfig, saved: RunConfig, folder: Path) -> 
     if tp == saved_tp or not quant.enabled or not local:
         return []
     return [
-        (
-            f"parallel.tensor_model_parallel_size={tp}: the checkpoint {folder.name} was trained "
-            f"with {saved_tp} and {' and '.join(local)}, whose scales depend on it. Use "
-            f"{saved_tp}, or start a new run with init_from."
-        )
+        f"parallel.tensor_model_parallel_size={tp}: the checkpoint {folder.name} was trained with "
+        f"{saved_tp} and {' and '.join(local)}, whose scales depend on it. Use {saved_tp}, or "
+        "start a new run with init_from."
     ]
 
 
 def check_same_data(
     config: RunConfig, facts: dict[str, str], saved: dict[str, Any], folder: Path
 ) -> None:
-    """Refuse to continue a checkpoint with other training data; validation sets may change.
-
-    `facts` are the `data_fingerprints` of now, `saved` is the checkpoint's state.
-    """
+    """Refuse to continue a checkpoint's state with other training data than `facts` describe."""
     data = config.data
-    fields = {
-        "tokenizer_sha256": f"data.tokenizer={data.tokenizer}",
-        "train_data": f"data.blend={[f'{entry.weight:g} {entry.prefix}' for entry in data.blend]}"
-        if data.blend
-        else f"data.prefix={data.prefix}_train",
-    }
+    train_data = f"data.prefix={data.prefix}_train"
+    if data.blend:
+        train_data = f"data.blend={[f'{entry.weight:g} {entry.prefix}' for entry in data.blend]}"
+    fields = {"tokenizer_sha256": f"data.tokenizer={data.tokenizer}", "train_data": train_data}
     problems = [
-        f"{fields[key]}: is not what the checkpoint {folder.name} was trained with. Use the same "
-        "files and weights, or start a new run in another folder."
-        for key in fields
+        f"{name}: is not what the checkpoint {folder.name} was trained with. Use the same files "
+        "and weights, or start a new run in another folder."
+        for key, name in fields.items()
         if saved.get(key) != facts[key]
     ]
     if problems:

@@ -41,11 +41,7 @@ class Runtime:
 def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
     """Initialise torch.distributed and Megatron's parallel state; tear both down at the end.
 
-    Under torchrun the ranks find each other through its environment; a process started by hand is a
-    world of one. What the layout leaves of the world is data parallel.
-
-    Raises:
-        BitcpmError: the ranks cannot reach each other.
+    A process started without torchrun is a world of one. What the layout leaves is data parallel.
     """
     platform = current_platform()
     platform.prepare()
@@ -86,14 +82,16 @@ def start_runtime(parallel: ParallelConfig, seed: int) -> Iterator[Runtime]:
 
 def _start_process_group(platform: Platform) -> None:
     rank, world_size = env_rank(), env_world_size()
-    options = {"backend": platform.collectives, "timeout": timedelta(seconds=COLLECTIVE_TIMEOUT_S)}
+    alone = world_size == 1
     try:
-        if world_size > 1:
-            torch.distributed.init_process_group(**options)
-        else:
-            torch.distributed.init_process_group(
-                store=torch.distributed.HashStore(), rank=rank, world_size=1, **options
-            )
+        torch.distributed.init_process_group(
+            platform.collectives,
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+            store=torch.distributed.HashStore() if alone else None,
+            # -1: torch reads torchrun's environment.
+            rank=rank if alone else -1,
+            world_size=1 if alone else -1,
+        )
     except (RuntimeError, ValueError) as error:
         first_line = str(error).splitlines()[0].rstrip(".")
         raise BitcpmError(

@@ -11,25 +11,23 @@ from megatron_bitcpm.config import RunConfig
 
 
 class LearningRateSchedule(OptimizerParamScheduler):
-    """Megatron's schedule on every release, with ``minus_sqrt`` as the shape of a WSD decay."""
+    """Megatron's schedule, with ``minus_sqrt`` as the shape of a WSD decay."""
 
-    def get_lr(self, param_group: dict[str, Any]) -> float:
+    def get_lr(self, param_group: Any) -> float:
         """Return the learning rate of a parameter group at the current step."""
-        step = self.num_steps - (self.lr_decay_steps - self.wsd_decay_steps)
-        decays = self.lr_decay_style == "WSD" and 0 < step <= self.wsd_decay_steps
+        decay_steps = self.wsd_decay_steps
+        assert decay_steps is not None
+        step = self.num_steps - (self.lr_decay_steps - decay_steps)
+        decays = self.lr_decay_style == "WSD" and 0 < step <= decay_steps
         if not decays or self.lr_wsd_decay_style != "minus_sqrt":
             rate: float = super().get_lr(param_group)
             return rate
         low, high = param_group.get("min_lr", self.min_lr), param_group.get("max_lr", self.max_lr)
-        return float(low + (high - low) * (1 - math.sqrt(step / self.wsd_decay_steps)))
+        return float(low + (high - low) * (1 - math.sqrt(step / decay_steps)))
 
 
 def build_scheduler(config: RunConfig, optimizer: Any) -> LearningRateSchedule:
-    """Build the learning-rate schedule; its steps are optimizer steps.
-
-    A resumed run takes only the number of steps from its checkpoint: the schedule is always the
-    configuration's, so that a run can be continued with another one.
-    """
+    """Build the schedule; of a checkpoint it takes only the number of steps, not the shape."""
     settings, iters = config.optimizer, config.training.train_iters
     return LearningRateSchedule(
         optimizer,

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -33,22 +30,17 @@ from megatron_bitcpm.training.runtime import Runtime
 from megatron_bitcpm.training.schedule import build_scheduler
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MEAN_LOSS_SCALE = 65536.0
-"""fp16: first scale of a mean loss."""
+MEAN_LOSS_SCALE = 65536.0  # fp16: first scale of a mean loss
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """The live objects of a run on this rank.
-
-    Attributes:
-        models: the GPTModels themselves, one for each virtual pipeline stage.
-        chunks: the same inside Float16Module and DDP, what Megatron's schedules take.
-        ternary: handle on the ternary linears, None in full precision.
-    """
+    """The live objects of a run on this rank; `ternary` is None in full precision."""
 
     models: list[GPTModel]
+    """One for each virtual pipeline stage."""
     chunks: list[DistributedDataParallel]
+    """The same inside Float16Module and DDP, what Megatron's schedules take."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     ternary: TernaryModel | None
@@ -63,7 +55,12 @@ def build_train_state(config: RunConfig, runtime: Runtime, vocab_size: int) -> T
         config.model, config.parallel, dtype, config.training.recompute
     )
     check_pipeline_config(transformer)
-    models = build_model_chunks(config, transformer, runtime, padded_vocab_size)
+    build = functools.partial(
+        Decoder, transformer, config.model, padded_vocab_size, config.data.seq_length
+    )
+    models = [model.to(runtime.device) for model in build_pipeline_chunks(build)]
+    for model in models:
+        initialize_weights_(model, config.training.seed)
     ternary = None
     if config.quant.enabled:
         layers = config.parallel.layout.layers_of_stage(config.model, runtime.pp_rank)
@@ -76,19 +73,6 @@ def build_train_state(config: RunConfig, runtime: Runtime, vocab_size: int) -> T
     connect_schedule(transformer, chunks, optimizer)
     scheduler = build_scheduler(config, optimizer)
     return TrainState(models, chunks, optimizer, scheduler, ternary, padded_vocab_size)
-
-
-def build_model_chunks(
-    config: RunConfig, transformer: TransformerConfig, runtime: Runtime, padded_vocab_size: int
-) -> list[GPTModel]:
-    """Build this rank's pipeline chunks, with weights that do not depend on the layout."""
-    build = functools.partial(
-        Decoder, transformer, config.model, padded_vocab_size, config.data.seq_length
-    )
-    models = [model.to(runtime.device) for model in build_pipeline_chunks(build)]
-    for model in models:
-        initialize_weights_(model, config.training.seed)
-    return models
 
 
 def wrap_chunks(
@@ -142,7 +126,7 @@ def build_optimizer(
     settings = config.optimizer
     # The loss that is scaled is a sum over so many tokens.
     tokens = config.training.micro_batch_size * config.data.seq_length
-    fp16, bf16 = dtype == torch.float16, dtype == torch.bfloat16
+    bf16 = dtype == torch.bfloat16
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,
@@ -153,7 +137,7 @@ def build_optimizer(
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
         bf16=bf16,
-        fp16=fp16,
+        fp16=dtype == torch.float16,
         params_dtype=dtype,
         # Megatron checks bf16 gradients for inf and NaN only under a loss scale.
         loss_scale=1.0 if bf16 else None,

@@ -24,8 +24,7 @@ def run_schedule(
 ) -> tuple[float, float]:
     """Run forward (and backward) over one global batch; collective over all ranks.
 
-    Takes `num_microbatches` of this rank's `batches`. Returns the sum of the losses, in nats, of
-    the global batch's tokens that count, and their number; the same on all ranks.
+    Returns the sum of its losses, in nats, and the number of tokens that count.
     """
     iterators: Any = batches
     if len(chunks) > 1:

@@ -1,9 +1,8 @@
 """The training loop.
 
-`train` builds everything from the configuration, resumes if asked, and runs optimizer steps:
-Megatron's own forward-backward schedule, optimizer and learning-rate scheduler. Validation, logging
-and checkpoints happen at their intervals and at the end. What stands on Megatron is imported inside
-functions: it reads parts of torch at import, so the platform must be prepared before.
+Steps are Megatron's own forward-backward schedule, optimizer and learning-rate scheduler. What
+stands on Megatron is imported inside functions: it reads parts of torch at import, so the platform
+must be prepared before.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from megatron_bitcpm.training.checkpointing import Checkpointer, check_run_folde
 from megatron_bitcpm.training.exit import ExitRequest
 from megatron_bitcpm.training.guard import LossGuard, Verdict
 from megatron_bitcpm.training.metrics import MetricsWriter, plot_losses
-from megatron_bitcpm.training.progress import Progress
 from megatron_bitcpm.training.report import StepReport
+from megatron_bitcpm.training.resume import Progress
 from megatron_bitcpm.training.runtime import Runtime, start_runtime
 
 if TYPE_CHECKING:
@@ -44,11 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, resume: bool = False) -> None:
-    """Run a configuration, or resume it, to its end on this rank; every rank calls it.
-
-    Raises:
-        BitcpmError: an input that cannot be used, or a run that had to stop.
-    """
+    """Run a configuration, or resume it, to its end; every rank calls it."""
     with start_runtime(config.parallel, config.training.seed) as runtime:
         check_run_folder(config, resume)
         Trainer(config, runtime).run(resume)
@@ -84,8 +79,6 @@ class Trainer:
         self.objective = objective or NextToken(runtime.device)
         self._save_is_due = False
 
-    # -- the run ---------------------------------------------------------------------------------
-
     def run(self, resume: bool) -> None:
         """Train from the start or the newest checkpoint to ``training.train_iters``."""
         training = self.config.training
@@ -95,16 +88,17 @@ class Trainer:
             self.guard = LossGuard.from_state(self.config.guard, self.progress.guard)
         elif self.config.checkpoint.init_from:
             self.checkpointer.initialize(self.config.checkpoint.init_from)
-        first_iter = self.progress.iteration
-        if first_iter >= training.train_iters:
-            logger.info(
-                "already at step %d of %d; raise training.train_iters to continue",
-                first_iter,
-                training.train_iters,
-            )
+        first_iter, last_iter = self.progress.iteration, training.train_iters
+        if first_iter >= last_iter:
+            fix = "raise training.train_iters to continue"
+            logger.info("already at step %d of %d; %s", first_iter, last_iter, fix)
         title = "ternary" if self.state.ternary else "full precision"
         with ExitStack() as stack:
-            writer = self._open_metrics(first_iter, title)
+            writer = on_all_ranks(
+                lambda: MetricsWriter(self.directory, first_iter, last_iter, title),
+                partial(write_error, self.directory),
+                main_only=True,
+            )
             if writer:
                 stack.enter_context(writer)
                 writer.say(self.describe())
@@ -114,7 +108,7 @@ class Trainer:
             self._loop(StepReport(self.config, self.runtime, self.state, writer), exit_request)
         if self.runtime.is_main:
             self._plot(title)
-            done = self.progress.iteration >= training.train_iters
+            done = self.progress.iteration >= last_iter
             logger.info("%s; checkpoints in %s", "done" if done else "stopped", self.directory)
 
     def _plot(self, title: str) -> None:
@@ -123,16 +117,6 @@ class Trainer:
         except BitcpmError as error:
             # The run is complete and saved without its picture.
             logger.warning("%s", error)
-
-    def _open_metrics(self, first_iter: int, title: str) -> MetricsWriter | None:
-        """Return the writer on the main rank; a folder that it cannot use stops all ranks."""
-        return on_all_ranks(
-            lambda: MetricsWriter(
-                self.directory, first_iter, self.config.training.train_iters, title
-            ),
-            partial(write_error, self.directory),
-            main_only=True,
-        )
 
     def _loop(self, report: StepReport, exit_request: ExitRequest) -> None:
         training = self.config.training
@@ -149,7 +133,7 @@ class Trainer:
                 continue
             reason = exit_request.reason()
             self._after_step(report, reason is not None)
-        report.published(self.checkpointer.finish())
+        report.published(self.checkpointer.saver.finish())
         if reason is not None:
             iteration = self.progress.iteration
             what = "stopped while losses were bad, not saved" if self._save_is_due else "saved"
@@ -164,16 +148,16 @@ class Trainer:
         valid_loss: float | None = None
         # A signal leaves little time: what it cuts short is the validation.
         if is_last or (iteration % training.eval_interval == 0 and not stopping):
-            valid_loss = self._validate(report)
+            valid_loss = report.validated(iteration, self.evaluate())
         interval = self.config.checkpoint.save_interval
         if is_last or stopping or (interval is not None and iteration % interval == 0):
             self._save_is_due = True
         if self._save_is_due and (is_last or self._is_worth_returning_to()):
             self._save_is_due = False
             self.progress.guard = self.guard.state()
-            report.published(self.checkpointer.save(self.progress, valid_loss))
+            report.published(*self.checkpointer.save(self.progress, valid_loss))
             report.restart_clock()
-        report.published(self.checkpointer.poll())
+        report.published(self.checkpointer.saver.poll())
 
     def _is_worth_returning_to(self) -> bool:
         """Whether to save now: a rollback must not return to bad losses."""
@@ -182,9 +166,9 @@ class Trainer:
         return not self.checkpointer.has_checkpoint()
 
     def _roll_back(self, verdict: Verdict, report: StepReport) -> Batches:
-        """Return to the newest checkpoint, and to later data; return the new batches."""
+        """Return to the newest checkpoint; return batches of later data."""
         bad_iteration, consumed = self.progress.iteration, self.progress.consumed_samples
-        report.published(self.checkpointer.finish())
+        report.published(self.checkpointer.saver.finish())
         self.guard.begin_rollback(verdict)
         if not self.checkpointer.has_checkpoint():
             raise TrainingError(
@@ -200,7 +184,7 @@ class Trainer:
         return self._batches(self.train_data, consumed)
 
     def describe(self) -> str:
-        """Return the layout and the size of the model; what is ternary was logged by then."""
+        """Return the layout and the size of the model."""
         place = self.runtime
         parameters = sum(p.numel() for model in self.state.models for p in model.parameters())
         text = (
@@ -210,29 +194,25 @@ class Trainer:
         )
         return text if self.state.ternary else f"{text}\nfull precision (quant.enabled is false)"
 
-    # -- steps -----------------------------------------------------------------------------------
-
     def step(self, batches: Batches) -> tuple[float, float | None]:
-        """Do one optimizer step; return (mean loss in nats per token, gradient norm).
-
-        The norm is None when the step was skipped for non-finite gradients.
-        """
+        """Do one step; return the mean loss in nats per token, and the gradient norm if taken."""
         training, state = self.config.training, self.state
         for chunk in state.chunks:
             chunk.zero_grad_buffer()
         state.optimizer.zero_grad()
         loss_sum, num_tokens = self._run_schedule(batches, forward_only=False)
-        updated, grad_norm = False, None
+        grad_norm = None
         if self._gradients_are_usable():
-            updated, grad_norm, _ = state.optimizer.step()
-        if updated:
+            updated, norm, _ = state.optimizer.step()
+            grad_norm = float(norm) if updated else None
+        if grad_norm is not None:
             state.scheduler.step(1)
         else:
             self.progress.skipped_steps += 1
         self.progress.iteration += 1
         self.progress.consumed_samples += training.global_batch_size
         loss = loss_sum / num_tokens if num_tokens else math.nan
-        return loss, float(grad_norm) if updated else None
+        return loss, grad_norm
 
     def _gradients_are_usable(self) -> bool:
         """Whether the step may be tried; in fp32 Megatron's optimizer itself does not look."""
@@ -258,12 +238,6 @@ class Trainer:
             device=self.runtime.device,
             forward_only=forward_only,
         )
-
-    def _validate(self, report: StepReport) -> float:
-        losses = self.evaluate()
-        mean = math.fsum(losses.values()) / len(losses)
-        report.validated(self.progress.iteration, mean, losses)
-        return mean
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -126,7 +126,7 @@ def test_metrics_that_cannot_be_opened_stop_every_rank(write_config, tmp_path):
 
 @pytest.mark.slow
 def test_overlapping_buckets_are_refused_where_megatron_makes_them(write_config):
-    from megatron_bitcpm.parallel.megatron_api import megatron_version
+    from megatron_bitcpm.patching.versions import megatron_version
 
     config = write_config(
         "run",

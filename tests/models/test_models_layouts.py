@@ -25,9 +25,9 @@ from megatron_bitcpm.models.context_parallel import slice_for_context_parallel
 from megatron_bitcpm.models.decoder import Decoder, build_transformer_config
 from megatron_bitcpm.parallel.megatron_api import (
     build_pipeline_chunks,
-    megatron_version,
     sharded_state_dict_of_chunks,
 )
+from megatron_bitcpm.patching.versions import megatron_version
 
 pytestmark = pytest.mark.both_versions
 

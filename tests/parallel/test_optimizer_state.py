@@ -9,7 +9,7 @@ from helpers.tiny_models import TinyRun, tiny_model_config, tiny_run
 
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.parallel import adam_step, optimizer_state
+from megatron_bitcpm.parallel import optimizer_parts, optimizer_state
 from megatron_bitcpm.parallel.megatron_api import sharded_state_dict_of_chunks
 from megatron_bitcpm.parallel.optimizer_state import (
     guard_padded_buckets,
@@ -92,7 +92,7 @@ def adam_steps(run: TinyRun) -> list[float]:
 def mutate(mutant: str) -> None:
     """Take one guard out of this process; ranks are processes of their own."""
     if mutant == "adam step":
-        adam_step._unshare_steps = lambda optimizer: None
+        optimizer_parts._unshare_steps = lambda optimizer: None
     elif mutant == "gather":
         optimizer_state.gather_model_params = lambda optimizer: None
     elif mutant:

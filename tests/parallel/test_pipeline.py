@@ -141,7 +141,7 @@ def test_a_stage_without_ternary_linears_must_be_expected():
 def stamps(rank: int) -> int:
     quant = QuantConfig(full_precision_first_layers=1)
     with tiny_run(quant, tp=2, pp=2, expected=4 if rank >= 2 else 0) as run:
-        return run.ternary.stamp()["tensor_model_parallel_size"]
+        return run.ternary.quantizer.stamp()["tensor_model_parallel_size"]
 
 
 def test_the_stamp_is_the_same_on_stages_without_ternary_linears():

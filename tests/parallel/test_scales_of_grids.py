@@ -15,7 +15,7 @@ from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel import scale_sync
-from megatron_bitcpm.parallel.megatron_api import megatron_version
+from megatron_bitcpm.patching.versions import megatron_version
 
 pytestmark = pytest.mark.both_versions
 

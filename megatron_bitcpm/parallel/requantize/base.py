@@ -11,31 +11,32 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.errors import ModelError
-from megatron_bitcpm.parallel.adam_step import keep_adam_steps_apart
-from megatron_bitcpm.parallel.optimizer_parts import model_chunks, rewrite_model_params
+from megatron_bitcpm.parallel.optimizer_parts import (
+    keep_adam_steps_apart,
+    model_chunks,
+    rewrite_model_params,
+)
 from megatron_bitcpm.parallel.scale_sync import update_given_scales
 from megatron_bitcpm.parallel.site import TernarySite
 
 
 @dataclass(eq=False)
 class Unit:
-    """Sites whose weights become complete together.
-
-    With overlapped parameter gathers that is one of Megatron's bucket groups, otherwise all sites.
-    """
+    """Sites whose weights complete together: a bucket group where gathers overlap, else all."""
 
     sites: list[TernarySite] = field(default_factory=list)
     bucket_group: Any = None
 
 
 class Requantizer(ABC):
-    """The quantisation state of all ternary linears of a model (on this rank).
+    """The quantisation state of a model's ternary linears; follows the optimizer from the start.
 
-    From its creation on it follows the optimizer, which has not stepped yet. A subclass is a
-    strategy: it fills in the methods under "strategy" and leaves the flags to this class.
+    A subclass is a strategy: it fills in the first few methods and leaves the flags alone.
     """
 
     mode: str
+    runs_on_latents = True
+    """Whether a forward and a step may come while the parameters must stay latent weights."""
 
     def __init__(self, sites: list[TernarySite], optimizer: Any) -> None:
         self.sites = sites
@@ -49,8 +50,6 @@ class Requantizer(ABC):
         keep_adam_steps_apart(optimizer)
         optimizer.step = self._follow_step(optimizer.step)
         optimizer.reload_model_params = self._guard_reload(optimizer.reload_model_params)
-
-    # -- strategy --------------------------------------------------------------------------------
 
     @abstractmethod
     def _matrix(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
@@ -68,12 +67,6 @@ class Requantizer(ABC):
         """Whether all ternary model parameters are latent weights now."""
         return True
 
-    def _runs_on_latents(self) -> bool:
-        """Whether a forward and a step may come while the parameters must stay latent weights."""
-        return True
-
-    # -- forward ---------------------------------------------------------------------------------
-
     def weight_for_forward(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
         """See `SuppliesWeight`."""
         self._refuse_within_latents("forward")
@@ -81,11 +74,8 @@ class Requantizer(ABC):
         return self._matrix(site, weight)
 
     def refresh(self) -> None:
-        """Bring all weights up to date; collective over the tensor-parallel group.
-
-        While parameter gathers overlap with the forward this does nothing: only there is a bucket
-        known to be complete.
-        """
+        """Bring all weights up to date; collective over the tensor-parallel group."""
+        # Where gathers overlap with the forward, only there is a bucket known to be complete.
         if not self._units:
             self._refresh(self._everything)
 
@@ -94,7 +84,7 @@ class Requantizer(ABC):
             self._refresh(self._units.get(id(site), self._everything))
 
     def _refuse_within_latents(self, call: str) -> None:
-        if self._is_in_latents and not self._runs_on_latents():
+        if self._is_in_latents and not self.runs_on_latents:
             raise ModelError(
                 f"latents=({call}): the model holds latent weights inside this block. Leave the "
                 "block first."
@@ -110,8 +100,6 @@ class Requantizer(ABC):
         self._bring_up_to_date(stale)
         for site in stale:
             site.fresh = True
-
-    # -- optimizer -------------------------------------------------------------------------------
 
     def _follow_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def followed(*args: Any, **kwargs: Any) -> Any:
@@ -148,14 +136,11 @@ class Requantizer(ABC):
 
         return guarded
 
-    # -- latents ---------------------------------------------------------------------------------
-
     @contextmanager
     def latents(self) -> Iterator[None]:
-        """Hold the latent weights in the model parameters for the duration of a block.
+        """Hold the latent weights in the model parameters during a block; collective, may nest.
 
-        For saving, exporting and converting; in place, because sharded optimizer states find
-        parameters by identity. Collective over all ranks; may be nested.
+        In place, because sharded optimizer states find parameters by identity.
         """
         if self._is_in_latents:
             yield

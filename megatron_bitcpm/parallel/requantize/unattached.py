@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.agree import first_reason
 from megatron_bitcpm.parallel.every_step_check import reason_against_every_step
 from megatron_bitcpm.parallel.requantize.base import Requantizer
-from megatron_bitcpm.parallel.requantize.every_forward import EveryForward
-from megatron_bitcpm.parallel.requantize.every_step import EveryStep
+from megatron_bitcpm.parallel.requantize.strategies import EveryForward, EveryStep
 from megatron_bitcpm.parallel.scale_sync import update_given_scales
 from megatron_bitcpm.parallel.site import TernarySite
 
@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 class Unattached:
     """The state of a model from `ternarize_` until `attach`, for example in evaluation.
 
-    Nobody tells when a weight changes, so nothing is kept from one forward to the next. `requested`
-    is the configuration's ``requantize``.
+    Nobody tells when a weight changes, so nothing is kept from one forward to the next.
     """
 
     mode = EveryForward.mode
@@ -35,7 +34,8 @@ class Unattached:
         self._requested = requested
         for site in sites:
             site.requantizer = self
-            _follow_loads(site)
+            # A load into the linear brings its latent weight back.
+            site.module.register_load_state_dict_post_hook(partial(_mark_stale, site))
 
     def weight_for_forward(self, site: TernarySite, weight: torch.Tensor) -> torch.Tensor:
         """See `SuppliesWeight`."""
@@ -54,30 +54,17 @@ class Unattached:
         yield
 
     def attach(self, optimizer: Any) -> Requantizer:
-        """Choose the strategy for a Megatron optimizer that has not stepped yet; collective.
-
-        Raises:
-            ModelError: ``every_step`` was requested and this optimizer cannot do it.
-        """
-        return self._choose(optimizer)(self.sites, optimizer)
-
-    def _choose(self, optimizer: Any) -> type[Requantizer]:
+        """Choose the strategy for a Megatron optimizer that has not stepped yet; collective."""
         if self._requested == EveryForward.mode:
-            return EveryForward
+            return EveryForward(self.sites, optimizer)
         reason = first_reason(reason_against_every_step(optimizer, self.sites))
         if reason is None:
-            return EveryStep
+            return EveryStep(self.sites, optimizer)
         if self._requested == EveryStep.mode:
             raise ModelError(f"quant.requantize=every_step: {reason}. Use every_forward or auto.")
         logger.info("quant.requantize=auto: every_forward, because %s", reason)
-        return EveryForward
+        return EveryForward(self.sites, optimizer)
 
 
-def _follow_loads(site: TernarySite) -> None:
-    """Let a load into the linear, which brings its latent weight back, mark it stale."""
-
-    def mark_stale(module: torch.nn.Module, incompatible_keys: Any) -> None:
-        del module, incompatible_keys
-        site.fresh = False
-
-    site.module.register_load_state_dict_post_hook(mark_stale)
+def _mark_stale(site: TernarySite, *_: Any) -> None:
+    site.fresh = False

@@ -1,7 +1,6 @@
 """What the loop, the schedule and the evaluation need of an objective, and what objectives share.
 
-A loss is a sum over tokens together with their number, so that micro-batches, pieces of sequences
-and data-parallel ranks weigh by their tokens.
+A loss is a sum over tokens and their number, so that all parts of a batch weigh by their tokens.
 """
 
 from __future__ import annotations
@@ -27,23 +26,13 @@ class Objective(Protocol):
     def forward_step(
         self, batches: Batches, model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], TokenSum]]:
-        """Run a model on the next micro-batch; Megatron's schedules call it on every stage.
-
-        Args:
-            batches: this rank's micro-batches.
-            model: a wrapped chunk; `model.training` tells training from validation.
-
-        Returns:
-            The chunk's output, and a function that the last stage calls with it.
-        """
-        ...
+        """Run a wrapped chunk on the next micro-batch; return its output, and the loss of that."""
 
 
 def next_micro_batch(batches: Batches, device: torch.device) -> MicroBatch:
     """Take the next micro-batch: of each tensor this rank's piece of the sequences, [B, S].
 
-    Only ``document_start``, if there is one, stays whole and where it is: attention needs it for
-    the whole sequence and plans its work on the host.
+    Only ``document_start`` stays whole and on the host, where attention plans its work.
     """
     rank = parallel_state.get_context_parallel_rank()
     size = parallel_state.get_context_parallel_world_size()
