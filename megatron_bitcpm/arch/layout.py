@@ -42,9 +42,7 @@ class Layout:
     def problems(self, model: ModelConfig, rows: int | None = None) -> Iterator[tuple[str, str]]:
         """Yield (axis, rule) for each size under which Megatron could not hold a model.
 
-        Args:
-            model: the architecture.
-            rows: of the embedding, with its padding; None where it is not known.
+        `rows` are those of the embedding, with its padding; None where they are not known.
         """
         if self.vpp > 1 and self.pp == 1:
             yield "vpp", "has no effect with pipeline size 1"

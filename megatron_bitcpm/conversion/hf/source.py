@@ -29,10 +29,11 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
-_KINDS = (
-    (WEIGHTS_FILE, INDEX_FILE, "*.safetensors"),
-    (BIN_FILE, BIN_INDEX_FILE, "pytorch_model*.bin"),
-)
+WEIGHT_KINDS = {
+    "safetensors": (WEIGHTS_FILE, INDEX_FILE, "*.safetensors"),
+    "bin": (BIN_FILE, BIN_INDEX_FILE, "pytorch_model*.bin"),
+}
+"""Kind of weight files -> single file, index of several, pattern of all."""
 _COPY_AGAIN = "Copy the folder from its source again"
 _INSPECT = "Read bitcpm inspect, whose --fix-config takes the sizes from the weights"
 # Old transformers stored what it can compute.
@@ -96,7 +97,8 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
             f"holds an adapter ({adapters[0]}), which is no part of the weights",
             "Merge it (merge_and_unload of PEFT), or convert a folder without it",
         )
-    kind = next((k for k in _KINDS if any(folder.glob(k[2])) or (folder / k[1]).is_file()), None)
+    kinds = WEIGHT_KINDS.values()
+    kind = next((k for k in kinds if any(folder.glob(k[2])) or (folder / k[1]).is_file()), None)
     if kind is None:
         rule = f"holds neither {WEIGHTS_FILE} nor {BIN_FILE}, nor an index of either"
         raise _folder_error(folder, rule, "Name a folder with weights")

@@ -10,12 +10,7 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.arch.model import Form
-from megatron_bitcpm.conversion.hf.source import (
-    BIN_FILE,
-    BIN_INDEX_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-)
+from megatron_bitcpm.conversion.hf.source import WEIGHT_KINDS
 from megatron_bitcpm.conversion.hf.tensor_writers import Layout, write_bin, write_safetensors
 from megatron_bitcpm.conversion.quantization_error import check_finite
 from megatron_bitcpm.conversion.source import ModelSource
@@ -23,10 +18,7 @@ from megatron_bitcpm.conversion.tensor_stream import count_bytes, cut_shards, re
 from megatron_bitcpm.files import write_json
 from megatron_bitcpm.progress import track_tensors
 
-_FILES = {
-    "safetensors": (WEIGHTS_FILE, INDEX_FILE, write_safetensors),
-    "bin": (BIN_FILE, BIN_INDEX_FILE, write_bin),
-}
+_WRITERS = {"safetensors": write_safetensors, "bin": write_bin}
 
 
 def write_weight_files(
@@ -43,7 +35,7 @@ def write_weight_files(
         CheckpointError: a damaged source, or a value that is not finite.
         OSError: a file cannot be written; a part of it is left.
     """
-    single, index_name, write = _FILES[weights]
+    single, index_name, _ = WEIGHT_KINDS[weights]
     layout: Layout = {name: (shape, source.dtype(name)) for name, shape in source.shapes().items()}
     sizes = {name: count_bytes(*entry) for name, entry in layout.items()}
     shards = cut_shards(sizes, max_shard_bytes)
@@ -55,7 +47,7 @@ def write_weight_files(
     with closing(read_ahead(_iter_tensors(source, form, sizes))) as tensors:
         for file, names in zip(files, shards, strict=True):
             part = {name: layout[name] for name in names}
-            write(folder / file, part, _take(tensors, len(names)))
+            _WRITERS[weights](folder / file, part, _take(tensors, len(names)))
     if len(shards) > 1:
         pairs = zip(files, shards, strict=True)
         weight_map = {name: file for file, names in pairs for name in names}
