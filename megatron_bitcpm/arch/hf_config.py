@@ -248,13 +248,9 @@ def hf_config(
 ) -> dict[str, Any]:
     """Return the content of config.json; `parse_architecture` reads the same model out of it.
 
-    Args:
-        model: the architecture; decides the model type.
-        dtype: type of the tensors, torch's name.
-        vocab_size: rows of the embedding.
-        special_ids: bos, eos, pad -> id; those of `original` come first.
-        original: the config.json that the model came with: keys that do not belong to the
-            architecture (ids, dropout, initialisation, caching, unknown ones) keep their values.
+    `dtype` is torch's name. `original` is the config.json that the model came with: keys that do
+    not belong to the architecture (ids, dropout, caching, unknown ones) keep their values.
+    `special_ids` (bos, eos, pad -> id) are for a model without one.
     """
     ids = special_ids or {}
     defaults = {

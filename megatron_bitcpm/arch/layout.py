@@ -13,11 +13,8 @@ from megatron_bitcpm.arch.model import ModelConfig
 class Layout:
     """Sizes of the parallel groups; what the world has beyond them is data parallel.
 
-    Attributes:
-        tp: ranks that share each layer.
-        pp: stages of consecutive layers.
-        vpp: chunks of layers on each stage (interleaved schedule).
-        cp: ranks that share each sequence.
+    Ranks that share each layer, stages of consecutive layers, chunks of layers on each stage
+    (interleaved schedule), ranks that share each sequence.
     """
 
     tp: int = 1

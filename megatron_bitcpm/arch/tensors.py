@@ -301,13 +301,10 @@ LLAMA = (
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model.
+    """A kind of model: its rows of the map, in the order of the forward pass, and its class.
 
-    Attributes:
-        tensors: its rows of the map, in the order of the forward pass.
-        hf_class: class that transformers builds.
-        tied_by_default: what an absent tie_word_embeddings means in its config.json.
-        constants: further fields of `ModelConfig` that it needs, keys of config.json too.
+    `tied_by_default` is what an absent tie_word_embeddings means; `constants` are further fields of
+    `ModelConfig` that it needs, keys of config.json too.
     """
 
     tensors: tuple[TensorSpec, ...]

@@ -128,12 +128,8 @@ def write_model_card(
 ) -> str:
     """Return the text of README.md.
 
-    Args:
-        source: the model as written, folded where it was.
-        form: what was written.
-        config: content of config.json.
-        report: of `verify_sources`.
-        folding: factors and largest_relative_rounding of a folded MiniCPM.
+    `source` is the model as written, `config` its config.json, `report` that of `verify_sources`
+    and `folding` that of `describe_folding`.
     """
     quantizer = source.quantizer if form != "plain" else None
     tags = [source.model.architecture, "megatron-bitcpm"]

@@ -36,14 +36,8 @@ def write_folder(
 ) -> dict[str, Any]:
     """Write a model as a Hugging Face folder, and verify it.
 
-    Args:
-        source: the model, with its quantiser, folded where that is wanted.
-        output: folder to write, without symbolic links; its parents are made.
-        form: one that the source can become, see `options.REFUSALS`.
-        weights: safetensors or bin.
-        max_shard_bytes: larger models are cut into files of at most this size.
-        overwrite: replace `output` when it is a model folder.
-        tokenizer: tokenizer folder; default the source's side files.
+    `source` has its quantiser, is folded where that is wanted, and can become `form`; `output` has
+    no symbolic links, and its parents are made. `ConvertOptions` has the other settings.
 
     Raises:
         CheckpointError: bad input; nothing is left behind and an old output is as it was.

@@ -81,7 +81,7 @@ def constant(value: float, like: torch.Tensor) -> torch.Tensor:
 class WeightQuantizer:
     """The fake quantiser of one linear.
 
-    Args:
+    Attributes:
         grid: one of `GRIDS`.
         numerics: "fp32", or "bf16_reciprocal" (arithmetic in the type of the weight).
         eps: smallest scale.
@@ -184,9 +184,12 @@ class SteActivationQuantizer(torch.autograd.Function):
 
 
 class LinearQuantizer(nn.Linear):
-    """A linear without bias that multiplies with its quantised weight; `weight` is the latent one.
+    """A linear without bias that multiplies with its quantised weight.
 
-    With the activation "int8_per_token" it rounds its input too.
+    Attributes:
+        weight: the latent weight, [O, I].
+        quantizer: how it is rounded.
+        activation: "none", or "int8_per_token" to round the input too.
     """
 
     def __init__(
@@ -210,7 +213,13 @@ class LinearQuantizer(nn.Linear):
 
 
 class MiniCPMConfig(LlamaConfig):
-    """Llama's configuration and the three constants of MiniCPM; None changes nothing."""
+    """Llama's configuration and the three constants of MiniCPM.
+
+    Attributes:
+        scale_emb: factor of the embedding.
+        scale_depth: what a block adds is multiplied by this / sqrt(layers); None: by 1.
+        dim_model_base: logits are divided by hidden_size / this; None: by 1.
+    """
 
     model_type = "minicpm"
 
@@ -242,9 +251,10 @@ class MiniCPMConfig(LlamaConfig):
 class BitCPMConfig(MiniCPMConfig):
     """Configuration of a quantised Llama or MiniCPM.
 
-    `bitcpm_quantizer` has ``quantizer``, the settings of the training; ``projections``, for each
-    projection of a layer the group_size and slices of `WeightQuantizer`; ``full_precision``, the
-    linears that are not quantised.
+    Attributes:
+        bitcpm_quantizer: ``quantizer``, the settings of the training; ``projections``, for each
+            projection of a layer its group_size and slices, see `WeightQuantizer`;
+            ``full_precision``, the linears that are not quantised.
     """
 
     model_type = "bitcpm"
@@ -288,10 +298,7 @@ class MiniCPMDecoderLayer(LlamaDecoderLayer):
         if quantizer is not None:
             quantize_projections(self, layer_idx, quantizer)
 
-    # Keywords only: their order in the attention is another one.
-    def forward(  # type: ignore[override]
-        self, hidden_states: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Apply attention, then the MLP."""
         added, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + added * self.residual_scale
@@ -300,18 +307,27 @@ class MiniCPMDecoderLayer(LlamaDecoderLayer):
 
 
 def quantize_projections(layer: nn.Module, layer_idx: int, settings: dict[str, Any]) -> None:
-    """Put `LinearQuantizer`s in the place of a layer's linears, as `BitCPMConfig` says."""
+    """Put `LinearQuantizer`s in the place of a layer's linears.
+
+    Args:
+        layer: a decoder layer.
+        layer_idx: its number.
+        settings: ``bitcpm_quantizer`` of config.json.
+    """
     common = settings["quantizer"]
     for name, groups in settings["projections"].items():
         if f"model.layers.{layer_idx}.{name}" in settings["full_precision"]:
             continue
         quantizer = WeightQuantizer(common["grid"], common["numerics"], common["eps"], **groups)
         linear = layer.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        sizes = linear.in_features, linear.out_features
         block, _, attribute = name.rpartition(".")
-        quantized = LinearQuantizer(*sizes, quantizer, common["activation"])
-        setattr(layer.get_submodule(block), attribute, quantized)
+        setattr(
+            layer.get_submodule(block),
+            attribute,
+            LinearQuantizer(
+                linear.in_features, linear.out_features, quantizer, common["activation"]
+            ),
+        )
 
 
 class MiniCPMModel(LlamaModel):
@@ -338,7 +354,7 @@ class MiniCPMModel(LlamaModel):
 class MiniCPMForCausalLM(LlamaForCausalLM):
     """MiniCPM with its output layer."""
 
-    config_class: type[MiniCPMConfig] = MiniCPMConfig
+    config_class = MiniCPMConfig
     _no_split_modules = ["MiniCPMDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: MiniCPMConfig) -> None:
