@@ -29,17 +29,9 @@ import yaml
 from megatron_bitcpm.arch.model import ModelConfig, iter_tensors, shapes_of
 from megatron_bitcpm.arch.tensors import count_values, name_of
 
-RELEASED_VOCAB_SIZE = 73448
-"""Ids of the released models' tokenizer."""
-
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> int:
-    """Return the parameters of the whole model.
-
-    Args:
-        model: the architecture.
-        vocab_size: rows of the embedding; give the tokenizer's size to count without padding.
-    """
+    """Return the parameters of the whole model; the tokenizer's size counts without padding."""
     return count_values(shapes_of(model, vocab_size))
 
 
@@ -48,12 +40,9 @@ def count_ternary_linears(
     is_excluded: Callable[[str, int, int], bool],
     layers: Sequence[int] | None = None,
 ) -> int:
-    """Return how many linears `ternarize_` must swap.
+    """Return how many linears `ternarize_` must swap in these layers, by default all.
 
-    Args:
-        model: the architecture.
-        is_excluded: `QuantConfig.excludes`.
-        layers: global layer numbers to count in; None means all.
+    `is_excluded` is `QuantConfig.excludes`.
     """
     return sum(
         not is_excluded(name_of(spec, layer).removesuffix(".weight"), layer, model.num_layers)
@@ -63,13 +52,7 @@ def count_ternary_linears(
 
 
 def training_flops_per_token(model: ModelConfig, padded_vocab_size: int, seq_length: int) -> float:
-    """Return the floating-point operations of forward and backward, per token.
-
-    Args:
-        model: the architecture.
-        padded_vocab_size: rows of the output layer.
-        seq_length: tokens in a sequence.
-    """
+    """Return the floating-point operations of forward and backward, per token."""
     dims = model.dimensions(padded_vocab_size)
     # A tied output layer is a product too; the embedding is a look-up.
     weights = dims.vocab * dims.hidden + sum(
@@ -88,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Print one line for each configuration named on the command line."""
     parser = argparse.ArgumentParser(description="Parameter counts, without vocabulary padding.")
     parser.add_argument("configs", nargs="+", type=Path, help="YAML files of runs")
-    parser.add_argument("--vocab-size", type=int, default=RELEASED_VOCAB_SIZE)
+    # The default is that of the released models' tokenizer.
+    parser.add_argument("--vocab-size", type=int, default=73448)
     options = parser.parse_args(arguments)
     for path in options.configs:
         section = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]

@@ -20,14 +20,7 @@ _Positive = Annotated[float, Field(gt=0)]
 
 
 class Folding(Record):
-    """The factors of a folded MiniCPM.
-
-    Attributes:
-        scale_emb: of the embedding's rows.
-        residual: of o_proj and down_proj.
-        output: of lm_head.
-        scale_depth, dim_model_base: what the last two were made of.
-    """
+    """The factors of a folded MiniCPM, and the constants that the last two were made of."""
 
     scale_emb: _Positive
     residual: _Positive

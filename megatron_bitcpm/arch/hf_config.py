@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bitcpm.arch.hf_rope import HfProblem, read_rope, write_rope
+from megatron_bitcpm.arch.hf_rope import HfProblem, locate_problems, read_rope, write_rope
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.arch.tensors import FAMILIES
 
@@ -98,17 +98,11 @@ _REPLACED = {
 def parse_architecture(raw: Mapping[str, Any], path: Path) -> tuple[ModelConfig, int]:
     """Return the architecture of a config.json and its vocabulary size.
 
-    Args:
-        raw: content of the file.
-        path: the file, for messages.
-
     Raises:
-        CheckpointError: damaged, or a model that the decoder cannot express; names the key.
+        CheckpointError: damaged, or a model that the decoder cannot express; names file and key.
     """
-    try:
+    with locate_problems(path):
         return _parse(raw)
-    except HfProblem as problem:
-        raise problem.locate(path) from problem
 
 
 def _parse(raw: Mapping[str, Any]) -> tuple[ModelConfig, int]:
@@ -121,19 +115,15 @@ def _parse(raw: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     }
     vocab_size, hidden = _read_size(raw, "vocab_size"), fields["hidden_size"]
     if raw.get("head_dim") is None and hidden % heads:
-        raise HfProblem(
-            "hidden_size", hidden, f"is not a multiple of the {heads} heads. Add head_dim."
-        )
+        text = f"is not a multiple of the {heads} heads. Add head_dim."
+        raise HfProblem("hidden_size", hidden, text)
     head_dim = _read_size(raw, "head_dim", hidden // heads)
     if head_dim % 2:
         raise HfProblem("head_dim", head_dim, "rotary embeddings need an even number. Correct it.")
     _check_volume(fields, heads * head_dim)
     if heads % fields["num_query_groups"]:
-        raise HfProblem(
-            "num_key_value_heads",
-            fields["num_query_groups"],
-            f"does not divide the {heads} attention heads. Correct it.",
-        )
+        text = f"does not divide the {heads} attention heads. Correct it."
+        raise HfProblem("num_key_value_heads", fields["num_query_groups"], text)
     theta, rope = read_rope(raw, fields["max_position_embeddings"], head_dim)
     fields |= {
         "architecture": kind,
@@ -158,32 +148,21 @@ def _parse(raw: Mapping[str, Any]) -> tuple[ModelConfig, int]:
 def _check_volume(fields: Mapping[str, Any], channels: int) -> None:
     """Refuse sizes that are too large together; each by itself has passed."""
     if channels > _MAX_WIDTH:
-        raise HfProblem(
-            "num_attention_heads",
-            fields["num_attention_heads"],
-            f"all heads together have {channels} channels, more than {_MAX_WIDTH}. {_FIX_SIZE}",
-        )
+        text = f"all heads together have {channels} channels, more than {_MAX_WIDTH}. {_FIX_SIZE}"
+        raise HfProblem("num_attention_heads", fields["num_attention_heads"], text)
     width = max(channels, fields["hidden_size"], fields["ffn_hidden_size"])
     if width * fields["num_layers"] > _MAX_VOLUME:
-        raise HfProblem(
-            "num_hidden_layers",
-            fields["num_layers"],
-            f"times the width {width} is more than {_MAX_VOLUME}. {_FIX_SIZE}",
-        )
+        text = f"times the width {width} is more than {_MAX_VOLUME}. {_FIX_SIZE}"
+        raise HfProblem("num_hidden_layers", fields["num_layers"], text)
 
 
 def find_model_type(raw: Mapping[str, Any], path: Path) -> str:
     """Return the family of a config.json; early MiniCPM folders name only their class.
 
     A latent folder has a model type of its own, and the constants when it is a MiniCPM.
-
-    Raises:
-        CheckpointError: another architecture.
     """
-    try:
+    with locate_problems(path):
         return _find_type(raw)
-    except HfProblem as problem:
-        raise problem.locate(path) from problem
 
 
 def _find_type(raw: Mapping[str, Any]) -> str:
@@ -195,24 +174,15 @@ def _find_type(raw: Mapping[str, Any]) -> str:
         classes = raw.get("architectures") or []
         kind = next((k for k, family in FAMILIES.items() if family.hf_class in classes), None)
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise HfProblem(
-            "model_type",
-            kind,
-            f"this architecture is not supported. Use {' or '.join(FAMILIES)}.",
-        )
+        text = f"this architecture is not supported. Use {' or '.join(FAMILIES)}."
+        raise HfProblem("model_type", kind, text)
     return kind
 
 
 def is_tied(raw: Mapping[str, Any], path: Path) -> bool:
-    """Whether the output layer is the embedding; absent means the default of the model type.
-
-    Raises:
-        CheckpointError: neither true nor false.
-    """
-    try:
+    """Whether the output layer is the embedding; absent means the default of the model type."""
+    with locate_problems(path):
         return _is_tied(raw)
-    except HfProblem as problem:
-        raise problem.locate(path) from problem
 
 
 def _is_tied(raw: Mapping[str, Any]) -> bool:
@@ -230,23 +200,16 @@ def _check_neutral(raw: Mapping[str, Any], kind: str) -> None:
         if value is not None and value not in neutral:
             raise HfProblem(key, value, "this decoder does not compute it. Use a model without it.")
     if raw.get("sliding_window") is not None and raw.get("use_sliding_window", True):
-        raise HfProblem(
-            "sliding_window",
-            raw["sliding_window"],
-            "this decoder attends to all tokens. Use a model without it.",
-        )
+        text = "this decoder attends to all tokens. Use a model without it."
+        raise HfProblem("sliding_window", raw["sliding_window"], text)
     layers = raw.get("layer_types") or []
     if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
-        raise HfProblem(
-            "layer_types",
-            layers,
-            "this decoder has full attention only. Use a model without others.",
-        )
+        text = "this decoder has full attention only. Use a model without others."
+        raise HfProblem("layer_types", layers, text)
     # OpenBMB's forward leaves out the division of the logits then.
     if FAMILIES[kind].constants and raw.get("pretraining_tp") not in (None, 0, 1):
-        raise HfProblem(
-            "pretraining_tp", raw["pretraining_tp"], "changes the logits of MiniCPM. Set it to 1."
-        )
+        text = "changes the logits of MiniCPM. Set it to 1."
+        raise HfProblem("pretraining_tp", raw["pretraining_tp"], text)
 
 
 def _read_size(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -261,16 +224,14 @@ def _read_size(raw: Mapping[str, Any], key: str, default: int | None = None) -> 
 def _read_constant(raw: Mapping[str, Any], key: str) -> float:
     value: Any = raw.get(key)
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise HfProblem(
-            key,
-            _show(value),
-            "MiniCPM needs a positive number. Complete config.json from its source.",
-        )
+        text = "MiniCPM needs a positive number. Complete config.json from its source."
+        raise HfProblem(key, _show(value), text)
+    number: float = value
     if key != "dim_model_base":
-        return float(value) if type(value) is float else value
-    if value != int(value):
-        raise HfProblem(key, value, "must be a whole number. Correct it.")
-    return int(value)
+        return number
+    if number != int(number):
+        raise HfProblem(key, number, "must be a whole number. Correct it.")
+    return int(number)
 
 
 def _show(value: Any) -> str:
@@ -287,13 +248,9 @@ def hf_config(
 ) -> dict[str, Any]:
     """Return the content of config.json; `parse_architecture` reads the same model out of it.
 
-    Args:
-        model: the architecture; decides the model type.
-        dtype: type of the tensors, torch's name.
-        vocab_size: rows of the embedding.
-        special_ids: bos, eos, pad -> id, for a model that comes without a config.json.
-        original: the config.json that the model came with: what is no part of the architecture
-            (ids, dropout, initialisation, caching, unknown keys) keeps its values.
+    `dtype` is torch's name. `original` is the config.json that the model came with: keys that do
+    not belong to the architecture (ids, dropout, caching, unknown ones) keep their values.
+    `special_ids` (bos, eos, pad -> id) are for a model without one.
     """
     ids = special_ids or {}
     defaults = {

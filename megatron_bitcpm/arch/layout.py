@@ -13,11 +13,8 @@ from megatron_bitcpm.arch.model import ModelConfig
 class Layout:
     """Sizes of the parallel groups; what the world has beyond them is data parallel.
 
-    Attributes:
-        tp: ranks that share each layer.
-        pp: stages of consecutive layers.
-        vpp: chunks of layers on each stage (interleaved schedule).
-        cp: ranks that share each sequence.
+    Ranks that share each layer, stages of consecutive layers, chunks of layers on each stage
+    (interleaved schedule), ranks that share each sequence.
     """
 
     tp: int = 1
@@ -42,9 +39,7 @@ class Layout:
     def problems(self, model: ModelConfig, rows: int | None = None) -> Iterator[tuple[str, str]]:
         """Yield (axis, rule) for each size under which Megatron could not hold a model.
 
-        Args:
-            model: the architecture.
-            rows: of the embedding, with its padding; None where it is not known.
+        `rows` are those of the embedding, with its padding; None where they are not known.
         """
         if self.vpp > 1 and self.pp == 1:
             yield "vpp", "has no effect with pipeline size 1"

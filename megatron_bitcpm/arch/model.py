@@ -30,8 +30,7 @@ _Factor = Annotated[float, Field(gt=0)]
 class RopeScalingConfig(Section):
     """LongRoPE: one divisor for each rotary frequency, of short and of long sequences.
 
-    The arrays are those of a released model: name its Hugging Face ``config.json`` in `hf_config`
-    and `load_config` copies them; the resolved configuration holds them, with their source.
+    The arrays are those of a released model: `load_config` copies them from its `hf_config`.
     """
 
     rope_type: Literal["longrope"] = Field("longrope", description="Kind of scaling.")
@@ -106,11 +105,7 @@ class ModelConfig(Section):
         return FAMILIES[self.architecture]
 
     def dimensions(self, vocab_size: int = 1) -> Dimensions:
-        """Return the sizes that the shapes of its tensors are made of.
-
-        Args:
-            vocab_size: rows of the embedding that are meant, with or without padding.
-        """
+        """Return the sizes that the shapes of its tensors are made of."""
         return Dimensions(
             self.hidden_size,
             self.num_attention_heads,
@@ -147,9 +142,7 @@ def iter_tensors(
 ) -> Iterator[tuple[TensorSpec, int | None]]:
     """Yield (row of the map, layer) of every tensor, in the order of the forward pass.
 
-    Args:
-        model: the architecture.
-        layers: global layer numbers; None means all.
+    `layers` are global numbers; None means all.
     """
     numbers = range(model.num_layers) if layers is None else layers
     return iter_specs(model.family.tensors, numbers, model.share_embeddings_and_output_weights)
@@ -163,23 +156,12 @@ def iter_places(model: ModelConfig) -> Iterator[Place]:
 
 
 def shapes_of(model: ModelConfig, vocab_size: int, format: str = "hf") -> dict[str, Shape]:
-    """Return name -> shape of every tensor in a format that does not fuse.
-
-    Args:
-        model: the architecture.
-        vocab_size: rows of the embedding.
-        format: key of `LAYER_PREFIXES`.
-    """
+    """Return name -> shape of every tensor in a format that does not fuse."""
     dims = model.dimensions(vocab_size)
     return {place.name(format): place.shape(dims) for place in iter_places(model)}
 
 
 def megatron_shapes(model: ModelConfig, rows: int) -> dict[str, Shape]:
-    """Return Megatron's name -> full shape of every tensor, layers numbered.
-
-    Args:
-        model: the architecture.
-        rows: of the embedding, with its padding.
-    """
+    """Return Megatron's name -> full shape of every tensor; `rows` of the padded embedding."""
     dims = model.dimensions(rows)
     return {name_of(spec, layer): spec.shape(dims) for spec, layer in iter_tensors(model)}

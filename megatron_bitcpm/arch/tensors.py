@@ -36,8 +36,6 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-Role = str
-"""embedding, norm, projection or output."""
 Shape = tuple[int, ...]
 LAYER_PREFIXES = {"megatron": "decoder.layers.{}.", "hf": "model.layers.{}."}
 """Format -> what precedes the name of a layer's tensor."""
@@ -45,14 +43,7 @@ LAYER_PREFIXES = {"megatron": "decoder.layers.{}.", "hf": "model.layers.{}."}
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes that shapes are made of.
-
-    Attributes:
-        hidden: width of the residual stream.
-        heads, groups, head_dim: query heads, key/value heads, channels of each.
-        ffn: width of the SwiGLU hidden layer.
-        vocab: rows of the embedding.
-    """
+    """The sizes that shapes are made of; `groups` are key/value heads, `vocab` embedding rows."""
 
     hidden: int
     heads: int
@@ -79,11 +70,9 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class Part:
-    """What formats that do not fuse store as a tensor of its own.
+    """What formats that do not fuse store as a tensor of its own: dimension of its rows, names.
 
-    Attributes:
-        rows: dimension of its rows.
-        names: format -> name; of a layer's tensor below the layer.
+    `names` has format -> name; that of a layer's tensor without `LAYER_PREFIXES`.
     """
 
     rows: str
@@ -114,7 +103,7 @@ class TensorSpec:
         local_name: where Megatron's own modules, without Transformer Engine, name it otherwise.
     """
 
-    role: Role
+    role: str
     name: str
     parts: tuple[Part, ...]
     inputs: str | None = None
@@ -191,10 +180,7 @@ class TensorSpec:
     ) -> torch.Tensor:
         """Return consecutive rows of the fused weight, [rows, I], a view where one part has them.
 
-        Args:
-            read: returns a part by its number.
-            dims: of the model.
-            rows: numbers of full rows.
+        `read` returns a part by its number; `rows` are numbers of full rows.
         """
         pieces, begin, parts = [], 0, {}
         for run in self.runs(dims):
@@ -315,13 +301,10 @@ LLAMA = (
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model.
+    """A kind of model: its rows of the map, in the order of the forward pass, and its class.
 
-    Attributes:
-        tensors: its rows of the map, in the order of the forward pass.
-        hf_class: class that transformers builds.
-        tied_by_default: what an absent tie_word_embeddings means in its config.json.
-        constants: further fields of `ModelConfig` that it needs, keys of config.json too.
+    `tied_by_default` is what an absent tie_word_embeddings means; `constants` are further fields of
+    `ModelConfig` that it needs, keys of config.json too.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -343,10 +326,8 @@ FAMILIES = {
 class Place:
     """Which tensor of a model a name means.
 
-    Attributes:
-        spec: its row of the map.
-        part: which part, in a format that does not fuse.
-        layer: global layer number, from 0; None outside the layers.
+    `part` counts those of `spec`, in a format that does not fuse; `layer` is the global number,
+    from 0, None outside the layers.
     """
 
     spec: TensorSpec
@@ -392,11 +373,9 @@ def all_specs() -> tuple[TensorSpec, ...]:
 
 
 def find_tensor(name: str, format: str = "hf") -> Place | None:
-    """Return which tensor a name means, None where it is unknown.
+    """Return which tensor a name of a format means, None where it is unknown.
 
-    Args:
-        name: with the number of its layer; as `format` writes it.
-        format: key of `LAYER_PREFIXES`; for megatron the part is 0.
+    Formats are keys of `LAYER_PREFIXES`; for megatron the part is 0.
     """
     layer: int | None = None
     prefix, suffix = map(re.escape, LAYER_PREFIXES[format].split("{}"))
@@ -432,10 +411,7 @@ def iter_specs(
 ) -> Iterator[tuple[TensorSpec, int | None]]:
     """Yield (row, layer) of every tensor of a model, in the order of the forward pass.
 
-    Args:
-        tensors: of a family: what comes before its layers, each layer, what comes behind them.
-        layers: global numbers.
-        tied: there is no output layer of its own.
+    `tensors` has what comes before the layers, one layer, and what comes behind them.
     """
     inside = [number for number, spec in enumerate(tensors) if spec.in_layer]
     for spec in tensors[: inside[0]]:

@@ -15,7 +15,7 @@ from megatron_bitcpm.arch.hf_config import hf_config
 from megatron_bitcpm.arch.model import ModelConfig, shapes_of
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
-from megatron_bitcpm.conversion.hf.safetensors_writer import write_safetensors
+from megatron_bitcpm.conversion.hf.tensor_writers import write_safetensors
 from megatron_bitcpm.quantizer import Quantizer
 
 

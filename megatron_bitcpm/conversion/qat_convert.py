@@ -22,9 +22,7 @@ from megatron_bitcpm.arch.hf_config import CONFIG_FILE, QUANTIZER_KEY
 from megatron_bitcpm.arch.tensors import Place, all_specs, find_projection
 from megatron_bitcpm.conversion.convert import convert
 from megatron_bitcpm.conversion.file_source import FileSource
-from megatron_bitcpm.conversion.hf.bin_writer import write_bin
 from megatron_bitcpm.conversion.hf.config import QUANTIZER_FILE, read_origin
-from megatron_bitcpm.conversion.hf.safetensors_writer import TYPE_NAMES, write_safetensors
 from megatron_bitcpm.conversion.hf.tensor_files import (
     DTYPES,
     SUFFIXES,
@@ -32,6 +30,7 @@ from megatron_bitcpm.conversion.hf.tensor_files import (
     TensorFile,
     open_tensor_file,
 )
+from megatron_bitcpm.conversion.hf.tensor_writers import TYPE_NAMES, write_bin, write_safetensors
 from megatron_bitcpm.conversion.infer_grid import lies_on_grid
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.options import PathOption, QuantizerOptions

@@ -1,7 +1,4 @@
-"""What the JSON files of a Hugging Face folder say: architecture, type, form, quantiser, facts.
-
-Neither transformers nor tokenizers is needed.
-"""
+"""What the JSON files of a Hugging Face folder say: architecture, type, form, quantiser, facts."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from megatron_bitcpm.arch.hf_config import (
     QUANTIZER_KEY,
     parse_architecture,
 )
-from megatron_bitcpm.arch.hf_rope import HfProblem
+from megatron_bitcpm.arch.hf_rope import HfProblem, locate_problems
 from megatron_bitcpm.arch.model import Form, ModelConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import check_quantizer_block
 from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES
@@ -45,14 +42,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class HfConfig:
-    """What the JSON files of a folder say.
-
-    Attributes:
-        model: the architecture.
-        vocab_size: rows of the embedding.
-        dtype: declared type of the weights, None where there is none; the files decide.
-        origin: form, quantiser, folding, facts.
-    """
+    """What the JSON files of a folder say; `dtype` is the declared type, the files decide."""
 
     model: ModelConfig
     vocab_size: int
@@ -64,8 +54,7 @@ def read_hf_config(folder: Path) -> HfConfig:
     """Read config.json and the quantiser stamp of a folder.
 
     Raises:
-        CheckpointError: absent, damaged, or a model that the decoder cannot express; one line that
-            names the file and the key.
+        CheckpointError: absent, damaged, or a model that the decoder cannot express.
     """
     path = folder / CONFIG_FILE
     raw = read_json(path)
@@ -77,10 +66,8 @@ def read_hf_config(folder: Path) -> HfConfig:
         origin.facts["tokenizer_sha256"] = hash_files(folder, TOKENIZER_FILES)
     if origin.form == "latent" and origin.quantizer is not None:
         check_quantizer_block(raw[QUANTIZER_KEY], model, origin.quantizer, path)
-    try:
+    with locate_problems(path):
         return HfConfig(model, vocab_size, _read_dtype(raw), origin)
-    except HfProblem as problem:
-        raise problem.locate(path) from problem
 
 
 def _read_dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
@@ -94,15 +81,7 @@ def _read_dtype(raw: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def read_origin(folder: Path, raw: Mapping[str, Any]) -> Origin:
-    """Return form, quantiser, folding and facts of the training.
-
-    Args:
-        folder: the model.
-        raw: content of its config.json.
-
-    Raises:
-        CheckpointError: a stamp that cannot be read, or two of them.
-    """
+    """Return what the stamp of a folder says; `raw` is the content of its config.json."""
     inside, beside = raw.get(QUANTIZER_KEY), folder / QUANTIZER_FILE
     path = folder / CONFIG_FILE
     if inside is not None and beside.is_file():

@@ -26,15 +26,11 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class FoldedSource(ModelSource):
-    """A MiniCPM read as a plain Llama; made by `fold`.
-
-    Attributes:
-        inner: the MiniCPM.
-        rounding: tensor -> its largest relative rounding error, of those read so far.
-    """
+    """A MiniCPM, `inner`, read as a plain Llama; made by `fold`."""
 
     inner: ModelSource
     rounding: dict[str, float] = field(default_factory=dict)
+    """Tensor -> its largest relative rounding error, of those read so far."""
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a stored tensor."""

@@ -12,6 +12,27 @@ from megatron_bitcpm.quant.settings import BF16_RECIPROCAL
 from megatron_bitcpm.quantizer import Quantizer
 from megatron_bitcpm.version import __version__
 
+_HEAD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+# {title}
+"""
+_FACTS = """\
+## Facts
+
+| | |
+|---|---|"""
+_PRETRAINED = """
+This is a pretrained model: it continues text and was not tuned to follow \
+instructions, unless its training data did that."""
+_LICENCE = """
+## Licence
+
+To be stated by whoever publishes the model; the licence of the training data matters.
+"""
 _PSEUDO = """\
 A {bits} language model, pseudo-quantised: every weight of the {tensors} projection
 matrices is one of {levels}, where s is the scale of {groups}. The values are
@@ -107,59 +128,35 @@ def write_model_card(
 ) -> str:
     """Return the text of README.md.
 
-    Args:
-        source: the model as written, folded where it was.
-        form: what was written.
-        config: content of config.json.
-        report: of `verify_sources`.
-        folding: factors and largest_relative_rounding of a folded MiniCPM.
+    `source` is the model as written, `config` its config.json, `report` that of `verify_sources`
+    and `folding` that of `describe_folding`.
     """
     quantizer = source.quantizer if form != "plain" else None
-    family = {"llama": "Llama", "minicpm": "MiniCPM"}[source.model.architecture]
-    kind = ""
-    if quantizer is not None:
-        kind = "Ternary " if quantizer.grid.is_ternary else "Quantised "
-    what = ", latent weights" if form == "latent" else ""
-    lines = [*_front_matter(source, quantizer), f"# {kind}{family}{what}", ""]
-    lines.append(_describe(source, form, config, report, quantizer))
-    if quantizer is not None and quantizer.config.activation != "none":
-        then = "So does `modeling_bitcpm.py`." if form == "latent" else _NO_ACTIVATION
-        lines.append(_ACTIVATION.format(then=then))
-    if quantizer is not None and quantizer.numerics == BF16_RECIPROCAL:
-        lines.append(_NUMERICS)
-    if folding is not None:
-        lines.append(_describe_folding(folding))
-    lines.append(_describe_use(source, form, quantizer))
-    lines += ["## Facts", "", "| | |", "|---|---|"]
-    rounded = form == "pseudo" and quantizer is not None and quantizer.config.activation != "none"
-    facts_rows = _list_facts(config, source.facts, report, rounded)
-    lines += [f"| {name} | {value} |" for name, value in facts_rows]
-    if source.kind != "hf":
-        lines += [
-            "",
-            "This is a pretrained model: it continues text and was not tuned to follow "
-            "instructions, unless its training data did that.",
-        ]
-    lines += [
-        "",
-        "## Licence",
-        "",
-        "To be stated by whoever publishes the model; the licence of the training data matters.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _front_matter(source: ModelSource, quantizer: Quantizer | None) -> list[str]:
     tags = [source.model.architecture, "megatron-bitcpm"]
+    title = {"llama": "Llama", "minicpm": "MiniCPM"}[source.model.architecture]
     if quantizer is not None:
-        tags += ["ternary", "1.58-bit"] if quantizer.grid.is_ternary else [quantizer.grid.name]
-    return [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        f"tags: [{', '.join(tags)}]",
-        "---",
-    ]
+        ternary = quantizer.grid.is_ternary
+        tags += ["ternary", "1.58-bit"] if ternary else [quantizer.grid.name]
+        title = f"{'Ternary' if ternary else 'Quantised'} {title}"
+    title += ", latent weights" if form == "latent" else ""
+    parts = [_HEAD.format(tags=", ".join(tags), title=title)]
+    parts.append(_describe(source, form, config, report, quantizer))
+    rounded = quantizer is not None and quantizer.config.activation != "none"
+    if rounded:
+        then = "So does `modeling_bitcpm.py`." if form == "latent" else _NO_ACTIVATION
+        parts.append(_ACTIVATION.format(then=then))
+    if quantizer is not None and quantizer.numerics == BF16_RECIPROCAL:
+        parts.append(_NUMERICS)
+    if folding is not None:
+        largest = folding.get("largest_relative_rounding")
+        rounding = "" if largest is None else f", by {largest:.2e} of a value at most"
+        parts.append(_FOLDED.format(**dict(folding) | {"rounding": rounding}))
+    parts += [_describe_use(source, form, quantizer), _FACTS]
+    rows = _list_facts(config, source.facts, report, rounded and form == "pseudo")
+    parts += [f"| {name} | {value} |" for name, value in rows]
+    if source.kind != "hf":
+        parts.append(_PRETRAINED)
+    return "\n".join([*parts, _LICENCE])
 
 
 def _describe(
@@ -175,12 +172,15 @@ def _describe(
         return _FULL_PRECISION.format(dtype=config["torch_dtype"], loads=loads, version=__version__)
     projections = sum(place.spec.role == "projection" for place in iter_places(source.model))
     left_out = projections - report["ternary_tensors"]
-    grid = quantizer.grid
+    grid, sizes = quantizer.grid, ", ".join(map(str, report["group_sizes"]))
+    groups = (
+        "the whole matrix" if quantizer.per_projection else f"its group of inputs ({sizes} inputs)"
+    )
     return (_LATENT if form == "latent" else _PSEUDO).format(
         bits="ternary (1.58-bit)" if grid.is_ternary else f"quantised ({grid.name})",
         tensors=report["ternary_tensors"],
         levels=_list_levels(quantizer),
-        groups=_describe_groups(report["group_sizes"], quantizer),
+        groups=groups,
         dtype=config["torch_dtype"],
         loads=loads,
         excluded=f" {left_out} projections were kept in full precision too." if left_out else "",
@@ -194,18 +194,6 @@ def _list_levels(quantizer: Quantizer) -> str:
         return "0" if level == 0 else f"{'-' if level < 0 else ''}{factor}s"
 
     return ", ".join(word(level) for level in quantizer.grid.levels)
-
-
-def _describe_groups(sizes: list[int], quantizer: Quantizer) -> str:
-    if quantizer.per_projection:
-        return "the whole matrix"
-    return f"its group of inputs ({', '.join(map(str, sizes))} inputs)"
-
-
-def _describe_folding(folding: Mapping[str, Any]) -> str:
-    largest = folding.get("largest_relative_rounding")
-    rounding = "" if largest is None else f", by {largest:.2e} of a value at most"
-    return _FOLDED.format(**dict(folding) | {"rounding": rounding})
 
 
 def _describe_use(source: ModelSource, form: Form, quantizer: Quantizer | None) -> str:
@@ -227,15 +215,16 @@ def _describe_use(source: ModelSource, form: Form, quantizer: Quantizer | None) 
 def _list_facts(
     config: Mapping[str, Any], facts: Mapping[str, Any], report: Mapping[str, Any], rounded: bool
 ) -> list[tuple[str, str]]:
-    rows = [
-        ("layers, hidden, feed-forward", "{num_hidden_layers}, {hidden_size}, {intermediate_size}"),
-        (
-            "heads, key/value heads, head size",
-            "{num_attention_heads}, {num_key_value_heads}, {head_dim}",
+    sizes = {
+        "layers, hidden, feed-forward": ("num_hidden_layers", "hidden_size", "intermediate_size"),
+        "heads, key/value heads, head size": (
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
         ),
-        ("vocabulary, longest sequence", "{vocab_size}, {max_position_embeddings}"),
-    ]
-    rows = [(name, text.format(**config)) for name, text in rows]
+        "vocabulary, longest sequence": ("vocab_size", "max_position_embeddings"),
+    }
+    rows = [(name, ", ".join(str(config[key]) for key in keys)) for name, keys in sizes.items()]
     if facts.get("iteration") is not None:
         rows.append(("optimizer steps", f"{facts['iteration']:,}"))
     if facts.get("tokens") is not None:

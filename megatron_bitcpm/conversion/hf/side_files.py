@@ -43,10 +43,7 @@ def find_tokenizer(
 ) -> tuple[Path | None, TokenizerIds | None]:
     """Return the folder of the model's tokenizer, and its special tokens where they are known.
 
-    Args:
-        source: the model.
-        tokenizer: tokenizer folder; default the source's side files.
-        warnings: gets a sentence where the model comes without one.
+    `warnings` gets a sentence where the model comes without one.
 
     Raises:
         CheckpointError: it is absent, or not that of the model.
@@ -75,7 +72,6 @@ def find_tokenizer(
 
 
 def _has_own_code(folder: Path) -> bool:
-    """Whether only code that comes with a tokenizer can load it."""
     path = folder / "tokenizer_config.json"
     return path.is_file() and "AutoTokenizer" in (read_json(path).get("auto_map") or ())
 
@@ -87,15 +83,10 @@ def write_side_files(
     tokenizer: Path | None,
     ids: TokenizerIds | None,
 ) -> dict[str, Any]:
-    """Write everything but the weights and the card.
+    """Write everything but the weights and the card; return the content of config.json.
 
-    Args:
-        folder: exists.
-        source: the model as written, folded where it was.
-        form: of its weights.
-        tokenizer, ids: of `find_tokenizer`.
-    Returns:
-        Content of config.json.
+    `source` is the model as written, folded where it was; `tokenizer` and `ids` are those of
+    `find_tokenizer`.
     """
     if tokenizer is not None:
         copy_companions(tokenizer, folder)
@@ -121,13 +112,9 @@ def write_side_files(
 
 
 def copy_companions(folder: Path, target: Path) -> None:
-    """Copy tokenizer, chat templates and generation settings, as far as they are there.
-
-    Raises:
-        CheckpointError: generation settings that nothing could load.
-    """
+    """Copy tokenizer, chat templates and generation settings, as far as they are there."""
     if (folder / GENERATION_FILE).is_file():
-        read_json(folder / GENERATION_FILE)
+        read_json(folder / GENERATION_FILE)  # refuses settings that nothing could load
     for name in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
@@ -136,28 +123,23 @@ def copy_companions(folder: Path, target: Path) -> None:
 
 
 def _describe_origin(source: ModelSource) -> dict[str, Any]:
-    """Return what is known of the training, and the name of what was converted."""
     return {"checkpoint": source.path.name, **source.facts}
 
 
 def find_original_config(source: ModelSource) -> Path | None:
     """Return the config.json that the model came with; a tokenizer's folder may have a foreign."""
     folder = source.side_files
-    if folder is None:
+    if folder is None or not (folder / CONFIG_FILE).is_file():
         return None
     if source.kind != "hf" and folder.resolve() != (source.path / SIDE_FOLDER).resolve():
         return None
-    path = folder / CONFIG_FILE
-    return path if path.is_file() else None
+    return folder / CONFIG_FILE
 
 
 def _generation_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return generation_config.json of a model that came without one.
-
-    Without a padding token generation pads with the end token, which it would do with a warning.
-    """
+    """Return generation_config.json of a model that came without one."""
     bos, eos, pad = (config.get(f"{name}_token_id") for name in ("bos", "eos", "pad"))
-    if pad is None:
+    if pad is None:  # generation would pad with the end token too, and warn
         pad = eos[0] if isinstance(eos, list) and eos else eos
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
 

@@ -2,8 +2,8 @@
 
 The weights lie in one safetensors file, in several with an index, or in ``pytorch_model.bin`` files
 of the same two kinds. Where both kinds are present safetensors count, as in transformers and vLLM.
-Opening compares files, index and config.json; nothing is read but headers, except what decides
-whether a model is what it says (an output layer beside tied embeddings, checksums of ``.bin``).
+Opening compares files, index and config.json; it reads headers, and an output layer beside tied
+embeddings.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 BIN_FILE = "pytorch_model.bin"
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
-_KINDS = (
-    (WEIGHTS_FILE, INDEX_FILE, "*.safetensors"),
-    (BIN_FILE, BIN_INDEX_FILE, "pytorch_model*.bin"),
-)
+WEIGHT_KINDS = {
+    "safetensors": (WEIGHTS_FILE, INDEX_FILE, "*.safetensors"),
+    "bin": (BIN_FILE, BIN_INDEX_FILE, "pytorch_model*.bin"),
+}
+"""Kind of weight files -> single file, index of several, pattern of all."""
 _COPY_AGAIN = "Copy the folder from its source again"
 _INSPECT = "Read bitcpm inspect, whose --fix-config takes the sizes from the weights"
 # Old transformers stored what it can compute.
@@ -40,18 +41,12 @@ _COMPUTED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 
 def _folder_error(folder: Path, rule: str, fix: str = _COPY_AGAIN) -> CheckpointError:
-    """Build the error of a folder that is not what it should be."""
     return CheckpointError(f"folder={folder}: {rule}. {fix}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HfSource(ModelSource):
-    """A Hugging Face folder; see `ModelSource`.
-
-    Attributes:
-        declared_dtype: type that config.json says, None where it does not.
-        files: name of a tensor -> the file that holds it.
-    """
+    """A Hugging Face folder; `declared_dtype` is what config.json says, `files` by tensor name."""
 
     declared_dtype: torch.dtype | None
     files: Mapping[str, TensorFile]
@@ -68,17 +63,13 @@ class HfSource(ModelSource):
 def open_hf(folder: Path) -> HfSource:
     """Open a Hugging Face folder: latent, pseudo-quantised or plain, Llama or MiniCPM.
 
-    Args:
-        folder: with config.json and the weights.
-
     Raises:
         CheckpointError: files, index and config.json do not belong together, a file is damaged, or
-            the architecture is none that this package computes.
+            this package cannot compute the architecture.
     """
     config = read_hf_config(folder)
-    files = open_weights(folder)
     wanted = shapes_of(config.model, config.vocab_size)
-    files = _settle_output_layer(folder, config, files)
+    files = _settle_output_layer(folder, config, open_weights(folder))
     _check_shapes(folder, {name: file.shape(name) for name, file in files.items()}, wanted)
     if mixed := find_mixed_types({name: files[name].dtype(name) for name in wanted}):
         raise _folder_error(folder, mixed)
@@ -95,14 +86,7 @@ def open_hf(folder: Path) -> HfSource:
 
 
 def open_weights(folder: Path) -> dict[str, TensorFile]:
-    """Open the weight files of a folder: name of a tensor -> its file.
-
-    Args:
-        folder: need not have a config.json.
-
-    Raises:
-        CheckpointError: no weights, or files and index do not belong together.
-    """
+    """Open the weight files of a folder, which needs no config.json: name of a tensor -> file."""
     if not folder.is_dir():
         raise _folder_error(folder, "no such folder", "Name a folder with a model")
     adapters = sorted(path.name for path in folder.glob("adapter_*"))
@@ -113,13 +97,11 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
             f"holds an adapter ({adapters[0]}), which is no part of the weights",
             "Merge it (merge_and_unload of PEFT), or convert a folder without it",
         )
-    kind = next((k for k in _KINDS if any(folder.glob(k[2])) or (folder / k[1]).is_file()), None)
+    kinds = WEIGHT_KINDS.values()
+    kind = next((k for k in kinds if any(folder.glob(k[2])) or (folder / k[1]).is_file()), None)
     if kind is None:
-        raise _folder_error(
-            folder,
-            f"holds neither {WEIGHTS_FILE} nor {BIN_FILE}, nor an index of either",
-            "Name a folder with weights",
-        )
+        rule = f"holds neither {WEIGHTS_FILE} nor {BIN_FILE}, nor an index of either"
+        raise _folder_error(folder, rule, "Name a folder with weights")
     single, index, pattern = kind
     present = sorted(path.name for path in folder.glob(pattern))
     weight_map = _read_index(folder / index) if (folder / index).is_file() else None
@@ -134,10 +116,8 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
         file = open_tensor_file(folder / name)
         for tensor in file.names():
             if tensor in opened:
-                raise _folder_error(
-                    folder,
-                    f"tensor {tensor} is in {opened[tensor].path.name} and in {name}",
-                )
+                rule = f"tensor {tensor} is in {opened[tensor].path.name} and in {name}"
+                raise _folder_error(folder, rule)
             opened[tensor] = file
     if weight_map:
         _check_index(folder / index, weight_map, opened)
@@ -145,17 +125,14 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Return the weight map of an index: name of a tensor -> name of a file beside it."""
+    """Return name of a tensor -> name of a file beside the index."""
     weight_map: Any = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise _folder_error(path.parent, f"{path.name} has no weight_map")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name or name in ("", "..", "."):
-            raise _folder_error(
-                path.parent,
-                f"{path.name} puts {tensor} into {name!r}, no file of the folder",
-                "Use the folder of a source that you trust",
-            )
+            rule = f"{path.name} puts {tensor} into {name!r}, no file of the folder"
+            raise _folder_error(path.parent, rule, "Use the folder of a source that you trust")
     return weight_map
 
 

@@ -1,7 +1,6 @@
 """Single files with tensors, safetensors and ``.bin``: opened once, read as views of the mapping.
 
-A tensor is a view of the mapped file: reading takes no memory of its own, and the pages are the
-operating system's to drop.
+Reading takes no memory of its own: the pages are the operating system's to drop.
 
 A ``.bin`` is a pickle, which `checkpoint.torch_file` reads: tensors and plain containers only;
 anything else in it is refused and not run. The archive carries a checksum of every tensor, which is
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_bitcpm.arch.tensors import Shape
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.errors import CheckpointError, describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of weights; all others (integers, fp8, float64) are of models this package cannot hold."""
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """What files of tensors end in."""
 _REPLACE = "Copy the file from its source again"
@@ -37,100 +37,64 @@ def file_error(path: Path, rule: str, fix: str = _REPLACE) -> CheckpointError:
 
 
 class TensorFile(ABC):
-    """The tensors of one file.
+    """The tensors of one file, in its order."""
 
-    Attributes:
-        path: the file.
-    """
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, tuple[Shape, str]] = {}
 
-    path: Path
-
-    @abstractmethod
     def names(self) -> list[str]:
         """Names of all tensors, in the order of the file."""
+        return list(self._entries)
 
-    @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> Shape:
         """Shape of a tensor."""
+        return self._entries[name][0]
 
-    @abstractmethod
     def dtype_name(self, name: str) -> str:
         """Type of a tensor as the file calls it, of unsupported types too."""
+        return self._entries[name][1]
 
     def torch_dtype_name(self, name: str) -> str:
-        """Type of a tensor as torch calls it, where torch has it."""
+        """Type of a tensor as torch calls it, where this package supports it."""
         written = self.dtype_name(name)
-        known = _SAFETENSORS_DTYPES.get(written)
-        return written if known is None else str(known).removeprefix("torch.")
+        return _SAFETENSORS_DTYPES.get(written, written)
 
     @abstractmethod
     def raw_tensor(self, name: str) -> torch.Tensor:
-        """Read a tensor of any type: a view of the mapped file, never to be written to.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+        """Read a tensor of any type: a view of the mapped file, never to be written to."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read weights: `raw_tensor` of a type that this package computes with.
-
-        Raises:
-            CheckpointError: its type is unsupported, or the file is damaged.
-        """
+        """Read weights: `raw_tensor` of a type that this package computes with."""
         self.dtype(name)
         return self.raw_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor.
-
-        Raises:
-            CheckpointError: it is none of `DTYPES`.
-        """
-        written = self.dtype_name(name)
-        dtype = _SAFETENSORS_DTYPES.get(written)
-        if dtype is None:
-            dtype = next((d for d in DTYPES if str(d) == f"torch.{written}"), None)
+        """Type of a tensor; CheckpointError where it is none of `DTYPES`."""
+        known = self.torch_dtype_name(name)
+        dtype = next((d for d in DTYPES if str(d) == f"torch.{known}"), None)
         if dtype is None:
             raise file_error(
                 self.path,
-                f"tensor {name} has type {written}, known are float32, bfloat16 and float16",
+                f"tensor {name} has type {known}, known are float32, bfloat16 and float16",
                 "Use the unpacked weights of the model",
             )
         return dtype
 
 
 class SafetensorsFile(TensorFile):
-    """A safetensors file; the library checks that its tensors cover the file exactly.
-
-    Args:
-        path: the file.
-
-    Raises:
-        CheckpointError: absent, truncated or damaged.
-    """
+    """A safetensors file; the library checks that its tensors cover the file exactly."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         try:
-            file: Any = safe_open(path, framework="pt")
-            self._file = file
-            self._names: list[str] = list(file.keys())
-            self._slices = {name: file.get_slice(name) for name in self._names}
+            self._file: Any = safe_open(path, framework="pt")
+            for name in self._file.keys():  # noqa: SIM118 (the file is not a dictionary)
+                entry = self._file.get_slice(name)
+                self._entries[name] = tuple(entry.get_shape()), str(entry.get_dtype())
         # The library raises several types, for an empty file an OSError.
         except Exception as error:
             raise file_error(path, _explain_safetensors(path, error)) from error
-
-    def names(self) -> list[str]:
-        """Names of all tensors, in the order of the file."""
-        return list(self._names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self._slices[name].get_shape())
-
-    def dtype_name(self, name: str) -> str:
-        """Type of a tensor as safetensors calls it."""
-        return str(self._slices[name].get_dtype())
 
     def raw_tensor(self, name: str) -> torch.Tensor:
         """Read a tensor of any type."""
@@ -142,49 +106,25 @@ class SafetensorsFile(TensorFile):
 
 
 class BinFile(TensorFile):
-    """A file of `torch.save` that holds a dictionary of tensors.
-
-    Args:
-        path: the file.
-
-    Raises:
-        CheckpointError: absent, damaged, or it holds something else than named tensors.
-    """
+    """A file of `torch.save` that holds a dictionary of tensors."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path)
         try:
             self._file = TorchFile(map_file(path))
         # A damaged or hostile file raises nearly anything while it is decoded.
         except Exception as error:
             raise _explain_bin(path, error) from error
         content = self._file.content
+        fix = "Name a state dict of a model"
         if not isinstance(content, Mapping) or not content:
-            raise file_error(
-                path,
-                f"holds {_name_type(content)}, not named tensors",
-                "Name a state dict of a model",
-            )
+            raise file_error(path, f"holds {_name_type(content)}, not named tensors", fix)
         for name, stored in content.items():
             if not isinstance(name, str) or not isinstance(stored, StoredTensor):
-                raise file_error(
-                    path,
-                    f"{name!r:.80} is {_name_type(stored)}, not a tensor with a name",
-                    "Name a state dict of a model",
-                )
+                rule = f"{name!r:.80} is {_name_type(stored)}, not a tensor with a name"
+                raise file_error(path, rule, fix)
+            self._entries[name] = stored.shape, str(stored.dtype).removeprefix("torch.")
         self._stored: dict[str, StoredTensor] = dict(content)
-
-    def names(self) -> list[str]:
-        """Names of all tensors, in the order of the file."""
-        return list(self._stored)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return self._stored[name].shape
-
-    def dtype_name(self, name: str) -> str:
-        """Type of a tensor as torch calls it."""
-        return str(self._stored[name].dtype).removeprefix("torch.")
 
     def raw_tensor(self, name: str) -> torch.Tensor:
         """Read a tensor of any type; its checksum is compared."""
@@ -195,24 +135,16 @@ class BinFile(TensorFile):
 
 
 def open_tensor_file(path: str | Path) -> TensorFile:
-    """Open a file with tensors by what it holds: ``.safetensors``, or a file of `torch.save`.
-
-    Args:
-        path: the file.
-
-    Raises:
-        CheckpointError: absent, of another kind, damaged, or it could run code.
-    """
+    """Open a ``.safetensors`` file or one of `torch.save`; refuse what could run code."""
     path = Path(path)
+    fix = "Name a .safetensors, .bin or .pt file"
     if not path.is_file():
-        raise file_error(path, "no such file", "Name a .safetensors, .bin or .pt file")
+        raise file_error(path, "no such file", fix)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
     if path.suffix in SUFFIXES:
         return BinFile(path)
-    raise file_error(
-        path, "is no file of tensors by its name", "Name a .safetensors, .bin or .pt file"
-    )
+    raise file_error(path, "is no file of tensors by its name", fix)
 
 
 def _name_type(value: Any) -> str:
@@ -244,13 +176,10 @@ def _explain_safetensors(path: Path, error: Exception) -> str:
         with path.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(min(header_bytes, 100_000_000)))
-        end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-        found = path.stat().st_size - 8 - header_bytes
+        ends = {k: v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"}
+        last = max(ends, key=ends.__getitem__)
+        end, found = ends[last], path.stat().st_size - 8 - header_bytes
         if found != end:
-            last = max(
-                (k for k in header if k != "__metadata__"),
-                key=lambda k: header[k]["data_offsets"][1],
-            )
             state = "truncated" if found < end else "longer than its tensors"
             return f"is {state}: {found} bytes of values, the last tensor ({last}) ends at {end}"
     # Not even a header: what the library said is all there is.

@@ -10,24 +10,15 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.arch.model import Form
-from megatron_bitcpm.conversion.hf.bin_writer import write_bin
-from megatron_bitcpm.conversion.hf.safetensors_writer import write_safetensors
-from megatron_bitcpm.conversion.hf.source import (
-    BIN_FILE,
-    BIN_INDEX_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-)
+from megatron_bitcpm.conversion.hf.source import WEIGHT_KINDS
+from megatron_bitcpm.conversion.hf.tensor_writers import Layout, write_bin, write_safetensors
 from megatron_bitcpm.conversion.quantization_error import check_finite
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, cut_shards, read_ahead
 from megatron_bitcpm.files import write_json
 from megatron_bitcpm.progress import track_tensors
 
-_FILES = {
-    "safetensors": (WEIGHTS_FILE, INDEX_FILE, write_safetensors),
-    "bin": (BIN_FILE, BIN_INDEX_FILE, write_bin),
-}
+_WRITERS = {"safetensors": write_safetensors, "bin": write_bin}
 
 
 def write_weight_files(
@@ -35,21 +26,17 @@ def write_weight_files(
 ) -> tuple[list[str], int]:
     """Write the weight files, and their index where there are several.
 
-    Args:
-        folder: exists and has none.
-        source: the model.
-        form: latent writes the stored tensors, pseudo and plain what the forward multiplies with.
-        weights: safetensors or bin.
-        max_shard_bytes: largest sum of the tensors of a file.
+    Latent writes the stored tensors, pseudo and plain what the forward multiplies with.
+
     Returns:
         Names of the files, and bytes of the tensors.
 
     Raises:
-        CheckpointError: bad settings, a damaged source, or a NaN.
+        CheckpointError: a damaged source, or a value that is not finite.
         OSError: a file cannot be written; a part of it is left.
     """
-    single, index_name, write = _FILES[weights]
-    layout = {name: (shape, source.dtype(name)) for name, shape in source.shapes().items()}
+    single, index_name, _ = WEIGHT_KINDS[weights]
+    layout: Layout = {name: (shape, source.dtype(name)) for name, shape in source.shapes().items()}
     sizes = {name: count_bytes(*entry) for name, entry in layout.items()}
     shards = cut_shards(sizes, max_shard_bytes)
     stem, _, suffix = single.partition(".")
@@ -60,11 +47,10 @@ def write_weight_files(
     with closing(read_ahead(_iter_tensors(source, form, sizes))) as tensors:
         for file, names in zip(files, shards, strict=True):
             part = {name: layout[name] for name in names}
-            write(folder / file, part, _take(tensors, len(names)))
+            _WRITERS[weights](folder / file, part, _take(tensors, len(names)))
     if len(shards) > 1:
-        weight_map = {
-            name: file for file, names in zip(files, shards, strict=True) for name in names
-        }
+        pairs = zip(files, shards, strict=True)
+        weight_map = {name: file for file, names in pairs for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_json(folder / index_name, index)
     return files, sum(sizes.values())

@@ -1,9 +1,7 @@
 """Write a model as a Hugging Face folder, tensor by tensor: complete and verified, or absent.
 
-Three forms: ``pseudo``, the values of the training forward under ordinary names, which Transformers
-and vLLM load as any model; ``latent``, the trained parameters with a modelling file that quantises
-them in its forward; ``plain``, a model without a quantiser. Every folder is compared with its
-source before it gets its name.
+Three forms: ``pseudo``, which Transformers and vLLM load as any model; ``latent``, with a modelling
+file that quantises the weights in its forward; ``plain``, a model without a quantiser.
 """
 
 from __future__ import annotations
@@ -38,17 +36,8 @@ def write_folder(
 ) -> dict[str, Any]:
     """Write a model as a Hugging Face folder, and verify it.
 
-    Args:
-        source: the model, with its quantiser, folded where that is wanted.
-        output: folder to write, without symbolic links; its parents are made.
-        form: one that the source can become, see `options.REFUSALS`.
-        weights: safetensors or bin.
-        max_shard_bytes: larger models are cut into files of at most this size.
-        overwrite: replace `output` when it is a model folder.
-        tokenizer: tokenizer folder; default the source's side files.
-    Returns:
-        folder, files (names), bytes, write_seconds, verify_seconds, verify (report of `verify`),
-        folding (None, or its factors and largest_relative_rounding), warnings.
+    `source` has its quantiser, is folded where that is wanted, and can become `form`; `output` has
+    no symbolic links, and its parents are made. `ConvertOptions` has the other settings.
 
     Raises:
         CheckpointError: bad input; nothing is left behind and an old output is as it was.

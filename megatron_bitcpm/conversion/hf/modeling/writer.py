@@ -32,11 +32,6 @@ def write_modeling_files(
 ) -> dict[str, Any]:
     """Copy the modelling file into a folder when its model needs it.
 
-    Args:
-        folder: the Hugging Face folder, which exists.
-        model: the architecture.
-        form: of the tensors in the folder.
-        quantizer: needed for latent.
     Returns:
         What config.json must say beside the architecture; empty for a plain Llama, which gets no
         file.
@@ -57,15 +52,11 @@ def write_modeling_files(
 
 
 def describe_quantizer(model: ModelConfig, quantizer: Quantizer) -> dict[str, Any]:
-    """Return ``bitcpm_quantizer`` of a latent config.json.
+    """Return ``bitcpm_quantizer`` of a latent config.json, as JSON.
 
-    Returns:
-        JSON. ``quantizer`` is the stamp; the rest is what it means for this model: by projection
-        the inputs per scale (or "tensor") and the slices of a row that training kept apart, and
-        the linears that stay in full precision.
-
-    Raises:
-        BitcpmError: the groups do not fit the model.
+    ``quantizer`` is the stamp; the rest is what it means for this model: by projection the inputs
+    per scale (or "tensor") and the slices of a row that training kept apart, and the linears that
+    stay in full precision.
     """
     projections: dict[str, Any] = {}
     full_precision = []
@@ -93,16 +84,7 @@ def describe_quantizer(model: ModelConfig, quantizer: Quantizer) -> dict[str, An
 def check_quantizer_block(
     block: dict[str, Any], model: ModelConfig, quantizer: Quantizer, source: Path
 ) -> None:
-    """Refuse a latent config.json whose forward pass is not the one that its stamp describes.
-
-    Args:
-        block: ``bitcpm_quantizer``.
-        model, quantizer: what was read out of the same file.
-        source: the file, for the message.
-
-    Raises:
-        CheckpointError: names the key.
-    """
+    """Refuse a ``bitcpm_quantizer`` whose forward pass is not the one that its stamp describes."""
     wanted = describe_quantizer(model, quantizer)
     for key in ("format_version", "form", "projections", "full_precision"):
         if block.get(key) != wanted[key]:
@@ -134,9 +116,8 @@ def trusted_modeling_files(folder: str | Path) -> bool:
             folder / MODELING_FILE in code
             and all(path.name == MODELING_FILE and path.read_bytes() == source for path in code)
             and any(
-                (config.get("model_type"), config.get("auto_map"))
-                == (model_type, _auto_map(model_type))
-                for model_type in _CLASSES
+                config.get("model_type") == kind and config.get("auto_map") == _auto_map(kind)
+                for kind in _CLASSES
             )
         )
     except (CheckpointError, OSError):
@@ -144,11 +125,7 @@ def trusted_modeling_files(folder: str | Path) -> bool:
 
 
 def _iter_code(folder: Path) -> Iterator[Path]:
-    """Yield the Python files below a folder.
-
-    Raises:
-        OSError: there is a folder that transformers would look into and this does not.
-    """
+    """Yield the Python files below a folder; OSError where one may be hidden from this walk."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -162,8 +139,5 @@ def _iter_code(folder: Path) -> Iterator[Path]:
 
 
 def _auto_map(model_type: str) -> dict[str, str]:
-    module = MODELING_FILE.removesuffix(".py")
-    return {
-        "AutoConfig": f"{module}.{_CLASSES[model_type][0]}",
-        "AutoModelForCausalLM": f"{module}.{_CLASSES[model_type][1]}",
-    }
+    classes = zip(("AutoConfig", "AutoModelForCausalLM"), _CLASSES[model_type], strict=True)
+    return {auto: f"{_SOURCE.stem}.{name}" for auto, name in classes}
