@@ -14,8 +14,9 @@ from megatron_bitcpm.checkpoint.store import (
     read_state,
 )
 from megatron_bitcpm.config import RunConfig
+from megatron_bitcpm.data.tokenizer_ids import tokenizer_sha256
 from megatron_bitcpm.errors import CheckpointError, ConfigError
-from megatron_bitcpm.files import TOKENIZER_FILES, hash_files
+from megatron_bitcpm.files import TOKENIZER_FILES
 
 _MAY_DIFFER = {
     "init_method_std",  # there is nothing to initialise
@@ -58,7 +59,7 @@ def find_origin(path: str | Path) -> Origin:
         )
     side_files = folder / SIDE_FOLDER
     has_tokenizer = any((side_files / name).is_file() for name in TOKENIZER_FILES)
-    sha256 = hash_files(side_files, TOKENIZER_FILES) if has_tokenizer else None
+    sha256 = tokenizer_sha256(side_files) if has_tokenizer else None
     return Origin(folder, converted.model, sha256)
 
 

@@ -64,13 +64,6 @@ def open_gpt_dataset(
     depend on, among it the contents of the data but not its place: data prepared again never meets
     old indexes, and moved data finds its own.
 
-    Args:
-        files: the split, checked.
-        is_train: which split it is.
-        seq_length: tokens a sample, S.
-        seed: order of documents and windows.
-        tokenizer: the tokenizer of the run.
-        cache_root: folder of caches; made if absent.
     Raises:
         DataError: on every rank, when the cache cannot be written or is not seen by all ranks.
     """

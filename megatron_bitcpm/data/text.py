@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,17 +37,9 @@ _PROBLEMS_KEPT = 10
 
 @dataclass
 class ReadReport:
-    """What was read so far; `iter_documents` updates it while it runs.
+    """What was read so far, counted by `iter_documents` while it runs.
 
-    Attributes:
-        files: files opened and read.
-        documents: documents yielded.
-        chars: characters yielded.
-        bytes_read: bytes of the input files consumed.
-        lines: lines of the input files consumed.
-        bad_lines: JSON lines left out.
-        skipped_files: whole files left out.
-        problems: the first messages, ``file[:line]: reason``.
+    `problems` keeps the first messages, ``file[:line]: reason``.
     """
 
     files: int = 0
@@ -72,20 +64,23 @@ def python_stdlib_files() -> list[Path]:
 
     Test folders, IDLE and installed packages are left out. With CPython 3.11 these are 674 files,
     11.35 MB; the amount differs by a few percent between Python versions.
-
-    Raises:
-        DataError: the interpreter has no sources on disk (a zipped or stripped library).
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in _STDLIB_SKIP)
-        files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+    files = [path for path in _files_below(root, _STDLIB_SKIP) if path.suffix == ".py"]
     if not files:
         raise DataError(
             f"input={STDLIB_INPUT}: no .py files under {root}. Give text files of your own."
         )
-    return sorted(files)
+    return files
+
+
+def _files_below(root: Path, skip: Collection[str]) -> list[Path]:
+    """Return the files of a folder, sorted, without hidden ones and folders named in `skip`."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
 
 
 def list_input_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -93,9 +88,6 @@ def list_input_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
     Hidden files, hidden folders and ``__pycache__`` inside a folder are not visited. Links to
     folders are not followed, so a cycle cannot occur.
-
-    Raises:
-        DataError: an input does not exist, or there is no file at all.
     """
     names = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     files: list[Path] = []
@@ -104,11 +96,7 @@ def list_input_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
         if str(name) == STDLIB_INPUT:
             files += python_stdlib_files()
         elif path.is_dir():
-            found: list[Path] = []
-            for folder, folders, entries in os.walk(path):
-                folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
-                found += [Path(folder, entry) for entry in entries if not entry.startswith(".")]
-            files += sorted(f for f in found if f.is_file())
+            files += _files_below(path, ("__pycache__",))
         elif path.is_file():
             files.append(path)
         else:
@@ -137,12 +125,6 @@ def iter_documents(
     joined, are the file (a leading byte order mark aside). Documents of white space only are left
     out. Files that are binary or not UTF-8 are left out whole, with a warning.
 
-    Args:
-        inputs: files, folders or ``stdlib:``, see `list_input_files`.
-        jsonl_key: key of the text in a JSON line.
-        document_chars: longest document cut from plain text, in characters, at least 16.
-        max_bad_lines: JSON lines that may be left out before the run stops.
-        report: counters to update while reading.
     Raises:
         DataError: an input is missing, fails while it is read, or more than `max_bad_lines` lines
             are bad.
@@ -171,11 +153,7 @@ def iter_documents(
 
 
 def total_bytes(files: Sequence[Path]) -> int:
-    """Return the summed size of `files`, in bytes.
-
-    Raises:
-        DataError: a file is gone.
-    """
+    """Return the summed size of `files`, in bytes."""
     size = 0
     for path in files:
         with _reading(path):

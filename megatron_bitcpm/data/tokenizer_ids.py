@@ -29,17 +29,22 @@ VOCABULARY_FILES = (
 
 @dataclass(frozen=True)
 class TokenizerIds:
-    """What a model's configuration needs of its tokenizer.
-
-    Attributes:
-        size: largest id + 1.
-        bos, eos, pad: ids of the begin, end and padding tokens, None where there is none.
-    """
+    """What a model needs to know: largest id + 1, and special ids, None where there is none."""
 
     size: int
     bos: int | None
     eos: int | None
     pad: int | None
+
+
+def has_vocabulary(folder: Path | None) -> bool:
+    """Whether there is a folder, with a tokenizer's vocabulary in it."""
+    return folder is not None and any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def tokenizer_sha256(folder: str | Path) -> str:
+    """Return the sha256 over names and bytes of `TOKENIZER_FILES`; no other files count."""
+    return hash_files(Path(folder), TOKENIZER_FILES)
 
 
 def check_tokenizer_folder(folder: str | Path) -> Path:
@@ -53,14 +58,11 @@ def check_tokenizer_folder(folder: str | Path) -> Path:
 
 
 def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> TokenizerIds:
-    """Read sizes and special ids out of a tokenizer folder.
-
-    Args:
-        folder: tokenizer folder, or a model folder with one.
-        vocab_size: ids of the model, None where they are not known.
+    """Read sizes and special ids out of the files of a tokenizer or model folder.
 
     Raises:
-        CheckpointError: no such folder, no vocabulary in it, or of another size than the model's.
+        CheckpointError: no such folder, no vocabulary in it, or of another size than `vocab_size`,
+            the model's where it is known.
     """
     folder = check_tokenizer_folder(folder)
     try:
@@ -84,16 +86,10 @@ def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> Tok
 def read_run_tokenizer(folder: str | Path, vocab_size: int, recorded: str | None) -> TokenizerIds:
     """Read the tokenizer of a model, and compare it with the one that its training recorded.
 
-    Args:
-        folder: tokenizer folder.
-        vocab_size: ids of the model.
-        recorded: sha256 of the tokenizer's files, None where it is not known.
-
-    Raises:
-        CheckpointError: as `read_tokenizer_ids`, or other files than those of the training.
+    `recorded` is the `tokenizer_sha256` of that one, None where it is not known.
     """
     ids = read_tokenizer_ids(folder, vocab_size)
-    if recorded not in (None, hash_files(Path(folder), TOKENIZER_FILES)):
+    if recorded not in (None, tokenizer_sha256(folder)):
         raise CheckpointError(
             f"tokenizer={folder}: is not the one of the training (its files have another sha256). "
             "Name the tokenizer of the run (--tokenizer)."

@@ -14,7 +14,8 @@ import pytest
 from megatron_bitcpm.data import prepare as prepare_module
 from megatron_bitcpm.data.indexed import read_manifest
 from megatron_bitcpm.data.prepare import prepare
-from megatron_bitcpm.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+from megatron_bitcpm.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 from megatron_bitcpm.errors import DataError
 from megatron_bitcpm.version import __version__
 
