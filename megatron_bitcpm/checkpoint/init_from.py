@@ -40,11 +40,7 @@ class Origin:
 
 
 def find_origin(path: str | Path) -> Origin:
-    """Return the weights that `checkpoint.init_from` means: a checkpoint, or a run's newest one.
-
-    Raises:
-        CheckpointError: there is none, it is incomplete or damaged, or in another format.
-    """
+    """Return the weights that `checkpoint.init_from` means: a checkpoint, or a run's newest one."""
     path = Path(path)
     folder = path if (path / MODEL_FILE).is_file() else find_tracked_folder(path)
     if folder is None or not (folder / MODEL_FILE).is_file():
@@ -64,13 +60,10 @@ def find_origin(path: str | Path) -> Origin:
 
 
 def check_init_from(config: RunConfig, saved: ModelConfig, folder: Path) -> None:
-    """Refuse to begin with the weights of another architecture.
+    """Refuse to begin with the weights of another architecture; one line for each setting.
 
     Layout, precision, quantiser, data and optimizer may differ, and what the length of the context
     decides.
-
-    Raises:
-        ConfigError: one line for each setting of the model section that differs.
     """
     names = [name for name in type(config.model).model_fields if name not in _MAY_DIFFER]
     problems = [

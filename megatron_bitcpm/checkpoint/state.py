@@ -69,8 +69,7 @@ def load_state(
 ) -> dict[str, Any]:
     """Restore what `begin_save` took, at any layout, and return the progress; collective.
 
-    Args:
-        seed: the run's; seeds the random states where the layout is another.
+    `seed`, the run's, seeds the random states where the layout is another.
 
     Raises:
         CheckpointError: on every rank: the files are damaged, refused as unsafe, or belong to
@@ -278,7 +277,8 @@ def _optimizer_part(key: str) -> str | None:
 def _stored_shape(metadata: Metadata, tensor: ShardedTensor) -> list[int] | None:
     """Return the full shape of a tensor in a checkpoint, None where it is of another kind."""
     if getattr(tensor, "flattened_range", None) is None:
-        return list(metadata.state_dict_metadata[tensor.key].size)
+        entry: Any = metadata.state_dict_metadata[tensor.key]
+        return list(entry.size)
     # 0.12 stores the flat pieces of the distributed optimizer in a form of their own.
     facts = getattr(metadata, "mcore_data", {}).get(tensor.key, {})
     shape = facts.get("nd_reformulated_orig_global_shape")
