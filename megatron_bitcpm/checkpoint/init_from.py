@@ -29,10 +29,7 @@ _MAY_DIFFER = {
 
 @dataclass(frozen=True)
 class Origin:
-    """A torch_dist checkpoint with the weights to begin with, of a run or converted.
-
-    `tokenizer_sha256` is None where it came without a tokenizer.
-    """
+    """A torch_dist checkpoint to begin with; the hash is None where it has no tokenizer."""
 
     folder: Path
     model: ModelConfig

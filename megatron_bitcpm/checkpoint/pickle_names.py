@@ -75,14 +75,10 @@ INERT_NAMES: dict[str, set[str]] = {
 
 
 class Inert:
-    """Stands for an object of a checkpoint; nothing of its class is there.
+    """Stands for an object of a checkpoint; nothing of its class is there."""
 
-    `given` is what its class was called with: the value of an enum. `state` is its state, where
-    that is not a dictionary of attributes.
-    """
-
-    given: tuple[Any, ...] = ()
-    state: Any = None
+    given: tuple[Any, ...] = ()  # what its class was called with: the value of an enum
+    state: Any = None  # where that is not a dictionary of attributes
 
     def __new__(cls, *given: Any, **unused: Any) -> Inert:
         """Keep the arguments."""
@@ -145,11 +141,8 @@ class _Dict(dict[Any, Any]):
 
 
 def make_container(name: str) -> Callable[..., dict[Any, Any]]:
-    """Return what makes an empty dictionary in place of one of `collections`, or refuse it.
-
-    Their pickles add the items one by one, which `StrictUnpickler` looks at; the default of a
-    defaultdict is left out.
-    """
+    """Return what makes an empty dictionary in place of one of `collections`, or refuse it."""
+    # Their pickles add the items one by one, which `StrictUnpickler` looks at.
     if name == "OrderedDict":
         return lambda: _Dict()
     if name == "defaultdict":

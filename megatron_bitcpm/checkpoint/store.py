@@ -113,10 +113,7 @@ def has_checkpoints(run_dir: Path) -> bool:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder that a user's path means: itself, or a run's newest one.
-
-    Of a run whose newest one is incomplete, the error names the newest complete one.
-    """
+    """Return the checkpoint folder that a user's path means: itself, or a run's newest one."""
     path = Path(path)
     try:
         if (path / STATE_FILE).is_file():

@@ -207,11 +207,8 @@ class _OldRecords:
 class TorchFile:
     """A file of `torch.save`, mapped; or one of several in a ``.distcp`` file.
 
-    `content` is its objects; tensors are `StoredTensor`, other objects inert records.
-
-    Raises:
-        Exception: damaged, of any kind: zipfile and pickle raise nearly anything;
-            pickle.UnpicklingError: it refers to something that no checkpoint needs.
+    `content` is its objects: tensors are `StoredTensor`, other objects inert records. A damaged
+    file raises an exception of any kind: zipfile and pickle raise nearly anything.
     """
 
     def __init__(self, memory: memoryview) -> None:

@@ -93,10 +93,7 @@ class PlannedSave:
 
 
 def plan_save(folder: Path, state: dict[str, Any]) -> PlannedSave:
-    """Plan the files of Megatron's sharded state dict, which is changed; collective.
-
-    Its common part is written at once.
-    """
+    """Plan the files of Megatron's sharded state, which is changed; write its common part."""
     error = functools.partial(write_error, folder.parent)
     on_all_ranks(lambda: _check_folder(folder), error)
     sharded, common = save_preprocess(state)

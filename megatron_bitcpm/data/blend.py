@@ -34,10 +34,7 @@ def blend_shares(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 class Blend:
-    """Which set, and which sample of it, each sample of the blend is.
-
-    `weights` are positive, in any unit; `shares` are the same as integers, see `blend_shares`.
-    """
+    """Which set, and which sample of it, each sample is; `weights` are positive, in any unit."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.shares = blend_shares(weights)
@@ -64,14 +61,13 @@ class Blend:
         return [n + int((before == k).sum()) for k, n in enumerate(first)]
 
     def _merge(self, start: int, size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Merge the sets around positions [start, start + size).
+        """Merge the sets around positions [start, start + size): first, sets, samples.
 
-        Up to a position (2j + 1) / w = x there are x * total / 2 samples, give or take half a
-        sample for each set, so a margin of a few samples a set holds all that can matter.
-
-        Returns the samples of each set left out before `start`, and the merged order from position
-        sum(first) on, up to start + size at least: sets and samples, [n] int64.
+        `first` counts the samples of each set left out before `start`; the others, [n] int64, are
+        the merged order from position sum(first) on, up to start + size at least.
         """
+        # Up to a position (2j + 1) / w = x there are x * total / 2 samples, give or take half a
+        # sample for each set, so a margin of a few samples a set holds all that can matter.
         total, margin = sum(self.shares), len(self.shares)
         first = [max(0, share * (start - margin) // total - 1) for share in self.shares]
         last = [share * (start + size + margin) // total + 2 for share in self.shares]

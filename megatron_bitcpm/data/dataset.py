@@ -37,13 +37,8 @@ def build_train_dataset(
 ) -> TrainDataset:
     """Check and open ``<prefix>_train`` of every training set and blend them by weight.
 
-    With torch.distributed this is collective: rank 0 writes index caches, and an error of one rank
-    is raised on all. `num_samples`, what the run will read, only decides the epochs that are
-    logged.
-
-    Raises:
-        DataError: missing, damaged or foreign files, another tokenizer, ids outside its vocabulary,
-            a set shorter than one sample, a set named twice, or an index cache that cannot be made.
+    With torch.distributed this is collective: rank 0 writes index caches, and a DataError of one
+    rank is raised on all. `num_samples`, what the run will read, only decides the logged epochs.
     """
     with fail_on_all_ranks():
         checked = check_train_sets(data, tokenizer)
@@ -153,11 +148,7 @@ class MicroBatchIterator:
     far, whatever the number of ranks. As in Megatron's own sampler, micro-batch m of rank r holds
     the contiguous samples from ``c + (m * dp_size + r) * micro_batch_size``. A dataset with a
     length begins again after its last sample; a TrainDataset has none and goes on by itself.
-
     Yields dicts of the samples' tensors, [B, S], on the CPU, see `Windows`.
-
-    Raises:
-        DataError: the batch sizes do not fit each other, or the start is negative.
     """
 
     dataset: Any

@@ -52,12 +52,9 @@ class IndexedFiles:
 
 
 def check_indexed_files(prefix: str | os.PathLike[str], field: str = "data") -> IndexedFiles:
-    """Read the index at `prefix` and check that the two files belong together.
+    """Read the index at `prefix`; refuse files that are absent, cut or do not belong together.
 
     `field` is the configuration key that named it, for messages.
-
-    Raises:
-        DataError: a file is missing, empty, cut, of another format, or sizes contradict each other.
     """
     try:
         return _read_index(os.fspath(prefix), field)

@@ -1,7 +1,6 @@
 """Text to Megatron indexed datasets: `<prefix>_{train,valid}.{bin,idx}` and `<prefix>.json`.
 
-Documents are read, encoded and written as a stream. The files appear under their final names only
-when all of them are complete; a run that fails leaves nothing behind.
+Documents are read, encoded and written as a stream; a run that fails leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -44,21 +43,9 @@ def prepare(
     """Encode documents and write the train and valid splits; return the manifest beside them.
 
     Each document is its ids followed by the end-of-sequence id. Document number k (from 0) goes to
-    valid when ``k % n == n - 1`` with n = round(1 / valid_fraction), whatever the threads.
-
-    Args:
-        inputs, jsonl_key, document_chars, max_bad_lines: see `text.iter_documents`.
-        tokenizer_folder: see `tokenizer.load_tokenizer`.
-        output_prefix: path and first part of the names of the five files written.
-        valid_fraction: share of documents kept for validation, in (0, 0.5].
-        min_tokens: smallest size of a split, in tokens; give sequence length + 1 here to learn now
-            rather than at training whether a split is too short.
-        threads: encoding threads, 0 for all processors.
-        overwrite: replace existing files of this prefix.
-        show_progress: a live line on a terminal, otherwise a plain line every few seconds.
-
-    Raises:
-        DataError: bad input or tokenizer, existing files, or a split that is too short.
+    valid when ``k % n == n - 1`` with n = round(1 / valid_fraction), whatever the threads (0: all
+    processors). Give sequence length + 1 as `min_tokens`, the smallest size of a split, to learn
+    now rather than at training whether one is too short. See `text.iter_documents` for the input.
     """
     if not 0 < valid_fraction <= 0.5:
         raise DataError(f"valid_fraction={valid_fraction}: must be in (0, 0.5]. Use 0.03 for 3 %.")

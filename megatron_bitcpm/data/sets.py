@@ -36,10 +36,7 @@ def check_train_sets(data: DataConfig, tokenizer: TextTokenizer) -> dict[str, In
 def check_valid_sets(
     data: DataConfig, num_samples: int, tokenizer: TextTokenizer
 ) -> dict[str, IndexedFiles]:
-    """Check ``<prefix>_valid`` of every validation set: its name -> its index.
-
-    Each must hold `num_samples` windows.
-    """
+    """Check ``<prefix>_valid`` of every set, `num_samples` windows each: name -> index."""
     checked = {}
     for name, (key, prefix) in _valid_keys(data).items():
         files = _check_split(data, key, prefix, "valid", tokenizer)

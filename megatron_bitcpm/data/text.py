@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from megatron_bitcpm.errors import DataError
 
@@ -37,10 +36,7 @@ _PROBLEMS_KEPT = 10
 
 @dataclass
 class ReadReport:
-    """What was read so far, counted by `iter_documents` while it runs.
-
-    `problems` keeps the first messages, ``file[:line]: reason``.
-    """
+    """What `iter_documents` has read so far; `problems` are the first messages."""
 
     files: int = 0
     documents: int = 0
@@ -60,10 +56,9 @@ class ReadReport:
 
 
 def python_stdlib_files() -> list[Path]:
-    """Return the standard library's own Python sources, sorted by path.
+    """Return the standard library's own Python sources, sorted: 674 files, 11 MB with CPython 3.11.
 
-    Test folders, IDLE and installed packages are left out. With CPython 3.11 these are 674 files,
-    11.35 MB; the amount differs by a few percent between Python versions.
+    Test folders, IDLE and installed packages are left out.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in _files_below(root, _STDLIB_SKIP) if path.suffix == ".py"]
@@ -86,8 +81,7 @@ def _files_below(root: Path, skip: Collection[str]) -> list[Path]:
 def list_input_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Expand files, folders (recursive) and ``stdlib:`` into a sorted list for each input.
 
-    Hidden files, hidden folders and ``__pycache__`` inside a folder are not visited. Links to
-    folders are not followed, so a cycle cannot occur.
+    Hidden files and folders, ``__pycache__`` and links to folders in a folder are left out.
     """
     names = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     files: list[Path] = []
@@ -123,18 +117,15 @@ def iter_documents(
     document whatever its length. Every other file is UTF-8 text, cut at the last blank line (else
     the last line end, else anywhere) before `document_chars` characters; the pieces of a file,
     joined, are the file (a leading byte order mark aside). Documents of white space only are left
-    out. Files that are binary or not UTF-8 are left out whole, with a warning.
-
-    Raises:
-        DataError: an input is missing, fails while it is read, or more than `max_bad_lines` lines
-            are bad.
+    out. Files that are binary or not UTF-8 are left out whole, with a warning, and up to
+    `max_bad_lines` JSON lines.
     """
     if document_chars < 16:
         raise DataError(f"document_chars={document_chars}: too small. Use 16 or more.")
     report = ReadReport() if report is None else report
     for path in list_input_files(inputs):
         is_json = path.suffix.lower() in _JSON_SUFFIXES
-        reason = _why_not_readable(path) if is_json else _why_not_text(path)
+        reason = _why_left_out(path, is_json)
         if reason is not None:
             report.skipped_files += 1
             report.add_problem(str(path), reason)
@@ -145,11 +136,12 @@ def iter_documents(
             if is_json
             else _iter_text_pieces(path, document_chars, report)
         )
-        while (text := _next_piece(pieces, path)) is not None:
-            if text.strip():
-                report.documents += 1
-                report.chars += len(text)
-                yield text
+        with _reading(path):
+            for text in pieces:
+                if text.strip():
+                    report.documents += 1
+                    report.chars += len(text)
+                    yield text
 
 
 def total_bytes(files: Sequence[Path]) -> int:
@@ -174,29 +166,14 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _next_piece(pieces: Iterator[str], path: Path) -> str | None:
-    with _reading(path):
-        return next(pieces, None)
-
-
-def _why_not_readable(path: Path) -> str | None:
-    try:
-        with open(path, "rb"):
-            return None
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-
-
-def _why_not_text(path: Path) -> str | None:
-    """Return why `path` cannot be read as UTF-8 text, or None. Reads the file once, in blocks.
-
-    A file is judged before its first document is used: half a binary file is worse than none.
-    """
+def _why_left_out(path: Path, is_json: bool) -> str | None:
+    """Return why a file cannot be read, or is not UTF-8 text where it is not JSON; or None."""
+    # Judged before its first document is used: half a binary file is worse than none.
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     try:
         with open(path, "rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
+            while not is_json and (block := stream.read(_BLOCK_BYTES)):
                 if b"\0" in block:
                     return f"binary (a zero byte at offset {offset + block.index(0)})"
                 decoder.decode(block)
@@ -260,7 +237,9 @@ def _iter_text_pieces(path: Path, limit: int, report: ReadReport) -> Iterator[st
     # newline="" keeps \r\n as written; utf-8-sig drops a byte order mark
     with open(path, encoding="utf-8-sig", newline="") as stream:
         rest = ""
-        while block := _read_block(stream, limit, report):
+        while block := stream.read(max(limit, _BLOCK_BYTES)):
+            report.bytes_read += len(block.encode("utf-8"))
+            report.lines += block.count("\n")
             rest += block
             start = 0
             while len(rest) - start > limit:
@@ -272,18 +251,9 @@ def _iter_text_pieces(path: Path, limit: int, report: ReadReport) -> Iterator[st
             yield rest
 
 
-def _read_block(stream: IO[str], limit: int, report: ReadReport) -> str:
-    block = stream.read(max(limit, _BLOCK_BYTES))
-    report.bytes_read += len(block.encode("utf-8"))
-    report.lines += block.count("\n")
-    return block
-
-
 def _cut_position(text: str, start: int, limit: int) -> int:
-    """Return where to end the piece that begins at `start`, at most `limit` characters later.
-
-    A cut in the first quarter would leave crumbs, so a blank line there loses to a later line end.
-    """
+    """Return where to end the piece that begins at `start`, at most `limit` characters later."""
+    # A cut in the first quarter would leave crumbs: a blank line there loses to a later line end.
     for mark in ("\n\n", "\r\n\r\n", "\n"):
         position = text.rfind(mark, start + limit // 4, start + limit)
         if position >= 0:

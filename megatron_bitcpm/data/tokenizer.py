@@ -162,9 +162,6 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> TextTokenizer:
 
     The second kind is read by sentencepiece, which gives the same ids faster, unless its files
     were edited since (the marker's hash tells). Nothing is downloaded, no remote code is run.
-
-    Raises:
-        DataError: not a folder, not a tokenizer, or a tokenizer without end-of-sequence token.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -3,9 +3,7 @@
 SentencePiece joins, again and again, the adjacent pair whose concatenation is the earliest piece
 (leftmost on a tie). `tokenizers`' BPE joins the pair of lowest merge rank (leftmost on a tie).
 The two agree when the merges are every split of every piece into two pieces, in order of the
-whole piece. Normalisation, prefix and special tokens are arranged to change nothing else.
-
-The JSON is written directly: neither `tokenizers` nor `transformers` is needed here.
+whole piece. Normalisation, prefix and special tokens change nothing else.
 """
 
 from __future__ import annotations
@@ -57,7 +55,6 @@ def build_merges(pieces: list[str], is_normal: list[bool]) -> list[list[str]]:
 
 def tokenizer_json(pieces: list[str], is_normal: list[bool]) -> dict[str, Any]:
     """Return the content of `tokenizer.json` for a SentencePiece BPE vocabulary."""
-    special = [(UNK_ID, UNK), (BOS_ID, BOS), (EOS_ID, EOS)]
     return {
         "version": "1.0",
         "truncation": None,
@@ -66,13 +63,10 @@ def tokenizer_json(pieces: list[str], is_normal: list[bool]) -> dict[str, Any]:
             {
                 "id": i,
                 "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
+                **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
                 "special": True,
             }
-            for i, token in special
+            for i, token in enumerate((UNK, BOS, EOS))
         ],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
         "pre_tokenizer": None,

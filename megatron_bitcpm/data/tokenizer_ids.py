@@ -1,7 +1,4 @@
-"""How many ids a tokenizer folder has and which ones are special, read from its files alone.
-
-Neither transformers nor tokenizers is needed. What loads a tokenizer is in `data.tokenizer`.
-"""
+"""How many ids a tokenizer folder has and which are special, read from its files alone."""
 
 from __future__ import annotations
 
@@ -60,9 +57,7 @@ def check_tokenizer_folder(folder: str | Path) -> Path:
 def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> TokenizerIds:
     """Read sizes and special ids out of the files of a tokenizer or model folder.
 
-    Raises:
-        CheckpointError: no such folder, no vocabulary in it, or of another size than `vocab_size`,
-            the model's where it is known.
+    `vocab_size` is the model's where it is known; files with another number of ids are refused.
     """
     folder = check_tokenizer_folder(folder)
     try:
@@ -161,11 +156,7 @@ def _read_ids(folder: Path) -> TokenizerIds:
 
 
 def _read_vocabulary(folder: Path) -> tuple[dict[Any, int], dict[str, str | None]]:
-    """Return (token -> id, special token by its key) of the first vocabulary file there is.
-
-    Some classes of transformers move the ids of a SentencePiece file or add ids of their own. Their
-    ``added_tokens_decoder``, read by the caller, then gives the largest id and the special ones.
-    """
+    """Return (token -> id, special token by its key) of the first vocabulary file there is."""
     special: dict[str, str | None] = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
     name = next((name for name in VOCABULARY_FILES if (folder / name).is_file()), None)
     path = folder / str(name)
@@ -182,6 +173,8 @@ def _read_vocabulary(folder: Path) -> tuple[dict[Any, int], dict[str, str | None
         with open(path, encoding="utf-8") as lines:
             ids = {line.rstrip("\n"): index for index, line in enumerate(lines)}
     elif name is not None:
+        # Some classes of transformers move the ids of a SentencePiece file or add some. Their
+        # `added_tokens_decoder`, read by the caller, gives the largest id and the special ones.
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))

@@ -1,8 +1,7 @@
 """Train a SentencePiece BPE tokenizer and write it as a Hugging Face folder.
 
-SentencePiece BPE with byte fallback that changes no character: identity normalisation, no prefix
-space, runs of spaces kept and learnt as pieces, so decode(encode(text)) is text. One exception is
-SentencePiece's own: U+2581, its mark for a space, decodes as a space.
+Byte fallback, identity normalisation, no prefix space, runs of spaces kept and learnt as pieces:
+decode(encode(text)) is text, except that U+2581, SentencePiece's space mark, decodes as a space.
 """
 
 from __future__ import annotations
@@ -36,24 +35,13 @@ def train_tokenizer(
     max_bad_lines: int = 100,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train a SentencePiece BPE tokenizer, write it as a Hugging Face folder; return its marker.
+    """Train a tokenizer of exactly `vocab_size` ids, at least 300; return its marker.
 
     Ids: ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2, then the 256 bytes, then pieces. The result depends on
-    the text and the arguments only, not on time, machine or folder names.
-
-    Args:
-        inputs: files, folders or ``stdlib:``, see `text.iter_documents`.
-        output_dir: folder to write; its parents are made.
-        vocab_size: exact number of ids, at least 300.
-        sample_mb: text to train on, 10**6 characters; of longer input every k-th document is used.
-        character_coverage: share of character occurrences that get a piece of their own, the rest
-            is spelled in bytes. 0.9995 is SentencePiece's advice for large alphabets.
-        jsonl_key: key of the text in JSON lines.
-        max_bad_lines: JSON lines that may be left out.
-        overwrite: replace `output_dir` when it is a tokenizer trained before.
-
-    Raises:
-        DataError: bad input, `output_dir` exists, or `vocab_size` does not fit the text.
+    the text and the arguments only, not on time, machine or folder names. `sample_mb` is the text
+    to train on, 10**6 characters: of longer input every k-th document. `character_coverage` is the
+    share of character occurrences that get a piece of their own, the rest is spelled in bytes;
+    0.9995 is SentencePiece's advice for large alphabets. See `text.iter_documents` for the input.
     """
     output = Path(output_dir)
     if vocab_size < _RESERVED_PIECES + 41:
