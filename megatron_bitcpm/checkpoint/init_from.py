@@ -59,8 +59,7 @@ def find_origin(path: str | Path) -> Origin:
 def check_init_from(config: RunConfig, saved: ModelConfig, folder: Path) -> None:
     """Refuse to begin with the weights of another architecture; one line for each setting.
 
-    Layout, precision, quantiser, data and optimizer may differ, and what the length of the context
-    decides.
+    Layout, precision, quantiser, data, optimizer and the length of the context may differ.
     """
     names = [name for name in type(config.model).model_fields if name not in _MAY_DIFFER]
     problems = [

@@ -24,9 +24,8 @@ _Size = Annotated[int, Field(ge=1)]
 
 
 class ModelFile(Record):
-    """Content of ``bitcpm_model.json``.
+    """Content of ``bitcpm_model.json``: `padded_vocab_size` counts the rows of the embedding.
 
-    `padded_vocab_size` counts the rows of the embedding, `vocab_size` the ids of the tokenizer.
     `facts` is what is known of the training: iteration, tokens, valid_loss, ...; `layout` the
     tensor, pipeline and virtual pipeline size that the files were cut for.
     """

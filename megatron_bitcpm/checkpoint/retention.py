@@ -1,7 +1,6 @@
 """Which checkpoints of a run stay, and what a crash left behind.
 
-A checkpoint goes in two steps: it loses its name in one rename, then its files are removed. A crash
-in between leaves a hidden folder, never one that looks complete.
+A checkpoint loses its name in one rename before its files go: a crash never leaves half of one.
 """
 
 from __future__ import annotations

@@ -54,10 +54,7 @@ class _InFlight:
 
 
 class CheckpointSaver:
-    """Writes, publishes and deletes the checkpoints of one run; all methods are collective.
-
-    Each raises CheckpointError on every rank when one cannot write; nothing half-written remains.
-    """
+    """Writes and deletes checkpoints of one run; methods are collective and fail on all ranks."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._config = config

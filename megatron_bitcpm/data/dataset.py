@@ -52,10 +52,9 @@ def build_train_dataset(
 def build_valid_datasets(
     data: DataConfig, num_samples: int, tokenizer: TextTokenizer
 ) -> dict[str, Windows]:
-    """Open ``<prefix>_valid`` of every validation set: name -> windows; collective like training.
+    """Open the first `num_samples` windows of ``<prefix>_valid`` of every validation set, by name.
 
-    The first `num_samples` windows of each set will be read, in an order that only the files and
-    seq_length decide; a set with fewer is refused.
+    Their order is decided by the files and seq_length alone. Collective like training.
     """
     with fail_on_all_ranks():
         checked = check_valid_sets(data, num_samples, tokenizer)

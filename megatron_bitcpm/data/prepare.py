@@ -1,7 +1,4 @@
-"""Text to Megatron indexed datasets: `<prefix>_{train,valid}.{bin,idx}` and `<prefix>.json`.
-
-Documents are read, encoded and written as a stream; a run that fails leaves nothing behind.
-"""
+"""Text to Megatron indexed datasets, as a stream: `<prefix>_{train,valid}.{bin,idx}` and `.json`."""
 
 from __future__ import annotations
 

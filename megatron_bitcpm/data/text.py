@@ -1,8 +1,4 @@
-"""Documents from text files and JSON lines, as a stream.
-
-A document is one string that the trainer ends with the end-of-sequence token. Nothing here holds
-more than one document and one read block in memory. No tokenizer and no Megatron in this module.
-"""
+"""Documents from text files and JSON lines, as a stream: one document and one block in memory."""
 
 from __future__ import annotations
 

@@ -59,11 +59,9 @@ class TextTokenizer:
 
     @property
     def pad(self) -> int:
-        """An id that never occurs.
-
-        GPTDataset takes every label equal to the pad id out of the loss, and megatron-core 0.12
-        does so in its cached mask: with pad == eos more and more tokens stop counting.
-        """
+        """An id that never occurs."""
+        # GPTDataset takes every label equal to the pad id out of the loss, and 0.12 does so in its
+        # cached mask: with pad == eos more and more tokens stop counting.
         return -1
 
     @property

@@ -79,10 +79,7 @@ def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> Tok
 
 
 def read_run_tokenizer(folder: str | Path, vocab_size: int, recorded: str | None) -> TokenizerIds:
-    """Read the tokenizer of a model, and compare it with the one that its training recorded.
-
-    `recorded` is the `tokenizer_sha256` of that one, None where it is not known.
-    """
+    """Read the tokenizer of a model; refuse another than the one `recorded` in training."""
     ids = read_tokenizer_ids(folder, vocab_size)
     if recorded not in (None, tokenizer_sha256(folder)):
         raise CheckpointError(
