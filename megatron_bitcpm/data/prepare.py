@@ -1,4 +1,4 @@
-"""Text to Megatron indexed datasets, as a stream: `<prefix>_{train,valid}.{bin,idx}` and `.json`."""
+"""Text to Megatron indexed datasets: `<prefix>_{train,valid}.{bin,idx}` and `<prefix>.json`."""
 
 from __future__ import annotations
 
