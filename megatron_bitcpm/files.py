@@ -39,9 +39,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int = 2) -> None:
     """Write a JSON file for people to read too."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
 
 

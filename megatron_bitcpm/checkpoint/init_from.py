@@ -14,8 +14,9 @@ from megatron_bitcpm.checkpoint.store import (
     read_state,
 )
 from megatron_bitcpm.config import RunConfig
+from megatron_bitcpm.data.tokenizer_ids import tokenizer_sha256
 from megatron_bitcpm.errors import CheckpointError, ConfigError
-from megatron_bitcpm.files import TOKENIZER_FILES, hash_files
+from megatron_bitcpm.files import TOKENIZER_FILES
 
 _MAY_DIFFER = {
     "init_method_std",  # there is nothing to initialise
@@ -28,10 +29,7 @@ _MAY_DIFFER = {
 
 @dataclass(frozen=True)
 class Origin:
-    """A torch_dist checkpoint with the weights to begin with, of a run or converted.
-
-    `tokenizer_sha256` is None where it came without a tokenizer.
-    """
+    """A torch_dist checkpoint to begin with; the hash is None where it has no tokenizer."""
 
     folder: Path
     model: ModelConfig
@@ -39,11 +37,7 @@ class Origin:
 
 
 def find_origin(path: str | Path) -> Origin:
-    """Return the weights that `checkpoint.init_from` means: a checkpoint, or a run's newest one.
-
-    Raises:
-        CheckpointError: there is none, it is incomplete or damaged, or in another format.
-    """
+    """Return the weights that `checkpoint.init_from` means: a checkpoint, or a run's newest one."""
     path = Path(path)
     folder = path if (path / MODEL_FILE).is_file() else find_tracked_folder(path)
     if folder is None or not (folder / MODEL_FILE).is_file():
@@ -58,18 +52,14 @@ def find_origin(path: str | Path) -> Origin:
         )
     side_files = folder / SIDE_FOLDER
     has_tokenizer = any((side_files / name).is_file() for name in TOKENIZER_FILES)
-    sha256 = hash_files(side_files, TOKENIZER_FILES) if has_tokenizer else None
+    sha256 = tokenizer_sha256(side_files) if has_tokenizer else None
     return Origin(folder, converted.model, sha256)
 
 
 def check_init_from(config: RunConfig, saved: ModelConfig, folder: Path) -> None:
-    """Refuse to begin with the weights of another architecture.
+    """Refuse to begin with the weights of another architecture; one line for each setting.
 
-    Layout, precision, quantiser, data and optimizer may differ, and what the length of the context
-    decides.
-
-    Raises:
-        ConfigError: one line for each setting of the model section that differs.
+    Layout, precision, quantiser, data, optimizer and the length of the context may differ.
     """
     names = [name for name in type(config.model).model_fields if name not in _MAY_DIFFER]
     problems = [

@@ -1,8 +1,7 @@
 """``bitcpm_model.json``: what a converted checkpoint is, readable without Megatron.
 
-A checkpoint that a converter wrote has this file where one of a training run has its configuration
-and state. Beside it, ``hf/`` keeps the files of the Hugging Face folder that are no weights
-(tokenizer, chat template, generation settings), byte for byte.
+It stands where a training run has its configuration and state. Beside it, ``hf/`` keeps the files
+of the Hugging Face folder that are no weights (tokenizer, chat template, ...), byte for byte.
 """
 
 from __future__ import annotations
@@ -25,17 +24,10 @@ _Size = Annotated[int, Field(ge=1)]
 
 
 class ModelFile(Record):
-    """Content of ``bitcpm_model.json``.
+    """Content of ``bitcpm_model.json``: `padded_vocab_size` counts the rows of the embedding.
 
-    Attributes:
-        form: see `arch.model.Form`.
-        model: the architecture.
-        vocab_size: ids of the tokenizer.
-        padded_vocab_size: rows of the embedding.
-        quantizer: stamp of the quantiser, or None.
-        folding: constants that were multiplied into the weights, or None.
-        facts: what is known of the training: iteration, tokens, valid_loss, ...
-        layout: tensor, pipeline and virtual pipeline size that the files were cut for.
+    `facts` is what is known of the training: iteration, tokens, valid_loss, ...; `layout` the
+    tensor, pipeline and virtual pipeline size that the files were cut for.
     """
 
     format_version: int = FORMAT_VERSION
@@ -54,11 +46,7 @@ class ModelFile(Record):
 
 
 def read_model_file(folder: Path) -> ModelFile:
-    """Return ``bitcpm_model.json`` of a converted checkpoint.
-
-    Raises:
-        CheckpointError: unreadable, incomplete, or written by a newer format.
-    """
+    """Return ``bitcpm_model.json`` of a converted checkpoint."""
     path = folder / MODEL_FILE
     try:
         found = ModelFile.model_validate_json(path.read_bytes())

@@ -1,10 +1,9 @@
 """What the pickles of a Megatron checkpoint may refer to, and inert records in place of it.
 
 Checkpoints of `pretrain_gpt.py` hold more than tensors: the arguments of the run (an
-`argparse.Namespace` with enums), random states of NumPy, the state of the rerun machine. None of it
-is needed here, and none of it is made: for each of these names, in Megatron 0.12 to 0.16 and in
-MindSpeed, whether installed or not, a pickle gets an `Inert`, which keeps what it was given.
-Any other name is refused.
+`argparse.Namespace` with enums), random states of NumPy, the state of the rerun machine. For each
+of these names, in Megatron 0.12 to 0.16 and in MindSpeed, whether installed or not, a pickle gets
+an `Inert`. Any other name is refused.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ _ENUM_NAMES = {
     "LayerType",
     "ModelType",
 }
+PATH_NAMES = {"Path", "PosixPath", "PurePosixPath"}
 _NUMPY_NAMES = {"_reconstruct", "scalar"}
 _DTYPES = ("Bool", "Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64")
 
@@ -43,8 +43,8 @@ INERT_NAMES: dict[str, set[str]] = {
     "_io": {"BytesIO"},
     "io": {"BytesIO"},
     "signal": {"Signals"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib": PATH_NAMES,
+    "pathlib._local": PATH_NAMES,
     "numpy": {"ndarray", "dtype"},
     "numpy.core.multiarray": _NUMPY_NAMES,
     "numpy._core.multiarray": _NUMPY_NAMES,
@@ -75,15 +75,10 @@ INERT_NAMES: dict[str, set[str]] = {
 
 
 class Inert:
-    """Stands for an object of a checkpoint; nothing of its class is there.
+    """Stands for an object of a checkpoint; nothing of its class is there."""
 
-    Attributes:
-        given: what its class was called with: the value of an enum.
-        state: its state, where that is not a dictionary of attributes.
-    """
-
-    given: tuple[Any, ...] = ()
-    state: Any = None
+    given: tuple[Any, ...] = ()  # what its class was called with: the value of an enum
+    state: Any = None  # where that is not a dictionary of attributes
 
     def __new__(cls, *given: Any, **unused: Any) -> Inert:
         """Keep the arguments."""
@@ -146,11 +141,8 @@ class _Dict(dict[Any, Any]):
 
 
 def make_container(name: str) -> Callable[..., dict[Any, Any]]:
-    """Return what makes an empty dictionary in place of one of `collections`, or refuse it.
-
-    Their pickles add the items one by one, which `StrictUnpickler` looks at; the default of a
-    defaultdict is left out.
-    """
+    """Return what makes an empty dictionary in place of one of `collections`, or refuse it."""
+    # Their pickles add the items one by one, which `StrictUnpickler` looks at.
     if name == "OrderedDict":
         return lambda: _Dict()
     if name == "defaultdict":

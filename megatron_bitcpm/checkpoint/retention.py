@@ -1,7 +1,6 @@
 """Which checkpoints of a run stay, and what a crash left behind.
 
-A checkpoint goes in two steps: it loses its name in one rename, then its files are removed. A crash
-in between leaves a hidden folder, never one that looks complete.
+A checkpoint loses its name in one rename before its files go: a crash never leaves half of one.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import IO
 
 from megatron_bitcpm.checkpoint.store import (
     NEXT_FILE,
+    OLD_PREFIX,
     TRACKER,
     list_checkpoints,
     pending_checkpoint,
@@ -25,7 +25,6 @@ from megatron_bitcpm.publish import open_locked, sync, write_text
 logger = logging.getLogger(__name__)
 
 _DELETED = ".deleted-"
-_REPLACED = ".old-"
 # Scratch names of checkpoints and of the files of a run; a user's own are not ours to delete.
 _OURS = re.compile(
     r"\.(tmp|old|deleted)-iter_[0-9]{7,18}"
@@ -36,12 +35,11 @@ _OURS = re.compile(
 def delete_surplus(
     run_dir: Path, newest: int, keep_last_n: int | None, keep_every_n: int | None
 ) -> list[int]:
-    """Delete the checkpoints of a run that its retention does not keep (rank 0 only).
+    """Delete the checkpoints of a run that its retention does not keep; return them (rank 0 only).
 
     `newest` was just published; later ones, of a course that was left, are not touched. The
-    `keep_last_n` newest are kept (None: all), and the multiples of `keep_every_n`.
-
-    Returns: the deleted iterations. A folder that cannot be removed is only logged.
+    `keep_last_n` newest are kept (None: all), and the multiples of `keep_every_n`. A folder that
+    cannot be removed is only logged.
     """
     if keep_last_n is None:
         return []
@@ -93,8 +91,8 @@ def clean_leftovers(run_dir: Path) -> None:
         write_text(run_dir / TRACKER, str(iteration))
     (run_dir / NEXT_FILE).unlink(missing_ok=True)
     # Only after the note is gone: it speaks of the folder that did not get the name.
-    for path in sorted(run_dir.glob(_REPLACED + "iter_*")):
-        name = path.with_name(path.name.removeprefix(_REPLACED))
+    for path in sorted(run_dir.glob(f"{OLD_PREFIX}iter_*")):
+        name = path.with_name(path.name.removeprefix(OLD_PREFIX))
         if not name.exists():
             os.rename(path, name)
     for path in run_dir.iterdir():

@@ -1,10 +1,9 @@
 """Loading a checkpoint that may come from elsewhere: no pickle in it can run code.
 
-Three kinds of pickle are in a torch_dist checkpoint: the index ``.metadata`` (read by torch with
-plain pickle), ``common.pt`` (megatron-core 0.12 reads it without restriction) and the byte entries
-inside the ``.distcp`` files (random states; torch reads them without restriction). Checking the
-files first and loading them afterwards would leave a moment in which they can be exchanged, and
-would have to find the same bytes as the loader. So the loader itself is restricted: within
+A torch_dist checkpoint has three kinds of pickle: the index ``.metadata`` (torch reads it with
+plain pickle), ``common.pt`` (megatron-core 0.12) and the byte entries inside the ``.distcp`` files
+(random states; torch), both read without restriction. Files that are checked first and loaded
+afterwards could be exchanged in between. So the loader itself is restricted: within
 `restricted_unpickling` every `torch.load` is one with ``weights_only=True``, whatever the caller
 asked for, and the index goes through `MetadataUnpickler`. `load_sharded` also fixes the format:
 other formats of Megatron (zarr) have loaders of their own.
@@ -30,11 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_bitcpm.checkpoint.pickle_names import (
-    make_container,
-    refused,
-    stand_ins,
-)
+from megatron_bitcpm.checkpoint.pickle_names import PATH_NAMES, make_container, refused, stand_ins
 from megatron_bitcpm.checkpoint.strict_pickle import StrictUnpickler
 from megatron_bitcpm.checkpoint.torch_file import TorchFile, check_pickle, map_file
 from megatron_bitcpm.errors import CheckpointError, describe
@@ -63,13 +58,10 @@ _ALLOWED = {
         "WriteItem",
         "WriteItemType",
     },
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
+    "pathlib": PATH_NAMES,
+    "pathlib._local": PATH_NAMES,
 }
-_MEGATRON_RECORDS = {
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
-}
+_MEGATRON_MODULE = "megatron.core.dist_checkpointing.strategies.torch"
 
 
 class _MegatronRecord:
@@ -87,7 +79,7 @@ class MetadataUnpickler(StrictUnpickler):
                 return value
         elif module == "collections":
             return make_container(name)
-        elif (module, name) in _MEGATRON_RECORDS:
+        elif module == _MEGATRON_MODULE and name in ("MCoreMetadata", "MCoreSavePlan"):
             return _MegatronRecord
         elif name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
@@ -95,11 +87,7 @@ class MetadataUnpickler(StrictUnpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """Return torch's index of a checkpoint.
-
-    Raises:
-        CheckpointError: absent, damaged, or it refers to something that no checkpoint needs.
-    """
+    """Return torch's index of a checkpoint; refuse what no checkpoint needs."""
     path = folder / METADATA_FILE
     try:
         metadata = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
@@ -158,10 +146,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def load_common(folder: Path) -> dict[str, Any]:
-    """Return ``common.pt``: what all ranks share; `pretrain_gpt.py` keeps its arguments there.
-
-    Its objects become inert records, see `torch_file`.
-    """
+    """Return ``common.pt``: what all ranks share; objects are inert records, see `torch_file`."""
     path = folder / COMMON_FILE
     try:
         common: Any = TorchFile(map_file(path)).content
@@ -175,7 +160,6 @@ def load_common(folder: Path) -> dict[str, Any]:
 @contextmanager
 def restricted_unpickling() -> Iterator[None]:
     """Within the block no pickle that torch or Megatron load from a file can run code."""
-    # Writing in another thread goes on undisturbed: only reading is replaced.
     # NumPy's are real: random states are restored. Of all others an inert record is enough.
     names = [*_numpy_globals(), *stand_ins()]
     with torch.serialization.safe_globals(names), _restrictions().applied():
@@ -183,11 +167,7 @@ def restricted_unpickling() -> Iterator[None]:
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Load a sharded state dict with Megatron's loader, restricted; collective.
-
-    Raises:
-        CheckpointError: damaged, malicious, or of another format.
-    """
+    """Load a sharded state dict with Megatron's loader, restricted; collective."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy

@@ -1,8 +1,8 @@
 """Saving the checkpoints of a run: at once, or in the background while training goes on.
 
-In the background a save holds training only while its state is copied to host memory (which takes
-the size of this rank's part of the state); a thread writes the copy. `poll`, called after each
-step, publishes it when every rank has written. One save is in flight at most: the next one waits.
+In the background, training waits only while its state is copied to host memory (this rank's part of
+it); a thread writes the copy. `poll`, called after each step, publishes it when every rank has
+written. One save is in flight at most: the next one waits.
 """
 
 from __future__ import annotations
@@ -54,10 +54,7 @@ class _InFlight:
 
 
 class CheckpointSaver:
-    """Writes, publishes and deletes the checkpoints of one run; all methods are collective.
-
-    Each raises CheckpointError on every rank when one cannot write; nothing half-written remains.
-    """
+    """Writes and deletes checkpoints of one run; methods are collective and fail on all ranks."""
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self._config = config
@@ -74,16 +71,11 @@ class CheckpointSaver:
         progress: dict[str, Any],
         facts: dict[str, Any],
     ) -> list[SaveReport]:
-        """Write a checkpoint, or begin to where ``checkpoint.async_save`` is set.
+        """Write a checkpoint, or begin to where ``checkpoint.async_save`` is set; see `begin_save`.
 
-        The latent weights must be in the model only during this call.
-
-        Args:
-            chunks, optimizer, scheduler, progress: see `begin_save`.
-            facts: contents of ``bitcpm_state.json``, alike on all ranks.
-
-        Returns:
-            What was published: an earlier save that was in flight; this one if not asynchronous.
+        The latent weights must be in the model only during this call. `facts` are the contents of
+        ``bitcpm_state.json``, alike on all ranks. Returns what was published: an earlier save that
+        was in flight; this one if not asynchronous.
         """
         reports = list(filter(None, [self.finish()]))
         start = time.perf_counter()

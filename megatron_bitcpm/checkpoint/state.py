@@ -1,9 +1,9 @@
 """What a training checkpoint holds, and how it comes back at any layout.
 
-Saved in Megatron's torch_dist format: the latent weights, the optimizer (fp32 main parameters and
-moments), the schedule, every rank's random state, and the position in the data. Weights and
-optimizer are stored by their place in the full model, so that another tensor-, pipeline-, data- or
-context-parallel size finds its part; random states only fit the layout that wrote them.
+In Megatron's torch_dist format: latent weights, optimizer (fp32 main parameters and moments),
+schedule, every rank's random state, position in the data. Weights and optimizer are stored by their
+place in the full model, so that any other tensor-, pipeline-, data- or context-parallel size finds
+its part; random states only fit the layout that wrote them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.tensor_parallel import random as device_random
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_bitcpm.checkpoint.safe_load import (
@@ -44,22 +45,14 @@ _GROUP_SETTINGS = ("betas", "eps", "max_lr", "min_lr", "wd_mult")
 
 
 def begin_save(
-    folder: Path,
-    chunks: Sequence[Any],
-    optimizer: Any,
-    scheduler: Any,
-    progress: dict[str, Any],
+    folder: Path, chunks: Sequence[Any], optimizer: Any, scheduler: Any, progress: dict[str, Any]
 ) -> PlannedSave:
     """Plan Megatron's part of a checkpoint on the live tensors; collective over all ranks.
 
     The caller then runs `PlannedSave.write` on every rank, before training continues or after
-    `PlannedSave.copy_tensors` in any thread, and `PlannedSave.commit` on all.
-
-    Args:
-        folder: an empty folder that every rank sees.
-        chunks: this rank's model chunks, holding latent weights; wrapped or not.
-        optimizer, scheduler: Megatron's.
-        progress: plain numbers that resume needs (iteration, consumed samples).
+    `PlannedSave.copy_tensors` in any thread, and `PlannedSave.commit` on all. `folder` is empty and
+    seen by every rank; `chunks`, wrapped or not, hold latent weights; `progress` are plain numbers
+    that resume needs (iteration, consumed samples).
     """
     return plan_save(folder, _full_state(chunks, optimizer, scheduler, progress))
 
@@ -69,12 +62,8 @@ def load_state(
 ) -> dict[str, Any]:
     """Restore what `begin_save` took, at any layout, and return the progress; collective.
 
-    Args:
-        seed: the run's; seeds the random states where the layout is another.
-
-    Raises:
-        CheckpointError: on every rank: the files are damaged, refused as unsafe, or belong to
-            another model or another kind of optimizer.
+    `seed`, the run's, seeds the random states where the layout is another. Every rank refuses what
+    is damaged, unsafe, or of another model or kind of optimizer.
     """
     metadata = _check_files(folder)
     state = _full_state(chunks, optimizer, scheduler, {}, is_loading=True)
@@ -106,9 +95,6 @@ def load_weights(folder: Path, chunks: Sequence[Any]) -> None:
     state = _model_state(chunks)
     _check_entries(folder, state, metadata)
     _load_models(chunks, load_sharded(state, folder))
-
-
-# -- the parts of a state ----------------------------------------------------------------------
 
 
 def _unwrap(chunk: Any) -> Any:
@@ -155,39 +141,30 @@ def _load_optimizer(optimizer: Any, loaded: Any) -> None:
         group.update(values)
 
 
-# -- random states -----------------------------------------------------------------------------
-
-
 def _random_state() -> dict[str, Any]:
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "tracker": device_random.get_cuda_rng_tracker().get_states(),
     }
 
 
 def _restore_random_state(state: dict[str, Any]) -> None:
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["device"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    device_random.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
 def _seed_random_state(seed: int) -> None:
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
     seed %= 2**32
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    device_random.model_parallel_cuda_manual_seed(seed)
 
 
 def _layout() -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -215,9 +192,6 @@ def _first_random_state() -> str:
     """Return the name of the first rank's entry in a checkpoint of this layout."""
     key: str = ShardedObject("rng_state", None, _layout()[0], (0, 0, 0)).unique_key
     return key
-
-
-# -- what is there, and what is asked for ------------------------------------------------------
 
 
 def _check_files(folder: Path) -> Metadata:
@@ -278,7 +252,8 @@ def _optimizer_part(key: str) -> str | None:
 def _stored_shape(metadata: Metadata, tensor: ShardedTensor) -> list[int] | None:
     """Return the full shape of a tensor in a checkpoint, None where it is of another kind."""
     if getattr(tensor, "flattened_range", None) is None:
-        return list(metadata.state_dict_metadata[tensor.key].size)
+        entry: Any = metadata.state_dict_metadata[tensor.key]
+        return list(entry.size)
     # 0.12 stores the flat pieces of the distributed optimizer in a form of their own.
     facts = getattr(metadata, "mcore_data", {}).get(tensor.key, {})
     shape = facts.get("nd_reformulated_orig_global_shape")

@@ -4,8 +4,6 @@ A checkpoint is written to ``.tmp-iter_0000100`` and renamed to ``iter_0000100``
 on disk; the newest is named in ``latest_checkpointed_iteration.txt`` (Megatron's tracker file).
 Between the two renames ``.next_checkpoint`` says what is about to be published after what, so that
 a crash there loses nothing, and an older checkpoint that a user names in the tracker is respected.
-Beside Megatron's own files it holds ``bitcpm_config.yaml`` (the resolved configuration) and
-``bitcpm_state.json`` (iteration, data position and quantiser stamp, readable without Megatron).
 """
 
 from __future__ import annotations
@@ -17,17 +15,23 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
 
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.config import RunConfig, parse_config
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.publish import set_aside, sync, sync_tree, write_text
+from megatron_bitcpm.records import Record, explain
 
 TRACKER = "latest_checkpointed_iteration.txt"
 NEXT_FILE = ".next_checkpoint"
 CONFIG_FILE = "bitcpm_config.yaml"
+"""The resolved configuration of the run."""
 STATE_FILE = "bitcpm_state.json"
+"""Iteration, data position and quantiser stamp, readable without Megatron."""
+OLD_PREFIX = ".old-"
 FORMAT_VERSION = 2
 """Version of our part of a checkpoint; raised when older readers would misread it."""
 
@@ -80,7 +84,7 @@ def publish_checkpoint(
 
 def replaced_folder(target: Path) -> Path:
     """Return the name that an earlier checkpoint of the same step has while it is replaced."""
-    return target.with_name(f".old-{target.name}")
+    return target.with_name(OLD_PREFIX + target.name)
 
 
 def write_error(run_dir: Path, reason: str) -> BitcpmError:
@@ -92,10 +96,7 @@ def write_error(run_dir: Path, reason: str) -> BitcpmError:
 
 
 def list_checkpoints(run_dir: Path) -> Iterator[tuple[int, Path]]:
-    """Yield (iteration, folder) of a run's published checkpoints, newest first.
-
-    Links and folders that are not this package's are left out.
-    """
+    """Yield (iteration, folder) of a run's own checkpoints, newest first; no links."""
     found = []
     for path in run_dir.glob("iter_*") if run_dir.is_dir() else ():
         number = path.name.removeprefix("iter_")
@@ -112,11 +113,7 @@ def has_checkpoints(run_dir: Path) -> bool:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint folder that a user's path means: itself, or a run's newest one.
-
-    Raises:
-        CheckpointError: there is none, or it is incomplete; then names the newest complete one.
-    """
+    """Return the checkpoint folder that a user's path means: itself, or a run's newest one."""
     path = Path(path)
     try:
         if (path / STATE_FILE).is_file():
@@ -223,12 +220,13 @@ def _damaged(path: Path, rule: str) -> BitcpmError:
     )
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Return ``bitcpm_state.json`` of a checkpoint.
+class _Numbers(Record):
+    iteration: Annotated[int, Field(ge=0)]
+    world_size: Annotated[int, Field(ge=1)]
 
-    Raises:
-        CheckpointError: unreadable, incomplete, or written by a newer format.
-    """
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return ``bitcpm_state.json`` of a checkpoint."""
     state = _read(folder, STATE_FILE, json.loads)
     if not isinstance(state, dict):
         raise _damaged(folder / STATE_FILE, "holds no JSON object")
@@ -238,12 +236,10 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"format_version={version}: this package reads {FORMAT_VERSION}. Use the package "
             "version that wrote the checkpoint."
         )
-    for key, least in (("iteration", 0), ("world_size", 1)):
-        value = state.get(key)
-        # A bool is an int in Python.
-        if type(value) is not int or value < least:
-            rule = f"{key} is {value!r}, not a number from {least}"
-            raise _damaged(folder / STATE_FILE, rule)
+    try:
+        _Numbers.model_validate(state)
+    except ValidationError as error:
+        raise _damaged(folder / STATE_FILE, explain(error)) from error
     return state
 
 

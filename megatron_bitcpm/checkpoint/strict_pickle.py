@@ -1,10 +1,10 @@
 """An unpickler that a hostile file can neither crash nor keep busy.
 
-What a pickle may *refer to* is the business of `pickle_names`. But a few bytes that refer to
-nothing are enough to harm Python's own unpickler: an entry of its memo with a number of nine digits
-takes all memory, the hash of a deeply nested key overflows the stack, and the hash of a key that
-holds another one twice, which holds another one twice, never ends. So this one is in Python, with a
-dictionary for a memo, and its keys are flat and short.
+What a pickle may *refer to* is in `pickle_names`. But a few bytes that refer to nothing can harm
+Python's own unpickler: an entry of its memo with a number of nine digits takes all memory, the hash
+of a deeply nested key overflows the stack, and that of a key which holds another one twice, and so
+on, never ends. So this one is in Python, with a dictionary for a memo, and its keys are flat and
+short.
 """
 
 from __future__ import annotations
@@ -45,41 +45,35 @@ class StrictUnpickler(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
-    def _load_item(self) -> None:
-        check_keys(self.stack[-2:-1])
-        super().load_setitem()
 
-    def _load_items(self) -> None:
-        check_keys(self.stack[::2])
-        super().load_setitems()
+def _check_first(code: bytes, keys: slice) -> None:
+    """Look at the keys that lie on the stack before an opcode puts them into something."""
+    load = pickle._Unpickler.dispatch[code[0]]
 
-    def _load_members(self) -> None:
-        check_keys(self.stack)
-        super().load_additems()
+    def check_and_load(unpickler: Any) -> None:
+        check_keys(unpickler.stack[keys])
+        load(unpickler)
 
-    def _load_frozen_members(self) -> None:
-        check_keys(self.stack)
-        super().load_frozenset()
+    StrictUnpickler.dispatch[code[0]] = check_and_load
 
-    def _load_dict(self) -> None:
-        check_keys(self.stack[::2])
-        super().load_dict()
 
-    def _load_state(self) -> None:
-        # Of a class or function it would be changed for the whole process.
-        changed = self.stack[-2]
-        if callable(changed) or isinstance(changed, self.unchangeable):
-            raise pickle.UnpicklingError("changes a class, a function or a tensor")
-        super().load_build()
+def _load_state(unpickler: Any) -> None:
+    # Of a class or function it would be changed for the whole process.
+    changed = unpickler.stack[-2]
+    if callable(changed) or isinstance(changed, unpickler.unchangeable):
+        raise pickle.UnpicklingError("changes a class, a function or a tensor")
+    pickle._Unpickler.dispatch[pickle.BUILD[0]](unpickler)
 
-    def _refuse(self) -> None:
-        raise pickle.UnpicklingError("holds what no checkpoint holds")
 
-    dispatch[pickle.SETITEM[0]] = _load_item
-    dispatch[pickle.SETITEMS[0]] = _load_items
-    dispatch[pickle.ADDITEMS[0]] = _load_members
-    dispatch[pickle.FROZENSET[0]] = _load_frozen_members
-    dispatch[pickle.DICT[0]] = _load_dict
-    dispatch[pickle.BUILD[0]] = _load_state
-    for _code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4):
-        dispatch[_code[0]] = _refuse
+def _refuse(unpickler: Any) -> None:
+    raise pickle.UnpicklingError("holds what no checkpoint holds")
+
+
+_check_first(pickle.SETITEM, slice(-2, -1))
+_check_first(pickle.SETITEMS, slice(None, None, 2))
+_check_first(pickle.DICT, slice(None, None, 2))
+_check_first(pickle.ADDITEMS, slice(None))
+_check_first(pickle.FROZENSET, slice(None))
+StrictUnpickler.dispatch[pickle.BUILD[0]] = _load_state
+for _code in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+    StrictUnpickler.dispatch[_code[0]] = _refuse

@@ -3,10 +3,8 @@
 `torch.load` looks at no checksum, and its restricted unpickler can be crashed and kept busy by a
 few bytes. A file is a zip archive of uncompressed records: a pickle that describes the objects, and
 one record for each tensor's memory; before torch 1.6 it was five pickles and the memory behind
-them. Both are read from a mapped file here, in Python, and tensors are views of it.
-
-Nothing in a file is executed: the pickle may name what `pickle_names` lists, and gets inert records
-for it. What writes such files is in `conversion.torch_file_writer`.
+them. Both are read from a mapped file here, in Python, and tensors are views of it. Nothing is
+executed, see `pickle_names`. `conversion.torch_file_writer` writes such files.
 """
 
 from __future__ import annotations
@@ -128,11 +126,7 @@ def check_pickle(data: bytes) -> None:
 
 
 def list_records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return the records of an archive of `torch.save` by their names below its folder.
-
-    Raises:
-        zipfile.BadZipFile: none of `torch.save`, or one that others would read differently.
-    """
+    """Return the records of an archive of `torch.save` by their names below its folder."""
     infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     # Torch finds records without regard to capitals.
     if len({name.casefold() for name in infos}) != len(archive.infolist()):
@@ -213,12 +207,8 @@ class _OldRecords:
 class TorchFile:
     """A file of `torch.save`, mapped; or one of several in a ``.distcp`` file.
 
-    Attributes:
-        content: its objects; tensors are `StoredTensor`, other objects inert records.
-
-    Raises:
-        pickle.UnpicklingError: it refers to something that no checkpoint needs.
-        Exception: damaged, of any kind: zipfile and pickle raise nearly anything.
+    `content` is its objects: tensors are `StoredTensor`, other objects inert records. A damaged
+    file raises an exception of any kind: zipfile and pickle raise nearly anything.
     """
 
     def __init__(self, memory: memoryview) -> None:
@@ -227,11 +217,7 @@ class TorchFile:
         self.content = self._records.content
 
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
-        """Return a tensor that lies in the mapped file; its checksum is compared once.
-
-        Raises:
-            zipfile.BadZipFile: another checksum, or a record that is absent or too short.
-        """
+        """Return a tensor that lies in the mapped file; its checksum is compared once."""
         data = self._records.read(stored.record)
         size, count = stored.dtype.itemsize, math.prod(stored.shape)
         if count == 0:

@@ -2,8 +2,8 @@
 
 Megatron writes with processes that it forks, from a program with threads of gloo and OpenMP, and
 waits without end for one that was killed; on 0.12 a failure of a writer raises on one rank and the
-others hang. Here Megatron plans what each rank writes and how the index looks, so that the format
-is its own, and `PlannedSave` does the rest: `write` in this process, `commit` on all ranks alike.
+others hang. Here Megatron only plans what each rank writes and how the index looks; `PlannedSave`
+does the rest: `write` in this process, `commit` on all ranks alike.
 """
 
 from __future__ import annotations
@@ -74,11 +74,7 @@ class PlannedSave:
         return list(outcome)
 
     def commit(self) -> None:
-        """Write the index once all ranks have written; collective.
-
-        Raises:
-            CheckpointError: on every rank, when anything failed on one.
-        """
+        """Write the index once all ranks have written; a failure raises on all. Collective."""
         error = functools.partial(write_error, self.folder.parent)
         on_all_ranks(self._raise_failure, error)
         is_main = torch.distributed.get_rank() == 0
@@ -97,10 +93,7 @@ class PlannedSave:
 
 
 def plan_save(folder: Path, state: dict[str, Any]) -> PlannedSave:
-    """Plan the files of Megatron's sharded state dict, which is changed; collective.
-
-    Its common part is written at once.
-    """
+    """Plan the files of Megatron's sharded state, which is changed; write its common part."""
     error = functools.partial(write_error, folder.parent)
     on_all_ranks(lambda: _check_folder(folder), error)
     sharded, common = save_preprocess(state)

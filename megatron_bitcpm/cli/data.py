@@ -30,7 +30,7 @@ def tokenizer_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
 ) -> None:
     """Train a SentencePiece tokenizer; AutoTokenizer loads the folder."""
-    from megatron_bitcpm.data.tokenizer import train_tokenizer
+    from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 
     print_json(
         train_tokenizer(

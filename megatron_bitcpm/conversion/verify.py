@@ -37,7 +37,7 @@ from megatron_bitcpm.conversion.hf.modeling.writer import MODELING_FILE, trusted
 from megatron_bitcpm.conversion.hf.source import HfSource
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.source import ModelSource
-from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES, read_tokenizer_ids
+from megatron_bitcpm.data.tokenizer_ids import has_vocabulary, read_tokenizer_ids
 from megatron_bitcpm.errors import BitcpmError, CheckpointError, one_line
 from megatron_bitcpm.files import read_json
 from megatron_bitcpm.progress import track_tensors
@@ -354,9 +354,7 @@ def _check_tokenizer(source: ModelSource, named: str | Path | None) -> str | Non
         source: the model, which may come without a tokenizer.
         named: tokenizer folder that the user named.
     """
-    own = source.side_files
-    if own is not None and not any((own / name).is_file() for name in VOCABULARY_FILES):
-        own = None
+    own = source.side_files if has_vocabulary(source.side_files) else None
     checked = None
     for folder in (own, named):
         if folder is None:

@@ -1,9 +1,8 @@
 """The order in which the samples of several sets follow each other.
 
-After any number of samples t, each set has given as many as Webster's apportionment
-(Sainte-Lague) allots it of t seats with its weight as votes: sample j of a set with weight w stands
-at (2j + 1) / w, and the sets are merged in that order, the earlier set first on a tie. So the order
-needs no total, no state and no random numbers: sample t is computed from t and the weights alone.
+After t samples each set has given what Webster's apportionment (Sainte-Lague) allots it of t seats:
+sample j of a set with weight w stands at (2j + 1) / w, the earlier set first on a tie. So sample t
+follows from t and the weights alone, without a total, a state or random numbers.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ _LARGEST_SHARE = 1 << 53
 def blend_shares(weights: Sequence[float]) -> tuple[int, ...]:
     """Return positive weights as integers without a common factor: 0.3, 0.9 gives 1, 3.
 
-    Weights are taken as the decimal numbers they are written as; with more digits than integers up
-    to 2**53 hold, they are rounded, to 1 at least.
+    Weights count as the decimal numbers they are written as; shares beyond 2**53 are rounded.
     """
     exact = [Fraction(repr(float(weight))) for weight in weights]
     scale = math.lcm(*(value.denominator for value in exact))
@@ -36,14 +34,7 @@ def blend_shares(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 class Blend:
-    """Which set, and which sample of it, each sample of the blend is.
-
-    Args:
-        weights: share of each set in any unit, positive.
-
-    Attributes:
-        shares: the weights as integers, see `blend_shares`.
-    """
+    """Which set, and which sample of it, each sample is; `weights` are positive, in any unit."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.shares = blend_shares(weights)
@@ -70,16 +61,13 @@ class Blend:
         return [n + int((before == k).sum()) for k, n in enumerate(first)]
 
     def _merge(self, start: int, size: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Merge the sets around positions [start, start + size).
+        """Merge the sets around positions [start, start + size): first, sets, samples.
 
-        Up to a position (2j + 1) / w = x there are x * total / 2 samples, give or take half a
-        sample for each set, so a margin of a few samples a set holds all that can matter.
-
-        Returns:
-            first: samples of each set left out before; all stand before `start`.
-            sets, samples: [n] int64, the merged order from position sum(first) on, up to
-                start + size at least.
+        `first` counts the samples of each set left out before `start`; the others, [n] int64, are
+        the merged order from position sum(first) on, up to start + size at least.
         """
+        # Up to a position (2j + 1) / w = x there are x * total / 2 samples, give or take half a
+        # sample for each set, so a margin of a few samples a set holds all that can matter.
         total, margin = sum(self.shares), len(self.shares)
         first = [max(0, share * (start - margin) // total - 1) for share in self.shares]
         last = [share * (start + size + margin) // total + 2 for share in self.shares]

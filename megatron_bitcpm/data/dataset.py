@@ -1,14 +1,13 @@
-"""Training and validation samples of a run: checked first, blended, and their order.
+"""Training and validation samples of a run: checked, blended, and in what order.
 
-A sample is a window of seq_length + 1 tokens over one shuffled epoch of concatenated documents,
-read by stock megatron.core GPTDataset (`index_cache`). Several training sets are merged by weight
-(`blend`); document boundaries become positions, masks and starts in `documents`.
+A sample is a window of seq_length + 1 tokens over one shuffled epoch of concatenated documents.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +19,12 @@ from megatron_bitcpm.data.blend import Blend
 from megatron_bitcpm.data.documents import add_document_fields
 from megatron_bitcpm.data.index_cache import fail_on_all_ranks, open_gpt_dataset
 from megatron_bitcpm.data.indexed import IndexedFiles
-from megatron_bitcpm.data.sets import check_train_sets, check_valid_sets, data_fingerprints
+from megatron_bitcpm.data.sets import check_train_sets, check_valid_sets
 from megatron_bitcpm.data.tokenizer import TextTokenizer
 from megatron_bitcpm.errors import DataError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.gpt_dataset import GPTDataset
-
-__all__ = [
-    "VALIDATION_SEED",
-    "MicroBatchIterator",
-    "TrainDataset",
-    "Windows",
-    "build_train_dataset",
-    "build_valid_datasets",
-    "data_fingerprints",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -48,18 +37,8 @@ def build_train_dataset(
 ) -> TrainDataset:
     """Check and open ``<prefix>_train`` of every training set and blend them by weight.
 
-    With torch.distributed initialised this is collective: all ranks call it, rank 0 writes index
-    caches, and an error of one rank is raised on all.
-
-    Args:
-        data: the section ``data`` of the configuration.
-        num_samples: samples the whole run will read. It changes nothing, see `TrainDataset`; how
-            often each set will be repeated is logged.
-        seed: order of documents and windows within each set.
-        tokenizer: the tokenizer of the run, see `tokenizer.load_tokenizer`.
-    Raises:
-        DataError: missing, damaged or foreign files, another tokenizer, ids outside its vocabulary,
-            a set shorter than one sample, a set named twice, or an index cache that cannot be made.
+    With torch.distributed this is collective: rank 0 writes index caches, and a DataError of one
+    rank is raised on all. `num_samples`, what the run will read, only decides the logged epochs.
     """
     with fail_on_all_ranks():
         checked = check_train_sets(data, tokenizer)
@@ -73,17 +52,9 @@ def build_train_dataset(
 def build_valid_datasets(
     data: DataConfig, num_samples: int, tokenizer: TextTokenizer
 ) -> dict[str, Windows]:
-    """Check and open ``<prefix>_valid`` of every validation set; collective like the training set.
+    """Open the first `num_samples` windows of ``<prefix>_valid`` of every validation set, by name.
 
-    Args:
-        data: the section ``data`` of the configuration.
-        num_samples: windows that will be read of each set: its first ones, in an order that only
-            the files and seq_length decide.
-        tokenizer: the tokenizer of the run.
-    Returns:
-        name -> its windows, in the order of the configuration.
-    Raises:
-        DataError: as for training; or a set has fewer windows.
+    Their order is decided by the files and seq_length alone. Collective like training.
     """
     with fail_on_all_ranks():
         checked = check_valid_sets(data, num_samples, tokenizer)
@@ -94,17 +65,10 @@ def build_valid_datasets(
 
 
 class Windows:
-    """One shuffled epoch of a split, as samples.
+    """One shuffled epoch of a checked split, as samples.
 
     A sample is a dict of tokens, labels, position_ids [S] int64 and loss_mask [S] float32, and
     with ``data.reset_attention_mask`` document_start [S] int64; see `documents`.
-
-    Args:
-        data: the section ``data`` of the configuration.
-        files: the split, checked.
-        is_train: which split it is.
-        seed: order of documents and windows.
-        tokenizer: the tokenizer of the run.
     """
 
     def __init__(
@@ -145,11 +109,6 @@ class TrainDataset:
     Sample i depends on i, the seed, the files and the weights: not on the ranks, and not on how
     many samples a run reads. Each set is read from its beginning to its end and then again, the
     windows of each further epoch in a new order.
-
-    Args:
-        sets: the training sets.
-        weights: their shares of the samples, in any unit.
-        seed: order of the windows from the second epoch on.
     """
 
     def __init__(self, sets: list[Windows], weights: list[float], seed: int) -> None:
@@ -180,52 +139,37 @@ class TrainDataset:
         return int(self._orders[which][1][window])
 
 
+@dataclass
 class MicroBatchIterator:
     """Micro-batches of one data-parallel rank, in an order that resumes exactly; never ends.
 
     A global batch is the samples [c, c + global_batch_size) of the dataset, c = samples consumed so
     far, whatever the number of ranks. As in Megatron's own sampler, micro-batch m of rank r holds
     the contiguous samples from ``c + (m * dp_size + r) * micro_batch_size``. A dataset with a
-    length is read again from its beginning after its last sample; a TrainDataset has none and goes
-    on by itself, also when a run reads on past what it was planned for, after a rollback.
-
-    Args:
-        dataset: a TrainDataset or Windows, or anything with samples that are dicts of tensors.
-        consumed_samples: samples of the dataset that earlier steps used up.
-        micro_batch_size: samples a micro-batch, B.
-        global_batch_size: samples a step over all ranks; a multiple of B * dp_size.
-        dp_rank: data-parallel rank.
-        dp_size: data-parallel ranks.
-    Yields:
-        dict of the samples' tensors, [B, S], on the CPU, see `Windows`.
-    Raises:
-        DataError: the batch sizes do not fit each other, or the start is negative.
+    length begins again after its last sample; a TrainDataset has none and goes on by itself.
+    Yields dicts of the samples' tensors, [B, S], on the CPU, see `Windows`.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        consumed_samples: int,
-        micro_batch_size: int,
-        global_batch_size: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
-    ) -> None:
-        if micro_batch_size < 1 or global_batch_size % (micro_batch_size * dp_size) != 0:
+    dataset: Any
+    consumed_samples: int
+    micro_batch_size: int
+    global_batch_size: int
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    def __post_init__(self) -> None:
+        batch, parts = self.global_batch_size, self.micro_batch_size * self.dp_size
+        if self.micro_batch_size < 1 or batch % parts != 0:
             raise DataError(
-                f"global_batch_size={global_batch_size}: not a multiple of micro_batch_size "
-                f"{micro_batch_size} x data parallel {dp_size}. Change one of them."
+                f"global_batch_size={batch}: not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x data parallel {self.dp_size}. Change one of them."
             )
-        if consumed_samples < 0:
-            raise DataError(f"consumed_samples={consumed_samples}: is negative. Give 0 or more.")
-        assert 0 <= dp_rank < dp_size
-        self.dataset = dataset
-        self.consumed_samples = consumed_samples
-        self.micro_batch_size = micro_batch_size
-        self.global_batch_size = global_batch_size
-        self.dp_rank = dp_rank
-        self.dp_size = dp_size
-        self._length = len(dataset) if hasattr(dataset, "__len__") else None
+        if self.consumed_samples < 0:
+            raise DataError(
+                f"consumed_samples={self.consumed_samples}: is negative. Give 0 or more."
+            )
+        assert 0 <= self.dp_rank < self.dp_size
+        self._length = len(self.dataset) if hasattr(self.dataset, "__len__") else None
         self._offset = 0
 
     @property
@@ -237,11 +181,8 @@ class MicroBatchIterator:
         return self
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        first = (
-            self.consumed_samples
-            + self._offset * self.dp_size * self.micro_batch_size
-            + self.dp_rank * self.micro_batch_size
-        )
+        place = self._offset * self.dp_size + self.dp_rank
+        first = self.consumed_samples + place * self.micro_batch_size
         samples = [self._sample(i) for i in range(first, first + self.micro_batch_size)]
         self._offset += 1
         if self._offset == self.micro_batches_per_step:

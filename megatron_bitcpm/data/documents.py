@@ -11,16 +11,10 @@ import torch
 
 
 def document_starts(tokens_S: torch.Tensor, eod: int) -> torch.Tensor:
-    """Return the index of the first token of each token's document.
+    """Return the index of the first token of each token's document, [S] int64.
 
     A document ends with its end-of-document token, which belongs to it; what a sample begins with
     counts as a document even if its first part lies before the sample.
-
-    Args:
-        tokens_S: ids, [S] int64.
-        eod: id of the end-of-document token.
-    Returns:
-        [S] int64, not decreasing, in [0, t] at token t.
     """
     index_S = torch.arange(len(tokens_S))
     begins_S = torch.zeros_like(tokens_S, dtype=torch.bool)
@@ -36,18 +30,11 @@ def add_document_fields(
     reset_position_ids: bool,
     eod_mask_loss: bool,
 ) -> dict[str, torch.Tensor]:
-    """Return a sample: tokens and labels with everything the model derives from them.
+    """Return a sample: tokens and labels [S] int64 with all that the model derives from them.
 
-    Args:
-        tokens_S: ids, [S] int64.
-        labels_S: the id after each token, [S] int64.
-        eod: id of the end-of-document token.
-        reset_attention_mask: give ``document_start``.
-        reset_position_ids: count positions from the start of the document.
-        eod_mask_loss: leave out of the loss what is predicted at `eod`.
-    Returns:
-        tokens, labels, position_ids [S] int64; loss_mask [S] float32, 1 or 0; document_start [S]
-        int64 if asked for. No tensor shares memory with another sample's.
+    position_ids [S] int64, from the start of the document with `reset_position_ids`; loss_mask [S]
+    float32, 1 or with `eod_mask_loss` 0 at `eod`; with `reset_attention_mask` document_start [S]
+    int64. No tensor shares memory with another sample's.
     """
     index_S = torch.arange(len(tokens_S))
     sample = {"tokens": tokens_S, "labels": labels_S, "position_ids": index_S}

@@ -1,12 +1,13 @@
 """Stock GPTDataset over one split, its shuffled indexes kept in a folder that is whole or absent.
 
-Megatron writes its index files in place: a run that starts at the same moment may read half of one,
-and a rank that cannot write leaves the others waiting. Here rank 0 builds in a hidden folder beside
-and renames it, all ranks hear whether that worked, and then all read.
+Megatron writes its index files in place: another run may read half of one, and a rank that cannot
+write leaves the others waiting. Here rank 0 builds in a hidden folder and renames it, all ranks
+hear whether that worked, and then all read.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,10 +31,7 @@ _INDEXES = ("document_index", "sample_index", "shuffle_index")
 
 @contextmanager
 def fail_on_all_ranks() -> Iterator[None]:
-    """Run a block on every rank; a DataError of one is raised on all, after all are done.
-
-    Without torch.distributed there is one rank. Collective otherwise.
-    """
+    """Run a block on every rank; a DataError of one is raised on all. Collective if distributed."""
     own: DataError | None = None
     try:
         yield
@@ -63,24 +61,12 @@ def open_gpt_dataset(
     Collective when torch.distributed is initialised. The cache's name holds everything the indexes
     depend on, among it the contents of the data but not its place: data prepared again never meets
     old indexes, and moved data finds its own.
-
-    Args:
-        files: the split, checked.
-        is_train: which split it is.
-        seq_length: tokens a sample, S.
-        seed: order of documents and windows.
-        tokenizer: the tokenizer of the run.
-        cache_root: folder of caches; made if absent.
-    Raises:
-        DataError: on every rank, when the cache cannot be written or is not seen by all ranks.
     """
     parts = (files.fingerprint, seq_length, seed, tokenizer.sha256, *megatron_version())
     digest = hashlib.sha256("-".join(map(str, parts)).encode()).hexdigest()[:16]
     folder = cache_root / f"{'train' if is_train else 'valid'}-{digest}"
 
-    def stock(cache: Path) -> GPTDataset:
-        return _stock_dataset(files, is_train, seq_length, seed, tokenizer, cache)
-
+    stock = functools.partial(_stock_dataset, files, is_train, seq_length, seed, tokenizer)
     with fail_on_all_ranks():
         if _is_main_rank() and not _is_complete(folder):
             _build(folder, stock)

@@ -35,13 +35,9 @@ _PREPARE_AGAIN = "Run prepare again, or copy both files from one run"
 class IndexedFiles:
     """What the index of one split says, after the checks of `check_indexed_files`.
 
-    Attributes:
-        prefix: path without ``.bin`` and ``.idx``.
-        dtype: dtype of the token ids in the data file.
-        sequence_lengths: [documents] int32, tokens of each document.
-        num_tokens: tokens in the data file.
-        fingerprint: hash of the index file and of up to 64 evenly spread blocks of 64 KiB of the
-            data file: smaller files count whole.
+    `prefix` is the path without ``.bin`` and ``.idx``; `sequence_lengths` [documents] int32 counts
+    tokens. `fingerprint` hashes the index file and up to 64 evenly spread blocks of 64 KiB of the
+    data file: smaller files count whole.
     """
 
     prefix: str
@@ -56,13 +52,9 @@ class IndexedFiles:
 
 
 def check_indexed_files(prefix: str | os.PathLike[str], field: str = "data") -> IndexedFiles:
-    """Read the index at `prefix` and check that the two files belong together.
+    """Read the index at `prefix`; refuse files that are absent, cut or do not belong together.
 
-    Args:
-        prefix: path without ``.bin`` and ``.idx``.
-        field: configuration key that named it, for messages.
-    Raises:
-        DataError: a file is missing, empty, cut, of another format, or sizes contradict each other.
+    `field` is the configuration key that named it, for messages.
     """
     try:
         return _read_index(os.fspath(prefix), field)
@@ -139,16 +131,9 @@ def _fingerprint(index: memoryview, bin_path: Path, size: int) -> str:
 
 
 def check_token_range(files: IndexedFiles, vocab_size: int, field: str = "data") -> None:
-    """Check that every token id is in [0, vocab_size).
+    """Refuse token ids outside [0, vocab_size).
 
     Up to 2**28 tokens are all read (about a second); of more, evenly spread blocks.
-
-    Args:
-        files: the split.
-        vocab_size: of the tokenizer.
-        field: configuration key that named the data, for messages.
-    Raises:
-        DataError: an id is outside.
     """
     tokens = files.tokens()
     blocks = -(-len(tokens) // _CHECK_BLOCK)
@@ -164,16 +149,9 @@ def check_token_range(files: IndexedFiles, vocab_size: int, field: str = "data")
 
 
 def check_documents_end(files: IndexedFiles, eod: int, field: str) -> None:
-    """Check that documents end with the end-of-document token, which marks them in a sample.
+    """Refuse documents that do not end with the end-of-document token, which marks their end.
 
     Looks at every document, or at evenly spread ones of more than 2**16.
-
-    Args:
-        files: the split.
-        eod: id of the token.
-        field: configuration key that named the data, for messages.
-    Raises:
-        DataError: a document ends otherwise.
     """
     lengths = files.sequence_lengths
     step = -(-len(lengths) // _MAX_CHECKED_DOCUMENTS)
@@ -210,11 +188,7 @@ def manifest_path(data_prefix: str | os.PathLike[str]) -> Path:
 
 
 def read_manifest(data_prefix: str | os.PathLike[str], field: str = "data") -> Manifest | None:
-    """Return the manifest of prepared data, or None for data that other tools wrote.
-
-    Raises:
-        DataError: the file is there and cannot be read, or lacks what `Manifest` holds.
-    """
+    """Return the manifest of prepared data, or None for data that other tools wrote."""
     path = manifest_path(data_prefix)
     if not path.is_file():
         return None

@@ -1,14 +1,8 @@
-"""Text to Megatron indexed datasets: `<prefix>_{train,valid}.{bin,idx}` and `<prefix>.json`.
-
-Documents are read, encoded and written as a stream. The files appear under their final names only
-when all of them are complete; a run that fails leaves nothing behind.
-"""
+"""Text to Megatron indexed datasets: `<prefix>_{train,valid}.{bin,idx}` and `<prefix>.json`."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,11 +14,10 @@ from megatron_bitcpm.data import text as text_source
 from megatron_bitcpm.data.indexed import manifest_path
 from megatron_bitcpm.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.files import write_json
 from megatron_bitcpm.progress import Progress
 from megatron_bitcpm.publish import Output
 from megatron_bitcpm.version import __version__
-
-logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "valid")
 _BATCH_DOCUMENTS = 256
@@ -44,28 +37,12 @@ def prepare(
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Encode documents and write the train and valid splits.
+    """Encode documents and write the train and valid splits; return the manifest beside them.
 
     Each document is its ids followed by the end-of-sequence id. Document number k (from 0) goes to
-    valid when ``k % n == n - 1`` with n = round(1 / valid_fraction), whatever the threads.
-
-    Args:
-        inputs: files, folders or ``stdlib:``, see `text.iter_documents`.
-        tokenizer_folder: see `tokenizer.load_tokenizer`.
-        output_prefix: path and first part of the names of the five files written.
-        valid_fraction: share of documents kept for validation, in (0, 0.5].
-        jsonl_key: key of the text in JSON lines.
-        document_chars: longest document cut from plain text, in characters.
-        max_bad_lines: JSON lines that may be left out.
-        min_tokens: smallest size of a split, in tokens; give sequence length + 1 here to learn now
-            rather than at training whether a split is too short.
-        threads: encoding threads, 0 for all processors.
-        overwrite: replace existing files of this prefix.
-        show_progress: a live line on a terminal, otherwise a plain line every few seconds.
-    Returns:
-        The manifest, also written as ``<prefix>.json``.
-    Raises:
-        DataError: bad input or tokenizer, existing files, or a split that is too short.
+    valid when ``k % n == n - 1`` with n = round(1 / valid_fraction), whatever the threads (0: all
+    processors). Give sequence length + 1 as `min_tokens`, the smallest size of a split, to learn
+    now rather than at training whether one is too short. See `text.iter_documents` for the input.
     """
     if not 0 < valid_fraction <= 0.5:
         raise DataError(f"valid_fraction={valid_fraction}: must be in (0, 0.5]. Use 0.03 for 3 %.")
@@ -82,54 +59,63 @@ def prepare(
         max_bad_lines=max_bad_lines,
         report=report,
     )
-    every = round(1 / valid_fraction)
-    size = text_source.total_bytes(files)
+    size = max(1, text_source.total_bytes(files))
     with Output(prefix, overwrite, "output_prefix", DataError).new_files(targets) as scratch:
         # Before the clock of the progress starts: this imports Megatron.
-        writer = _SplitWriter(scratch, prefix.name, tokenizer, every)
-
-        def text(seconds: float) -> list[str]:
-            return _list_counts(report, writer.total_tokens, size, seconds)
-
-        with Progress("prepare", max(1, size), text=text, enabled=show_progress) as progress:
-            try:
-                for ids in _encode(documents, tokenizer, threads or os.cpu_count() or 1):
-                    writer.add(ids)
-                    progress.update(report.bytes_read)
-            finally:
-                writer.close()
+        writer = _SplitWriter(scratch, prefix.name, tokenizer, round(1 / valid_fraction))
+        encoded = _encode(documents, tokenizer, threads or os.cpu_count() or 1)
+        _write(writer, encoded, report, size, show_progress)
         _check_splits(writer, report, min_tokens, prefix)
-        manifest = {
-            "version": __version__,
-            "tokenizer_sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "dtype": np.dtype(writer.dtype).name,
-            "valid_every": every,
-            "splits": writer.counts,
-            "input_files": report.files,
-            "input_bytes": report.bytes_read,
-            "chars": report.chars,
-            "bad_lines": report.bad_lines,
-            "skipped_files": report.skipped_files,
-            "problems": report.problems,
-        }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        (scratch / manifest_path(prefix).name).write_text(text, encoding="utf-8")
+        manifest = _describe(writer, report, tokenizer)
+        write_json(scratch / manifest_path(prefix).name, manifest, indent=1)
     return manifest
 
 
-def _list_counts(
-    report: text_source.ReadReport, tokens: int, size: int, seconds: float
-) -> list[str]:
-    """Return what the progress says, the most important last."""
-    return [
-        f"{report.lines:,} lines",
-        f"{report.documents:,} documents",
-        f"{tokens:,} tokens",
-        f"{report.bytes_read / 1e6:,.1f} of {max(1, size) / 1e6:,.1f} MB",
-        f"{tokens / seconds:,.0f} tokens/s",
-    ]
+def _write(
+    writer: _SplitWriter,
+    encoded: Iterator[list[int]],
+    report: text_source.ReadReport,
+    size: int,
+    show_progress: bool,
+) -> None:
+    def list_counts(seconds: float) -> list[str]:
+        """The most important comes last."""
+        return [
+            f"{report.lines:,} lines",
+            f"{report.documents:,} documents",
+            f"{writer.total_tokens:,} tokens",
+            f"{report.bytes_read / 1e6:,.1f} of {size / 1e6:,.1f} MB",
+            f"{writer.total_tokens / seconds:,.0f} tokens/s",
+        ]
+
+    with Progress("prepare", size, text=list_counts, enabled=show_progress) as progress:
+        try:
+            for ids in encoded:
+                writer.add(ids)
+                progress.update(report.bytes_read)
+        finally:
+            writer.close()
+
+
+def _describe(
+    writer: _SplitWriter, report: text_source.ReadReport, tokenizer: TextTokenizer
+) -> dict[str, Any]:
+    """Return the manifest."""
+    return {
+        "version": __version__,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "dtype": np.dtype(writer.dtype).name,
+        "valid_every": writer.every,
+        "splits": writer.counts,
+        "input_files": report.files,
+        "input_bytes": report.bytes_read,
+        "chars": report.chars,
+        "bad_lines": report.bad_lines,
+        "skipped_files": report.skipped_files,
+        "problems": report.problems,
+    }
 
 
 def _encode(

@@ -18,16 +18,7 @@ from megatron_bitcpm.errors import DataError
 
 
 def check_train_sets(data: DataConfig, tokenizer: TextTokenizer) -> dict[str, IndexedFiles]:
-    """Check ``<prefix>_train`` of every training set.
-
-    Args:
-        data: the section ``data`` of the configuration.
-        tokenizer: the tokenizer of the run.
-    Returns:
-        Configuration key of the prefix -> what its index says, in the order of the configuration.
-    Raises:
-        DataError: see `dataset.build_train_dataset`.
-    """
+    """Check ``<prefix>_train`` of every training set: key of the prefix -> its index."""
     checked: dict[str, IndexedFiles] = {}
     seen: dict[str, str] = {}
     for key, prefix in _train_keys(data):
@@ -45,17 +36,7 @@ def check_train_sets(data: DataConfig, tokenizer: TextTokenizer) -> dict[str, In
 def check_valid_sets(
     data: DataConfig, num_samples: int, tokenizer: TextTokenizer
 ) -> dict[str, IndexedFiles]:
-    """Check ``<prefix>_valid`` of every validation set.
-
-    Args:
-        data: the section ``data`` of the configuration.
-        num_samples: windows that each set must hold.
-        tokenizer: the tokenizer of the run.
-    Returns:
-        Name of the set -> what its index says, in the order of the configuration.
-    Raises:
-        DataError: see `dataset.build_valid_datasets`.
-    """
+    """Check ``<prefix>_valid`` of every set, `num_samples` windows each: name -> index."""
     checked = {}
     for name, (key, prefix) in _valid_keys(data).items():
         files = _check_split(data, key, prefix, "valid", tokenizer)
@@ -74,16 +55,9 @@ def data_fingerprints(data: DataConfig, tokenizer: TextTokenizer) -> dict[str, s
     """Return what the samples of a run are made of, to compare when it is resumed.
 
     Files count by their contents (see `IndexedFiles.fingerprint`), not by their place.
-
-    Args:
-        data: the section ``data`` of the configuration.
-        tokenizer: the tokenizer of the run.
-    Returns:
-        ``tokenizer_sha256`` and ``train_data`` (weights and files, in order) must stay what they
-        are for a run to continue with the samples it would have had. ``valid_data.<name>``, one for
-        each validation set, may change: only the losses reported for that name do with it.
-    Raises:
-        DataError: files are missing or damaged.
+    ``tokenizer_sha256`` and ``train_data`` (weights and files, in order) must stay what they are
+    for a run to continue with the samples it would have had. ``valid_data.<name>``, one for each
+    validation set, may change: only the losses reported for that name do with it.
     """
     with fail_on_all_ranks():
         shares = blend_shares([entry.weight for entry in data.train_sets])
@@ -101,11 +75,7 @@ def data_fingerprints(data: DataConfig, tokenizer: TextTokenizer) -> dict[str, s
 def _check_split(
     data: DataConfig, key: str, prefix: str, split: str, tokenizer: TextTokenizer
 ) -> IndexedFiles:
-    """Check one split and its manifest; return what its index says.
-
-    Data without a manifest (written by Megatron's own tools) is accepted when every token id
-    looked at is in the vocabulary.
-    """
+    """Check one split and its manifest, which data of Megatron's own tools does not have."""
     manifest = read_manifest(prefix, key)
     if manifest is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(

@@ -1,8 +1,4 @@
-"""Documents from text files and JSON lines, as a stream.
-
-A document is one string that the trainer ends with the end-of-sequence token. Nothing here holds
-more than one document and one read block in memory. No tokenizer and no Megatron in this module.
-"""
+"""Documents from text files and JSON lines, as a stream: one document and one block in memory."""
 
 from __future__ import annotations
 
@@ -11,11 +7,10 @@ import json
 import logging
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from megatron_bitcpm.errors import DataError
 
@@ -37,18 +32,7 @@ _PROBLEMS_KEPT = 10
 
 @dataclass
 class ReadReport:
-    """What was read so far; `iter_documents` updates it while it runs.
-
-    Attributes:
-        files: files opened and read.
-        documents: documents yielded.
-        chars: characters yielded.
-        bytes_read: bytes of the input files consumed.
-        lines: lines of the input files consumed.
-        bad_lines: JSON lines left out.
-        skipped_files: whole files left out.
-        problems: the first messages, ``file[:line]: reason``.
-    """
+    """What `iter_documents` has read so far; `problems` are the first messages."""
 
     files: int = 0
     documents: int = 0
@@ -68,34 +52,32 @@ class ReadReport:
 
 
 def python_stdlib_files() -> list[Path]:
-    """Return the standard library's own Python sources, sorted by path.
+    """Return the standard library's own Python sources, sorted: 674 files, 11 MB with CPython 3.11.
 
-    Test folders, IDLE and installed packages are left out. With CPython 3.11 these are 674 files,
-    11.35 MB; the amount differs by a few percent between Python versions.
-
-    Raises:
-        DataError: the interpreter has no sources on disk (a zipped or stripped library).
+    Test folders, IDLE and installed packages are left out.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files: list[Path] = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in _STDLIB_SKIP)
-        files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+    files = [path for path in _files_below(root, _STDLIB_SKIP) if path.suffix == ".py"]
     if not files:
         raise DataError(
             f"input={STDLIB_INPUT}: no .py files under {root}. Give text files of your own."
         )
-    return sorted(files)
+    return files
+
+
+def _files_below(root: Path, skip: Collection[str]) -> list[Path]:
+    """Return the files of a folder, sorted, without hidden ones and folders named in `skip`."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skip]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
 
 
 def list_input_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Expand files, folders (recursive) and ``stdlib:`` into a sorted list for each input.
 
-    Hidden files, hidden folders and ``__pycache__`` inside a folder are not visited. Links to
-    folders are not followed, so a cycle cannot occur.
-
-    Raises:
-        DataError: an input does not exist, or there is no file at all.
+    Hidden files and folders, ``__pycache__`` and links to folders in a folder are left out.
     """
     names = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     files: list[Path] = []
@@ -104,11 +86,7 @@ def list_input_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
         if str(name) == STDLIB_INPUT:
             files += python_stdlib_files()
         elif path.is_dir():
-            found: list[Path] = []
-            for folder, folders, entries in os.walk(path):
-                folders[:] = [f for f in folders if not f.startswith(".") and f != "__pycache__"]
-                found += [Path(folder, entry) for entry in entries if not entry.startswith(".")]
-            files += sorted(f for f in found if f.is_file())
+            files += _files_below(path, ("__pycache__",))
         elif path.is_file():
             files.append(path)
         else:
@@ -135,24 +113,15 @@ def iter_documents(
     document whatever its length. Every other file is UTF-8 text, cut at the last blank line (else
     the last line end, else anywhere) before `document_chars` characters; the pieces of a file,
     joined, are the file (a leading byte order mark aside). Documents of white space only are left
-    out. Files that are binary or not UTF-8 are left out whole, with a warning.
-
-    Args:
-        inputs: files, folders or ``stdlib:``, see `list_input_files`.
-        jsonl_key: key of the text in a JSON line.
-        document_chars: longest document cut from plain text, in characters, at least 16.
-        max_bad_lines: JSON lines that may be left out before the run stops.
-        report: counters to update while reading.
-    Raises:
-        DataError: an input is missing, fails while it is read, or more than `max_bad_lines` lines
-            are bad.
+    out. Files that are binary or not UTF-8 are left out whole, with a warning, and up to
+    `max_bad_lines` JSON lines.
     """
     if document_chars < 16:
         raise DataError(f"document_chars={document_chars}: too small. Use 16 or more.")
     report = ReadReport() if report is None else report
     for path in list_input_files(inputs):
         is_json = path.suffix.lower() in _JSON_SUFFIXES
-        reason = _why_not_readable(path) if is_json else _why_not_text(path)
+        reason = _why_left_out(path, is_json)
         if reason is not None:
             report.skipped_files += 1
             report.add_problem(str(path), reason)
@@ -163,19 +132,16 @@ def iter_documents(
             if is_json
             else _iter_text_pieces(path, document_chars, report)
         )
-        while (text := _next_piece(pieces, path)) is not None:
-            if text.strip():
-                report.documents += 1
-                report.chars += len(text)
-                yield text
+        with _reading(path):
+            for text in pieces:
+                if text.strip():
+                    report.documents += 1
+                    report.chars += len(text)
+                    yield text
 
 
 def total_bytes(files: Sequence[Path]) -> int:
-    """Return the summed size of `files`, in bytes.
-
-    Raises:
-        DataError: a file is gone.
-    """
+    """Return the summed size of `files`, in bytes."""
     size = 0
     for path in files:
         with _reading(path):
@@ -196,29 +162,14 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _next_piece(pieces: Iterator[str], path: Path) -> str | None:
-    with _reading(path):
-        return next(pieces, None)
-
-
-def _why_not_readable(path: Path) -> str | None:
-    try:
-        with open(path, "rb"):
-            return None
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-
-
-def _why_not_text(path: Path) -> str | None:
-    """Return why `path` cannot be read as UTF-8 text, or None. Reads the file once, in blocks.
-
-    A file is judged before its first document is used: half a binary file is worse than none.
-    """
+def _why_left_out(path: Path, is_json: bool) -> str | None:
+    """Return why a file cannot be read, or is not UTF-8 text where it is not JSON; or None."""
+    # Judged before its first document is used: half a binary file is worse than none.
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     try:
         with open(path, "rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
+            while not is_json and (block := stream.read(_BLOCK_BYTES)):
                 if b"\0" in block:
                     return f"binary (a zero byte at offset {offset + block.index(0)})"
                 decoder.decode(block)
@@ -282,7 +233,9 @@ def _iter_text_pieces(path: Path, limit: int, report: ReadReport) -> Iterator[st
     # newline="" keeps \r\n as written; utf-8-sig drops a byte order mark
     with open(path, encoding="utf-8-sig", newline="") as stream:
         rest = ""
-        while block := _read_block(stream, limit, report):
+        while block := stream.read(max(limit, _BLOCK_BYTES)):
+            report.bytes_read += len(block.encode("utf-8"))
+            report.lines += block.count("\n")
             rest += block
             start = 0
             while len(rest) - start > limit:
@@ -294,18 +247,9 @@ def _iter_text_pieces(path: Path, limit: int, report: ReadReport) -> Iterator[st
             yield rest
 
 
-def _read_block(stream: IO[str], limit: int, report: ReadReport) -> str:
-    block = stream.read(max(limit, _BLOCK_BYTES))
-    report.bytes_read += len(block.encode("utf-8"))
-    report.lines += block.count("\n")
-    return block
-
-
 def _cut_position(text: str, start: int, limit: int) -> int:
-    """Return where to end the piece that begins at `start`, at most `limit` characters later.
-
-    A cut in the first quarter would leave crumbs, so a blank line there loses to a later line end.
-    """
+    """Return where to end the piece that begins at `start`, at most `limit` characters later."""
+    # A cut in the first quarter would leave crumbs: a blank line there loses to a later line end.
     for mark in ("\n\n", "\r\n\r\n", "\n"):
         position = text.rfind(mark, start + limit // 4, start + limit)
         if position >= 0:

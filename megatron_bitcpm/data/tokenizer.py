@@ -1,7 +1,4 @@
-"""Load a tokenizer: one trained here, or any Hugging Face tokenizer folder.
-
-Training is in `tokenizer_train`, the layout of a trained folder in `tokenizer_export`.
-"""
+"""Load a tokenizer: one trained here (`tokenizer_train`), or any Hugging Face tokenizer folder."""
 
 from __future__ import annotations
 
@@ -13,19 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bitcpm.data.tokenizer_export import MARKER_FILE, Marker, tokenizer_sha256
-from megatron_bitcpm.data.tokenizer_train import train_tokenizer
+from megatron_bitcpm.data.tokenizer_export import MARKER_FILE, Marker
+from megatron_bitcpm.data.tokenizer_ids import tokenizer_sha256
 from megatron_bitcpm.errors import DataError
 from megatron_bitcpm.files import TOKENIZER_FILES
-
-__all__ = [
-    "HuggingFaceTokenizer",
-    "SentencePieceTokenizer",
-    "TextTokenizer",
-    "load_tokenizer",
-    "tokenizer_sha256",
-    "train_tokenizer",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +21,9 @@ logger = logging.getLogger(__name__)
 class TextTokenizer:
     """What the data pipeline and Megatron's GPTDataset need of a tokenizer.
 
-    Attributes:
-        folder: where it was loaded from.
-        sha256: hash of the tokenizer's files, see `tokenizer_sha256`.
-        vocab_size: largest id + 1 (the embedding may be padded beyond it).
-        bos_id: id of the begin token, or None.
-        eos_id: id of the end token, which also separates documents.
-    Methods return plain ints. `encode` adds no special token, and never turns text into one:
-    ``</s>`` in a document is four characters.
+    `vocab_size` is the largest id + 1 (the embedding may be padded beyond it). The end token also
+    separates documents. `encode` adds no special token, and never turns text into one: ``</s>`` in
+    a document is four characters.
     """
 
     def __init__(self, folder: Path, vocab_size: int, bos_id: int | None, eos_id: int) -> None:
@@ -75,17 +58,10 @@ class TextTokenizer:
         return self.eos_id
 
     @property
-    def bos(self) -> int | None:
-        """Same as `bos_id`."""
-        return self.bos_id
-
-    @property
     def pad(self) -> int:
-        """An id that never occurs.
-
-        GPTDataset takes every label equal to the pad id out of the loss, and megatron-core 0.12
-        does so in its cached mask: with pad == eos more and more tokens stop counting.
-        """
+        """An id that never occurs."""
+        # GPTDataset takes every label equal to the pad id out of the loss, and 0.12 does so in its
+        # cached mask: with pad == eos more and more tokens stop counting.
         return -1
 
     @property
@@ -184,9 +160,6 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> TextTokenizer:
 
     The second kind is read by sentencepiece, which gives the same ids faster, unless its files
     were edited since (the marker's hash tells). Nothing is downloaded, no remote code is run.
-
-    Raises:
-        DataError: not a folder, not a tokenizer, or a tokenizer without end-of-sequence token.
     """
     folder = Path(folder)
     if not folder.is_dir():

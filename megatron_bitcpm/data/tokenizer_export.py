@@ -3,19 +3,15 @@
 SentencePiece joins, again and again, the adjacent pair whose concatenation is the earliest piece
 (leftmost on a tie). `tokenizers`' BPE joins the pair of lowest merge rank (leftmost on a tie).
 The two agree when the merges are every split of every piece into two pieces, in order of the
-whole piece. Normalisation, prefix and special tokens are arranged to change nothing else.
-
-The JSON is written directly: neither `tokenizers` nor `transformers` is needed here.
+whole piece. Normalisation, prefix and special tokens change nothing else.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-from megatron_bitcpm.files import TOKENIZER_FILES, hash_files
+from megatron_bitcpm.files import write_json
 from megatron_bitcpm.records import Record
 
 SPACE_MARK = "\u2581"
@@ -35,17 +31,14 @@ class Marker(Record):
 
 
 def build_merges(pieces: list[str], is_normal: list[bool]) -> list[list[str]]:
-    """Return the merge list of a SentencePiece BPE vocabulary.
+    """Return the merges ``[left, right]`` of a SentencePiece BPE vocabulary, the first one first.
 
-    Args:
-        pieces: all pieces by id; normal pieces stand in order of training, most frequent merge
-            first, followed by the single characters.
-        is_normal: False for control, unknown and byte pieces, which no merge may produce or use.
-    Returns:
-        Pairs ``[left, right]``, highest priority first. Splits of one piece are ordered by the
-        ids of their halves. Their order matters only where neighbours a, b, c with ab == bc meet
-        (runs such as ``- -- -``): SentencePiece then joins the left pair, tokenizers the one that
-        is first here. The tests compare both on long runs and random text and find no such case.
+    Normal pieces stand in order of training, most frequent merge first, followed by the single
+    characters; no merge may produce or use others (control, unknown, bytes). Splits of one piece
+    are ordered by the ids of their halves. Their order matters only where neighbours a, b, c with
+    ab == bc meet (runs such as ``- -- -``): SentencePiece then joins the left pair, tokenizers the
+    one that is first here. The tests compare both on long runs and random text and find no such
+    case.
     """
     ids = {piece: i for i, piece in enumerate(pieces) if is_normal[i]}
     merges: list[list[str]] = []
@@ -62,7 +55,6 @@ def build_merges(pieces: list[str], is_normal: list[bool]) -> list[list[str]]:
 
 def tokenizer_json(pieces: list[str], is_normal: list[bool]) -> dict[str, Any]:
     """Return the content of `tokenizer.json` for a SentencePiece BPE vocabulary."""
-    special = [(UNK_ID, UNK), (BOS_ID, BOS), (EOS_ID, EOS)]
     return {
         "version": "1.0",
         "truncation": None,
@@ -71,13 +63,10 @@ def tokenizer_json(pieces: list[str], is_normal: list[bool]) -> dict[str, Any]:
             {
                 "id": i,
                 "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
+                **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
                 "special": True,
             }
-            for i, token in special
+            for i, token in enumerate((UNK, BOS, EOS))
         ],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
         "pre_tokenizer": None,
@@ -127,12 +116,7 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def write_hf_files(folder: Path, model: bytes) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and `tokenizer.model` into `folder`.
-
-    Args:
-        folder: existing folder.
-        model: serialised SentencePiece BPE model with byte fallback.
-    """
+    """Write the files of a serialised SentencePiece BPE model with byte fallback into a folder."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -143,17 +127,5 @@ def write_hf_files(folder: Path, model: bytes) -> None:
         for i in ids
     ]
     (folder / "tokenizer.model").write_bytes(model)
-    for name, content in (
-        ("tokenizer.json", tokenizer_json(pieces, is_normal)),
-        ("tokenizer_config.json", tokenizer_config()),
-    ):
-        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def tokenizer_sha256(folder: str | os.PathLike[str]) -> str:
-    """Return the sha256 of a tokenizer folder: names and bytes of its tokenizer files.
-
-    Model weights, chat templates kept in files of their own and other files do not count.
-    """
-    return hash_files(Path(folder), TOKENIZER_FILES)
+    write_json(folder / "tokenizer.json", tokenizer_json(pieces, is_normal), indent=1)
+    write_json(folder / "tokenizer_config.json", tokenizer_config(), indent=1)

@@ -1,7 +1,4 @@
-"""How many ids a tokenizer folder has and which ones are special, read from its files alone.
-
-Neither transformers nor tokenizers is needed. What loads a tokenizer is in `data.tokenizer`.
-"""
+"""How many ids a tokenizer folder has and which are special, read from its files alone."""
 
 from __future__ import annotations
 
@@ -29,17 +26,22 @@ VOCABULARY_FILES = (
 
 @dataclass(frozen=True)
 class TokenizerIds:
-    """What a model's configuration needs of its tokenizer.
-
-    Attributes:
-        size: largest id + 1.
-        bos, eos, pad: ids of the begin, end and padding tokens, None where there is none.
-    """
+    """What a model needs to know: largest id + 1, and special ids, None where there is none."""
 
     size: int
     bos: int | None
     eos: int | None
     pad: int | None
+
+
+def has_vocabulary(folder: Path | None) -> bool:
+    """Whether there is a folder, with a tokenizer's vocabulary in it."""
+    return folder is not None and any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def tokenizer_sha256(folder: str | Path) -> str:
+    """Return the sha256 over names and bytes of `TOKENIZER_FILES`; no other files count."""
+    return hash_files(Path(folder), TOKENIZER_FILES)
 
 
 def check_tokenizer_folder(folder: str | Path) -> Path:
@@ -53,14 +55,9 @@ def check_tokenizer_folder(folder: str | Path) -> Path:
 
 
 def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> TokenizerIds:
-    """Read sizes and special ids out of a tokenizer folder.
+    """Read sizes and special ids out of the files of a tokenizer or model folder.
 
-    Args:
-        folder: tokenizer folder, or a model folder with one.
-        vocab_size: ids of the model, None where they are not known.
-
-    Raises:
-        CheckpointError: no such folder, no vocabulary in it, or of another size than the model's.
+    `vocab_size` is the model's where it is known; files with another number of ids are refused.
     """
     folder = check_tokenizer_folder(folder)
     try:
@@ -82,18 +79,9 @@ def read_tokenizer_ids(folder: str | Path, vocab_size: int | None = None) -> Tok
 
 
 def read_run_tokenizer(folder: str | Path, vocab_size: int, recorded: str | None) -> TokenizerIds:
-    """Read the tokenizer of a model, and compare it with the one that its training recorded.
-
-    Args:
-        folder: tokenizer folder.
-        vocab_size: ids of the model.
-        recorded: sha256 of the tokenizer's files, None where it is not known.
-
-    Raises:
-        CheckpointError: as `read_tokenizer_ids`, or other files than those of the training.
-    """
+    """Read the tokenizer of a model; refuse another than the one `recorded` in training."""
     ids = read_tokenizer_ids(folder, vocab_size)
-    if recorded not in (None, hash_files(Path(folder), TOKENIZER_FILES)):
+    if recorded not in (None, tokenizer_sha256(folder)):
         raise CheckpointError(
             f"tokenizer={folder}: is not the one of the training (its files have another sha256). "
             "Name the tokenizer of the run (--tokenizer)."
@@ -165,11 +153,7 @@ def _read_ids(folder: Path) -> TokenizerIds:
 
 
 def _read_vocabulary(folder: Path) -> tuple[dict[Any, int], dict[str, str | None]]:
-    """Return (token -> id, special token by its key) of the first vocabulary file there is.
-
-    Some classes of transformers move the ids of a SentencePiece file or add ids of their own. Their
-    ``added_tokens_decoder``, read by the caller, then gives the largest id and the special ones.
-    """
+    """Return (token -> id, special token by its key) of the first vocabulary file there is."""
     special: dict[str, str | None] = dict.fromkeys(("bos_token", "eos_token", "pad_token"))
     name = next((name for name in VOCABULARY_FILES if (folder / name).is_file()), None)
     path = folder / str(name)
@@ -186,6 +170,8 @@ def _read_vocabulary(folder: Path) -> tuple[dict[Any, int], dict[str, str | None
         with open(path, encoding="utf-8") as lines:
             ids = {line.rstrip("\n"): index for index, line in enumerate(lines)}
     elif name is not None:
+        # Some classes of transformers move the ids of a SentencePiece file or add some. Their
+        # `added_tokens_decoder`, read by the caller, gives the largest id and the special ones.
         import sentencepiece
 
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))

@@ -1,14 +1,12 @@
 """Train a SentencePiece BPE tokenizer and write it as a Hugging Face folder.
 
-SentencePiece BPE with byte fallback that changes no character: identity normalisation, no prefix
-space, runs of spaces kept and learnt as pieces, so decode(encode(text)) is text. One exception is
-SentencePiece's own: U+2581, its mark for a space, decodes as a space.
+Byte fallback, identity normalisation, no prefix space, runs of spaces kept and learnt as pieces:
+decode(encode(text)) is text, except that U+2581, SentencePiece's space mark, decodes as a space.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +14,9 @@ from typing import Any
 
 from megatron_bitcpm.data import text as text_source
 from megatron_bitcpm.data import tokenizer_export as export
+from megatron_bitcpm.data.tokenizer_ids import tokenizer_sha256
 from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.files import write_json
 from megatron_bitcpm.publish import Output
 
 # unknown, bos, eos and 256 bytes
@@ -35,30 +35,20 @@ def train_tokenizer(
     max_bad_lines: int = 100,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train a SentencePiece BPE tokenizer and write it as a Hugging Face folder.
+    """Train a tokenizer of exactly `vocab_size` ids, at least 300; return its marker.
 
     Ids: ``<unk>`` 0, ``<s>`` 1, ``</s>`` 2, then the 256 bytes, then pieces. The result depends on
-    the text and the arguments only, not on time, machine or folder names.
-
-    Args:
-        inputs: files, folders or ``stdlib:``, see `text.iter_documents`.
-        output_dir: folder to write; its parents are made.
-        vocab_size: exact number of ids, at least 300.
-        sample_mb: text to train on, 10**6 characters; of longer input every k-th document is used.
-        character_coverage: share of character occurrences that get a piece of their own, the rest
-            is spelled in bytes. 0.9995 is SentencePiece's advice for large alphabets.
-        jsonl_key: key of the text in JSON lines.
-        max_bad_lines: JSON lines that may be left out.
-        overwrite: replace `output_dir` when it is a tokenizer trained before.
-    Returns:
-        The content of the marker file: vocab_size, sha256, documents and chars used.
-    Raises:
-        DataError: bad input, `output_dir` exists, or `vocab_size` does not fit the text.
+    the text and the arguments only, not on time, machine or folder names. `sample_mb` is the text
+    to train on, 10**6 characters: of longer input every k-th document. `character_coverage` is the
+    share of character occurrences that get a piece of their own, the rest is spelled in bytes;
+    0.9995 is SentencePiece's advice for large alphabets. See `text.iter_documents` for the input.
     """
     output = Path(output_dir)
     if vocab_size < _RESERVED_PIECES + 41:
         raise DataError(f"vocab_size={vocab_size}: 259 ids are reserved. Use 300 or more.")
-    sample = _TrainingSample(inputs, sample_mb, jsonl_key, max_bad_lines)
+    files = text_source.list_input_files(inputs)
+    texts = text_source.iter_documents(files, jsonl_key=jsonl_key, max_bad_lines=max_bad_lines)
+    sample = _TrainingSample(files, texts, int(sample_mb * 1e6))
     target = Output(output, overwrite, "output_dir", DataError, _why_no_tokenizer)
     # Before the training: it is long, and a folder that cannot be written would waste it.
     with target.new_folder() as scratch:
@@ -70,9 +60,8 @@ def train_tokenizer(
             "character_coverage": character_coverage,
         }
         export.write_hf_files(scratch, model)
-        info["sha256"] = export.tokenizer_sha256(scratch)
-        text = json.dumps(info, indent=1) + "\n"
-        (scratch / export.MARKER_FILE).write_text(text, encoding="utf-8")
+        info["sha256"] = tokenizer_sha256(scratch)
+        write_json(scratch / export.MARKER_FILE, info, indent=1)
     return info
 
 
@@ -82,20 +71,13 @@ def _why_no_tokenizer(output: Path) -> str | None:
 
 
 class _TrainingSample:
-    """At most `sample_mb` of text, every k-th document, in pieces SentencePiece accepts."""
+    """At most `limit_chars` of text, every k-th document, in pieces SentencePiece accepts."""
 
-    def __init__(
-        self,
-        inputs: Iterable[str | os.PathLike[str]],
-        sample_mb: float,
-        jsonl_key: str,
-        max_bad_lines: int,
-    ) -> None:
-        self.files = text_source.list_input_files(inputs)
-        self.limit_chars = int(sample_mb * 1e6)
-        self.stride = max(1, -(-text_source.total_bytes(self.files) // max(1, self.limit_chars)))
-        self.jsonl_key = jsonl_key
-        self.max_bad_lines = max_bad_lines
+    def __init__(self, files: list[Path], texts: Iterator[str], limit_chars: int) -> None:
+        self.files = files
+        self.texts = texts
+        self.limit_chars = limit_chars
+        self.stride = max(1, -(-text_source.total_bytes(files) // max(1, limit_chars)))
         self.documents = 0
         self.chars = 0
         self.error: BaseException | None = None
@@ -109,10 +91,7 @@ class _TrainingSample:
             self.error = error
 
     def _sentences(self) -> Iterator[str]:
-        documents = text_source.iter_documents(
-            self.files, jsonl_key=self.jsonl_key, max_bad_lines=self.max_bad_lines
-        )
-        for index, document in enumerate(documents):
+        for index, document in enumerate(self.texts):
             if index % self.stride:
                 continue
             if self.chars >= self.limit_chars:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_bitcpm.conversion.source import ModelSource
-from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES
+from megatron_bitcpm.data.tokenizer_ids import has_vocabulary
 from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.evaluation.generate import load_hf_tokenizer
 
@@ -64,7 +64,8 @@ def tokenize_prompts(
     """
     if not prompts:
         raise BitcpmError("logits=[]: no prompts. Give at least one.")
-    folder = tokenizer or next((s.side_files for s in sources if _has_tokenizer(s)), None)
+    own = (source.side_files for source in sources)
+    folder = tokenizer or next(filter(has_vocabulary, own), None)
     if folder is None:
         raise BitcpmError(
             f"tokenizer=None: neither {sources[0].path} nor {sources[1].path} has one. Name one "
@@ -91,8 +92,3 @@ def tokenize_prompts(
         return str(loaded.decode([index], clean_up_tokenization_spaces=False))
 
     return tokens, word
-
-
-def _has_tokenizer(source: ModelSource) -> bool:
-    folder = source.side_files
-    return folder is not None and any((folder / name).is_file() for name in VOCABULARY_FILES)

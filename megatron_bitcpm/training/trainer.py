@@ -22,8 +22,8 @@ from megatron_bitcpm.data.dataset import (
     MicroBatchIterator,
     build_train_dataset,
     build_valid_datasets,
-    data_fingerprints,
 )
+from megatron_bitcpm.data.sets import data_fingerprints
 from megatron_bitcpm.data.tokenizer import load_tokenizer
 from megatron_bitcpm.data.tokenizer_ids import read_tokenizer_ids
 from megatron_bitcpm.errors import BitcpmError, TrainingError

@@ -168,11 +168,11 @@ def test_a_folder_that_cannot_be_read(run, monkeypatch):
         ("{", "Expecting property name"),
         ("[" * 100_000, "recursion"),
         ({"format_version": 1}, "format_version=1: this package reads 2"),
-        ({"iteration": None}, "iteration is None, not a number from 0"),
-        ({"iteration": "7"}, "iteration is '7', not a number from 0"),
-        ({"world_size": None}, "world_size is None, not a number from 1"),
-        ({"world_size": 0}, "world_size is 0, not a number from 1"),
-        ({"world_size": True}, "world_size is True, not a number from 1"),
+        ({"iteration": None}, "iteration=None: must be a valid integer"),
+        ({"iteration": "7"}, "iteration='7': must be a valid integer"),
+        ({"world_size": None}, "world_size=None: must be a valid integer"),
+        ({"world_size": 0}, "world_size=0: must be greater than or equal to 1"),
+        ({"world_size": True}, "world_size=True: must be a valid integer"),
     ],
 )
 def test_a_damaged_state(content, message, run):
@@ -191,7 +191,7 @@ def test_a_state_without_a_key(key, run):
     state = json.loads(path.read_text())
     del state[key]
     path.write_text(json.dumps(state))
-    refuse(lambda: store.read_config(path.parent), f"{key} is None, not a number")
+    refuse(lambda: store.read_config(path.parent), f"{key} is missing")
 
 
 def test_a_damaged_configuration(run):

@@ -16,7 +16,8 @@ from megatron_bitcpm.data.dataset import (
     build_valid_datasets,
 )
 from megatron_bitcpm.data.prepare import prepare
-from megatron_bitcpm.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_bitcpm.data.tokenizer import load_tokenizer
+from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 from megatron_bitcpm.errors import DataError
 
 pytestmark = pytest.mark.both_versions

@@ -14,7 +14,8 @@ import pytest
 from megatron_bitcpm.data import prepare as prepare_module
 from megatron_bitcpm.data.indexed import read_manifest
 from megatron_bitcpm.data.prepare import prepare
-from megatron_bitcpm.data.tokenizer import SentencePieceTokenizer, load_tokenizer, train_tokenizer
+from megatron_bitcpm.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 from megatron_bitcpm.errors import DataError
 from megatron_bitcpm.version import __version__
 
@@ -294,8 +295,7 @@ def test_an_input_that_fails_while_it_is_read_is_not_called_an_output(
     def failing_open(path, *args, **kwargs):
         return Failing(real_open(path, *args, **kwargs))
 
-    monkeypatch.setattr("megatron_bitcpm.data.text._why_not_text", lambda path: None)
-    monkeypatch.setattr("megatron_bitcpm.data.text._why_not_readable", lambda path: None)
+    monkeypatch.setattr("megatron_bitcpm.data.text._why_left_out", lambda path, is_json: None)
     monkeypatch.setattr("megatron_bitcpm.data.text.open", failing_open, raising=False)
     out = tmp_path / "out"
     with pytest.raises(DataError, match=rf"input=.*{name}: cannot be read to its end \(Input/out"):
@@ -306,7 +306,7 @@ def test_an_input_that_fails_while_it_is_read_is_not_called_an_output(
 def test_an_input_that_is_gone_or_changed_meanwhile(source, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xff\xfe")
-    monkeypatch.setattr("megatron_bitcpm.data.text._why_not_text", lambda path: None)
+    monkeypatch.setattr("megatron_bitcpm.data.text._why_left_out", lambda path, is_json: None)
     with pytest.raises(DataError, match=r"input=.*a\.txt: .* \(not UTF-8 any more"):
         prepare([path], source / "tok", tmp_path / "d", show_progress=False)
     listed = prepare_module.text_source.list_input_files([path])

@@ -14,9 +14,9 @@ from megatron_bitcpm.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     load_tokenizer,
-    tokenizer_sha256,
-    train_tokenizer,
 )
+from megatron_bitcpm.data.tokenizer_ids import tokenizer_sha256
+from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 from megatron_bitcpm.errors import DataError
 
 NASTY = [

@@ -17,7 +17,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "world", "##s", 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A SentencePiece model of 300 pieces: unk 0, bos 1, eos 2, no padding."""
-    from megatron_bitcpm.data.tokenizer import train_tokenizer
+    from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 
     folder = tmp_path_factory.mktemp("sp")
     (folder / "a.txt").write_text("some words of text to learn from\n" * 300)

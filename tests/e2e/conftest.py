@@ -32,7 +32,7 @@ WORDS = [
 def corpus(tmp_path_factory):
     """A folder with text, tokenizer and dataset."""
     from megatron_bitcpm.data.prepare import prepare
-    from megatron_bitcpm.data.tokenizer import train_tokenizer
+    from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 
     folder = tmp_path_factory.mktemp("corpus")
     chooser = random.Random(0)

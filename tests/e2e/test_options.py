@@ -73,7 +73,7 @@ def test_init_from_needs_the_same_model(write_config, tmp_path):
 
 def test_init_from_needs_the_same_tokenizer(write_config, corpus, tmp_path):
     from megatron_bitcpm.data.prepare import prepare
-    from megatron_bitcpm.data.tokenizer import train_tokenizer
+    from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 
     one_step = {"training__train_iters": 1, "optimizer__lr_warmup_iters": 0}
     train_well(1, write_config("source", **one_step))

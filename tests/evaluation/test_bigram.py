@@ -87,7 +87,8 @@ def test_on_a_dataset_a_predictable_text_beats_a_random_one(tmp_path):
     from megatron_bitcpm.config import DataConfig
     from megatron_bitcpm.data.dataset import build_valid_datasets
     from megatron_bitcpm.data.prepare import prepare
-    from megatron_bitcpm.data.tokenizer import load_tokenizer, train_tokenizer
+    from megatron_bitcpm.data.tokenizer import load_tokenizer
+    from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 
     rng = np.random.default_rng(0)
     losses = {}

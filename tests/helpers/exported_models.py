@@ -20,7 +20,7 @@ with torch.device("cpu"):
 def data(tmp_path_factory):
     """A folder with a tokenizer (`tok`, 300 ids) and prepared data (`d`)."""
     from megatron_bitcpm.data.prepare import prepare
-    from megatron_bitcpm.data.tokenizer import train_tokenizer
+    from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)

@@ -20,9 +20,9 @@ from megatron_bitcpm.arch.hf_config import (
 from megatron_bitcpm.arch.hf_rope import HfProblem, locate_problems
 from megatron_bitcpm.arch.model import Form, ModelConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import check_quantizer_block
-from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES
+from megatron_bitcpm.data.tokenizer_ids import has_vocabulary, tokenizer_sha256
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, read_json
+from megatron_bitcpm.files import read_json
 from megatron_bitcpm.quantizer import Quantizer
 from megatron_bitcpm.records import explain
 
@@ -60,10 +60,9 @@ def read_hf_config(folder: Path) -> HfConfig:
     raw = read_json(path)
     model, vocab_size = parse_architecture(raw, path)
     origin = read_origin(folder, raw)
-    has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
-    if origin.facts.get("tokenizer_sha256") is not None and has_tokenizer:
+    if origin.facts.get("tokenizer_sha256") is not None and has_vocabulary(folder):
         # The model may have been trained on and its tokenizer saved anew; this one goes with it.
-        origin.facts["tokenizer_sha256"] = hash_files(folder, TOKENIZER_FILES)
+        origin.facts["tokenizer_sha256"] = tokenizer_sha256(folder)
     if origin.form == "latent" and origin.quantizer is not None:
         check_quantizer_block(raw[QUANTIZER_KEY], model, origin.quantizer, path)
     with locate_problems(path):

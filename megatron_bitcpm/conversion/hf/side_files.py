@@ -17,8 +17,8 @@ from megatron_bitcpm.conversion.hf.fold import FoldedSource
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.data.tokenizer_ids import (
-    VOCABULARY_FILES,
     TokenizerIds,
+    has_vocabulary,
     read_run_tokenizer,
     read_tokenizer_ids,
 )
@@ -59,7 +59,7 @@ def find_tokenizer(
         )
     if folder is not None and (tokenizer is not None or recorded is not None):
         return folder, read_run_tokenizer(folder, source.vocab_size, recorded)
-    if folder is None or not any((folder / name).is_file() for name in VOCABULARY_FILES):
+    if not has_vocabulary(folder):
         warnings.append(f"{source.path} comes without a tokenizer, and so does the folder")
         return folder, None
     ids = read_tokenizer_ids(folder)
