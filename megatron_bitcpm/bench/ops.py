@@ -30,7 +30,7 @@ from megatron_bitcpm.bench.ops_cases import (
 from megatron_bitcpm.bench.timing import ratios, time_interleaved
 from megatron_bitcpm.errors import BitcpmError
 from megatron_bitcpm.quant import fake_quant
-from megatron_bitcpm.quant.scales import DEFAULT_EPS
+from megatron_bitcpm.quant.settings import DEFAULT_EPS
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Largest ratio to the memory floor, for this case only.

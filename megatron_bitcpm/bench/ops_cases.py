@@ -18,7 +18,7 @@ from megatron_bitcpm.bench.timing import interleave, time_s
 from megatron_bitcpm.ops import _cpu
 from megatron_bitcpm.quant.grids import GRIDS, TERNARY
 from megatron_bitcpm.quant.groups import resolve_group_size
-from megatron_bitcpm.quant.scales import DEFAULT_EPS
+from megatron_bitcpm.quant.settings import DEFAULT_EPS
 
 Candidate = Callable[[], Any]
 # Tensors that the list operators get: slices of the weight's rows.

@@ -59,7 +59,7 @@ def find_tokenizer(
         )
     if folder is not None and (tokenizer is not None or recorded is not None):
         return folder, read_run_tokenizer(folder, source.vocab_size, recorded)
-    if not has_vocabulary(folder):
+    if folder is None or not has_vocabulary(folder):
         warnings.append(f"{source.path} comes without a tokenizer, and so does the folder")
         return folder, None
     ids = read_tokenizer_ids(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from megatron_bitcpm.checkpoint.safe_load import METADATA_FILE
 from megatron_bitcpm.checkpoint.store import (
@@ -14,6 +15,7 @@ from megatron_bitcpm.checkpoint.store import (
 )
 from megatron_bitcpm.errors import CheckpointError
 
+MegatronFormat = Literal["torch_dist", "legacy"]
 SHARD_FILE = "model_optim_rng.pt"
 RELEASE = "release"
 """Megatron's name for weights alone: it then looks for no optimizer and no random state."""
@@ -28,7 +30,7 @@ def refusal(path: Path, rule: str, fix: str = DAMAGED) -> CheckpointError:
     return CheckpointError(f"checkpoint={path}: {rule}. {fix}.")
 
 
-def kind_of_folder(folder: Path) -> str | None:
+def kind_of_folder(folder: Path) -> MegatronFormat | None:
     """Return the format of a checkpoint's folder: torch_dist, legacy, or None for neither."""
     if (folder / METADATA_FILE).is_file():
         return "torch_dist"
