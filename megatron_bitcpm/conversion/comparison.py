@@ -93,15 +93,11 @@ def _count_values(a: torch.Tensor, b: torch.Tensor) -> int:
 def share_quantizer(
     found: ModelSource, wanted: ModelSource
 ) -> tuple[ModelSource, ModelSource, str | None]:
-    """Give the quantiser of a stamped model to an unstamped one, for their comparison.
+    """Give the quantiser of a stamped model to an unstamped one of its architecture, to compare.
 
     Weights that lie on a grid are taken as values of the forward, others as its latents: whatever
-    the two are then compared by means something, and equal ones are what the stamp says.
-
-    Args:
-        found, wanted: as stored, of one architecture.
-    Returns:
-        Both models, and what was assumed; None where both have a stamp, or neither.
+    the two are then compared by means something, and equal ones are what the stamp says. The third
+    value says what was assumed; None where both have a stamp, or neither.
 
     Raises:
         CheckpointError: latents that were folded; no quantiser saw these values.

@@ -79,11 +79,7 @@ def convert(input: str | Path, output: str | Path, **settings: Any) -> dict[str,
 
 
 def check_places(input: Path, output: Path) -> Path:
-    """Refuse an output that the input is part of, or that would become part of the input.
-
-    Returns:
-        The output, without symbolic links.
-    """
+    """Refuse an output inside the input, or around it; return it without symbolic links."""
     real_input, real_output = Path(os.path.realpath(input)), Path(os.path.realpath(output))
     # A single weights file stands for its folder.
     folder = real_input.parent if real_input.is_file() else real_input
@@ -102,11 +98,7 @@ def prepare(
 ) -> ModelSource:
     """Return a model with the quantiser that was named for it; refuse latents that are none.
 
-    Args:
-        source: the model.
-        named: the quantiser that trained it, where it carries no stamp.
-        force: continue although the latents look as if they had not been trained on their grid.
-        warnings: gets a sentence then.
+    With `force`, latents that look untrained only add a sentence to `warnings`.
     """
     if named is not None:
         source = dataclasses.replace(source, quantizer=named, form="latent")

@@ -1,9 +1,9 @@
 """The architecture that a model's tensors have, whatever its config.json says about it.
 
-All sizes follow from names and shapes, by majority, so that one damaged tensor is the one that does
-not fit. Except the head dimension: q_proj has heads x head_dim rows
-and k_proj has kv heads x head_dim, which several values fit. Of these the one is taken for which
-config.json speaks most directly, and the report says which evidence that was.
+All sizes follow from names and shapes, by majority: one damaged tensor is the one that does not
+fit. Only the head dimension does not: q_proj has heads x head_dim rows and k_proj kv heads x
+head_dim, which several values fit. The one is taken for which config.json speaks most directly,
+and the report says which evidence that was.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _USUAL_HEAD_DIMS = (128, 64)
 
 @dataclass(frozen=True)
 class DerivedArchitecture:
-    """What names and shapes of the tensors say, as keys of config.json.
+    """What names and shapes of the tensors say.
 
     Attributes:
-        sizes: key -> value; head_dim and the numbers of heads are absent where nothing decides.
+        sizes: as keys of config.json; without head_dim and heads where nothing decides these.
         head_dim_from: why head_dim is this one.
         strays: tensors of layers that are hardly there, which do not count.
     """
@@ -51,11 +51,7 @@ def derive_architecture(
 ) -> DerivedArchitecture | None:
     """Return the architecture of tensors, None where they are not those of a Llama.
 
-    Args:
-        shapes: Hugging Face name -> shape.
-        dtype: of most of the weights.
-        tied: whether the output layer is the embedding.
-        config: content of config.json, only to choose among head dimensions that fit.
+    `dtype` is that of most weights; `config` only chooses among head dimensions that fit.
     """
     votes = _count_votes(shapes)
     num_layers, strays = count_layers(shapes)
@@ -101,7 +97,7 @@ def _dimensions(place: Place) -> tuple[str, ...]:
 
 
 def count_layers(shapes: Shapes) -> tuple[int, tuple[str, ...]]:
-    """Return how many layers tensors are of, and those tensors that make no layer.
+    """Return how many layers tensors are of, and the tensors of no layer that counts.
 
     A layer counts if most of its tensors are there: a stray one makes none.
     """
@@ -153,15 +149,7 @@ def _choose_head_dim(
 def find_contradictions(
     config: Mapping[str, Any], derived: DerivedArchitecture, path: Path
 ) -> list[dict[str, Any]]:
-    """Return the fields of config.json that the tensors contradict.
-
-    Args:
-        config: content of the file.
-        derived: what the tensors say.
-        path: the file.
-    Returns:
-        For each field: field, config (None where it is absent), weights.
-    """
+    """Return `field`, `config` (None: absent), `weights` of what the tensors contradict."""
     found = []
     for key, value in derived.sizes.items():
         said = config.get(key)
@@ -187,12 +175,6 @@ def correct_config(
 ) -> dict[str, Any]:
     """Return a config.json that says what the tensors say.
 
-    Args:
-        config: content of the old one.
-        derived: what the tensors say.
-        shapes: of the tensors, which the new content must describe.
-        path: the file, for messages.
-
     Raises:
         CheckpointError: it would still not describe the tensors.
     """
@@ -210,13 +192,7 @@ def correct_config(
 
 
 def fix_config(folder: Path, new: Mapping[str, Any]) -> Path:
-    """Replace config.json; the old one stays beside it.
-
-    Args:
-        folder: the model.
-        new: from `correct_config`.
-    Returns:
-        The file that keeps the old content: config.json.bak, or the first free number behind it.
+    """Replace config.json; return the file that keeps the old one, .bak or .bak2 and so on.
 
     Raises:
         CheckpointError: it cannot be written; the old one is as it was.

@@ -51,10 +51,7 @@ class Differences:
         return parts
 
     def by_layer(self) -> list[dict[str, Any]]:
-        """Return a row for each layer, after them one with layer None for what is in no layer.
-
-        A row has ``layer``, ``tensors`` compared, differing ``codes``, ``scales`` and ``values``.
-        """
+        """Return the counts of each layer, then those of what is in no layer (layer None)."""
         rows: dict[int | None, dict[str, Any]] = {}
         for name in self.compared:
             place = find_tensor(name)
@@ -89,10 +86,7 @@ def markdown_table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 class Misfits:
     """How the tensors of a model are not those of its architecture.
 
-    Attributes:
-        missing: names that the architecture has.
-        unknown: names that it lacks.
-        misshapen: tensor -> what its shape is, and what it should be.
+    `misshapen` says of a tensor what its shape is, and what it should be.
     """
 
     missing: list[str]

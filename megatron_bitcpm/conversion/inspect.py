@@ -62,13 +62,7 @@ _PARTS = {
 
 @dataclass
 class _Inspected:
-    """What is being inspected.
-
-    Attributes:
-        source: its tensors.
-        config: content of config.json, None where there is none.
-        problems: what is wrong with the files.
-    """
+    """What is inspected; `config` is the content of config.json."""
 
     source: TensorSource
     config: dict[str, Any] | None = None
@@ -84,10 +78,9 @@ class _Inspected:
 def inspect(
     path: str | Path, fix_config: bool = False, tokenizer: str | Path | None = None
 ) -> dict[str, Any]:
-    """Find out what a model is.
+    """Find out what a Hugging Face folder, Megatron checkpoint, run, or file of tensors is.
 
     Args:
-        path: a Hugging Face folder, a Megatron checkpoint, a run, or a single file of tensors.
         fix_config: correct the fields of config.json that the tensors contradict; the old file is
             kept as config.json.bak.
         tokenizer: as for `open_source`.

@@ -162,11 +162,7 @@ def _find_quantizer(path: Path) -> Quantizer | None:
 
 
 def _open_latents(file: TensorFile, quantizer: Quantizer) -> tuple[FileSource, dict[str, str]]:
-    """Return the tensors of a file, and further name -> name of the same tensor.
-
-    Raises:
-        CheckpointError: it does not hold whole layers of latent weights.
-    """
+    """Return the tensors of a file of whole latent layers, and second names -> first ones."""
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     layers: dict[int, set[str]] = {}
@@ -237,11 +233,7 @@ def _check_whole(path: Path, layers: dict[int, set[str]]) -> None:
 
 
 def _count_layers(path: Path, held: int, quantizer: Quantizer) -> int:
-    """Return the layers of the model that a file holds the first ones of.
-
-    Raises:
-        CheckpointError: the last layers stay in full precision, and which these are is not known.
-    """
+    """Return the layers of the model that a file holds the first ones of."""
     last = quantizer.config.full_precision_last_layers
     if last == 0:
         return held  # then no filter counts from the end
@@ -317,11 +309,7 @@ def _verify(path: Path, source: FileSource) -> None:
 
 
 def _count_changed_codes(source: TensorSource) -> dict[str, Any]:
-    """Count the codes that the other numerics would make; empty where these do not exist.
-
-    Args:
-        source: latents with the quantiser that was named for them.
-    """
+    """Count the codes that the other numerics would make of latents; empty where there are none."""
     quantizer, names = source.quantizer, source.quantized_tensors()
     assert quantizer is not None
     numerics = BF16_RECIPROCAL if quantizer.numerics == FP32 else FP32

@@ -57,9 +57,6 @@ class TensorSource(ABC):
     def tensor(self, name: str) -> torch.Tensor:
         """Read a stored tensor; it may lie in a mapped file: never write to it.
 
-        Args:
-            name: one of `shapes`.
-
         Raises:
             CheckpointError: absent, or its file is damaged; names the file and the tensor.
         """
@@ -104,8 +101,7 @@ class ModelSource(TensorSource):
     Attributes:
         model: the architecture; of a folded MiniCPM that of the plain Llama.
         vocab_size: ids, without rows that only pad.
-        side_files: folder whose tokenizer, chat template and generation settings belong to the
-            model; None where there is none.
+        side_files: folder with the model's tokenizer, chat template and generation settings.
     """
 
     model: ModelConfig
@@ -130,9 +126,6 @@ def find_mixed_types(dtypes: Mapping[str, torch.dtype]) -> str | None:
     """Return what is wrong with a model in both 16-bit types, None where it is not.
 
     Nobody stores one: a type in a header was changed, not the values.
-
-    Args:
-        dtypes: name of a tensor -> its type.
     """
     names = {
         dtype: [name for name, found in dtypes.items() if found == dtype]

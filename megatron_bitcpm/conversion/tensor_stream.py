@@ -27,15 +27,7 @@ class FlushedFile:
     """A new binary file whose pages go to disk while it is written, so that closing is short.
 
     Left to itself the kernel keeps gigabytes of unwritten pages and the final fsync waits for all.
-
-    Args:
-        path: must not exist.
-
-    Attributes:
-        size: bytes of the file so far.
-
-    Raises:
-        OSError: from any method, also for errors that only flushing shows.
+    Any method can raise OSError, also for errors that only flushing shows; `size` is in bytes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -171,12 +163,7 @@ def count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def cut_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Distribute tensors over files in their order; a tensor larger than the limit has its own.
-
-    Args:
-        sizes: name -> bytes.
-        max_shard_bytes: largest sum of a file.
-    """
+    """Distribute tensors (bytes) over files in their order; too large ones have their own."""
     shards: list[list[str]] = [[]]
     total = 0
     for name, size in sizes.items():

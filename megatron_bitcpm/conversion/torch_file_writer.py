@@ -51,12 +51,7 @@ class SeekableFile(Protocol):
 
 @dataclass(frozen=True)
 class LateTensor:
-    """A tensor of a file to be written, which is read only when its turn comes.
-
-    Attributes:
-        shape, dtype: of the tensor.
-        read: returns it; it may lie in a mapped file.
-    """
+    """A tensor of a file to be written, which is read only when its turn comes."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -116,15 +111,8 @@ class _Part(io.RawIOBase):
 def write_torch_file(file: SeekableFile, content: Any) -> int:
     """Write what ``torch.save(content, file)`` would, one tensor in memory at a time.
 
-    Args:
-        file: open for writing, seekable; what it holds before its position stays.
-        content: picklable; its tensors are `LateTensor`.
-
-    Returns:
-        Bytes written.
-
-    Raises:
-        OSError: the file cannot be written.
+    What the file holds before its position stays. Tensors in the content are `LateTensor`. Returns
+    the bytes written.
     """
     description = io.BytesIO()
     pickler = _Pickler(description)

@@ -7,7 +7,7 @@ architecture and quantiser; codes and scales of the values that the forward mult
 equal, latents, norms and embeddings are equal bit for bit. Any two of Megatron checkpoint and
 Hugging Face folder, in any form, compare; rows that only pad the vocabulary do not count.
 
-Tensors are read one at a time. What codes and scales are is said in `grid_reading`.
+Tensors are read one at a time. `codes` says what codes and scales are.
 """
 
 from __future__ import annotations
@@ -48,13 +48,7 @@ _SHOWN = 3
 
 @dataclass
 class Report:
-    """What a check found.
-
-    Attributes:
-        content: the counts, as JSON; see `verify`.
-        problems: what is not as it should be, one clause each; empty for a proof.
-        path: the model that was checked.
-    """
+    """What a check of the model at `path` found: the counts, see `verify`, and what is wrong."""
 
     content: dict[str, Any]
     path: Path
@@ -129,12 +123,7 @@ def verify_sources(found: ModelSource, wanted: ModelSource | None) -> dict[str, 
 
 
 def verify_written(written: Path, source: ModelSource, output: Path) -> dict[str, Any]:
-    """Compare a model that has just been written with its source, before it gets its name.
-
-    Args:
-        written: where it is.
-        source: what was written.
-        output: the name it will get, for the report and messages.
+    """Compare a model just written with its source, before it gets the name `output`.
 
     Raises:
         CheckpointError: they differ, or the source is unsound; names the one to blame.
@@ -163,13 +152,8 @@ def compare(
 ) -> Report:
     """Check a model, and compare it with another one, without raising on differences.
 
-    Args:
-        found: the model.
-        wanted: the model it should equal, or None.
-        tokenizer: tokenizer folder whose ids must fit, beside that of `found`.
-    Returns:
-        The report, complete also where there are problems; only when the architectures differ
-        are tensors not compared.
+    `tokenizer` is a folder whose ids must fit, beside that of `found`. The report is complete also
+    where there are problems; only when the architectures differ are tensors not compared.
 
     Raises:
         CheckpointError: files are damaged or absent.
@@ -348,12 +332,7 @@ def _check_types(source: ModelSource) -> list[str]:
 
 
 def _check_tokenizer(source: ModelSource, named: str | Path | None) -> str | None:
-    """Refuse ids that the model lacks; return the folder of the tokenizer, None without one.
-
-    Args:
-        source: the model, which may come without a tokenizer.
-        named: tokenizer folder that the user named.
-    """
+    """Refuse ids that the model lacks, of its tokenizer or a named one; return the folder."""
     own = source.side_files
     if own is not None and not any((own / name).is_file() for name in VOCABULARY_FILES):
         own = None

@@ -36,10 +36,7 @@ def kind_of_folder(folder: Path) -> str | None:
 
 
 def find_megatron_folder(path: str | Path) -> Path:
-    """Return the folder with the tensors that a user's path means.
-
-    Args:
-        path: a checkpoint (``iter_*`` or ``release``), or the folder with its tracker file.
+    """Return the folder with the tensors: a checkpoint, or what the tracker file in a folder names.
 
     Raises:
         CheckpointError: there is none, or the one that the tracker names is absent.

@@ -42,15 +42,7 @@ _LEAST_VERSION = 3.0
 
 
 class _Shard:
-    """One rank's file.
-
-    Attributes:
-        path: of the file.
-        file: it, opened.
-        content: its objects.
-        iteration: as stored.
-        chunks: for each virtual stage name -> tensor, names with local layer numbers.
-    """
+    """One rank's file; `chunks` maps, for each virtual stage, local names to tensors."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / SHARD_FILE
@@ -127,11 +119,7 @@ class _Part:
 
 
 def _find_shards(folder: Path) -> list[list[_Shard]]:
-    """Open the shards; by pipeline and tensor rank.
-
-    Raises:
-        CheckpointError: one is missing or damaged, or experts are sharded.
-    """
+    """Open the shards; by pipeline and tensor rank."""
     places: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.glob("mp_rank_*")):
         match = _FOLDER.fullmatch(path.name)
@@ -180,10 +168,7 @@ def _missing_shard(
 
 
 class LegacyTensors(MegatronTensors):
-    """The model tensors of legacy shards.
-
-    Args:
-        folder: with ``mp_rank_*``.
+    """The model tensors of a folder's legacy shards.
 
     Raises:
         CheckpointError: a shard is missing, damaged, refused, or unlike the others.
@@ -325,12 +310,7 @@ def _refuse_unlike(
 ) -> None:
     """Refuse shards that do not agree: the odd one, or two where no majority tells which that is.
 
-    Args:
-        shards: the shards.
-        values: of each, what should be alike.
-        what: the name of the value.
-        alike: compares two values.
-        show: how the message says a value; None leaves values out.
+    `what` names the value of each that should be alike; without `show` the message leaves it out.
     """
     if all(alike(value, values[0]) for value in values[1:]):
         return

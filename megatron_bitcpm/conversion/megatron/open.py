@@ -23,12 +23,11 @@ from megatron_bitcpm.quantizer import Quantizer
 
 
 def open_megatron(path: str | Path, tokenizer: str | Path | None = None) -> MegatronSource:
-    """Open a checkpoint, torch_dist or legacy.
+    """Open a checkpoint, torch_dist or legacy, by its own path or the folder with its tracker file.
 
     Args:
-        path: a checkpoint, or the folder with its tracker file.
-        tokenizer: tokenizer folder; needed where the checkpoint does not say how many ids there
-            are, otherwise it must fit.
+        tokenizer: folder; needed where the checkpoint does not say how many ids there are,
+            otherwise it must fit.
 
     Raises:
         CheckpointError: there is none, it is damaged or unsafe, or a model not computed here.
@@ -109,14 +108,7 @@ def _read_stamp(stamp: Any, folder: Path) -> Quantizer | None:
 def _resolve_vocab_size(
     folder: Path, rows: int, found: int | None, tokenizer: str | Path | None
 ) -> int:
-    """Return how many ids a model has, without the rows that only pad its embedding.
-
-    Args:
-        folder: the checkpoint, for messages.
-        rows: of the embedding.
-        found: what the checkpoint says, None where it does not.
-        tokenizer: of a stock checkpoint; must have as many ids as it says, where it does.
-    """
+    """Return how many ids a model has, without the rows that only pad its embedding."""
     # With fewer ids than were trained, trained rows would be taken for padding.
     size = found if tokenizer is None else read_tokenizer_ids(tokenizer, found).size
     if size is None:

@@ -28,15 +28,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a full tensor.
-
-    Attributes:
-        spec: the tensor.
-        layer: global layer number, None outside the layers.
-        full: shape of the full tensor.
-        start: where the box begins in it.
-        tensor: its values.
-    """
+    """A box of a full tensor, which begins at `start`; `layer` is global, None outside."""
 
     spec: TensorSpec
     layer: int | None
@@ -46,12 +38,7 @@ class Piece:
 
 
 class Shards:
-    """The pieces of every rank.
-
-    Args:
-        source: the model.
-        layout: how it is cut.
-        rows: of the embedding, with its padding.
+    """The pieces of every rank of a layout; `rows` of the embedding are with its padding.
 
     Raises:
         CheckpointError: the layout does not fit.

@@ -104,10 +104,9 @@ class StockModel:
     """What the arguments of a checkpoint say.
 
     Attributes:
-        model: the architecture.
         padded_vocab_size: rows of the embedding; None where not said.
         vocab_size: ids of the tokenizer; None where not said.
-        layout: tensor, pipeline and virtual pipeline size.
+        layout: tensor, pipeline and virtual pipeline size, as tp, pp, vpp.
         facts: iteration, seq_length, tokens where they are known.
     """
 
@@ -119,12 +118,7 @@ class StockModel:
 
 
 def read_args(args: Any, iteration: Any, path: Path) -> StockModel:
-    """Make a model's configuration of the arguments of a checkpoint.
-
-    Args:
-        args: an object with the arguments as attributes, or None.
-        iteration: of the checkpoint.
-        path: the file with the arguments, for messages.
+    """Make a model's configuration of the arguments of a checkpoint, attributes of an object.
 
     Raises:
         CheckpointError: an argument is absent, damaged, or of a model that is not computed here.
@@ -279,15 +273,8 @@ def make_args(
 ) -> argparse.Namespace:
     """Return the arguments that a checkpoint of `pretrain_gpt.py` would hold.
 
-    Args:
-        model: the architecture.
-        vocab_size: ids of the tokenizer.
-        padded_vocab_size: rows of the embedding.
-        dtype: of the weights.
-        layout: the ranks.
-        ckpt_format: torch_dist, or torch for legacy shards.
-        transformer_impl: local or transformer_engine.
-        seq_length: of the training, default the longest.
+    `padded_vocab_size` are the rows of the embedding, `ckpt_format` is torch_dist, or torch for
+    legacy shards; `seq_length` of the training is by default the longest.
     """
     fields = {
         name: getattr(model, name)

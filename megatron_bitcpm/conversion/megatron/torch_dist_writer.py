@@ -51,20 +51,16 @@ def write_torch_dist(
     overwrite: bool = False,
     check: Check | None = None,
 ) -> dict[str, Any]:
-    """Write a model as a torch_dist checkpoint of Megatron.
+    """Write a model as a torch_dist checkpoint of Megatron, its tensors as they are.
 
     Args:
-        source: the model; its tensors are written as they are.
         output: folder that gets ``release`` and the tracker file; made if absent.
         layout: ranks whose files are written; any layout loads them.
         overwrite: replace a converted checkpoint that is there.
         check: called with the written folder before it gets its name; raises on a difference.
 
-    Returns:
-        See `write_megatron`.
-
-    Raises:
-        CheckpointError: the output exists or cannot be written, or the layout does not fit.
+    Returns the report of `write_megatron`, whose errors it has, and refuses a layout that does not
+    fit.
     """
     layout = layout or Layout()
     # Every tensor rank must hold as many rows; the multiple is recorded with the model.
