@@ -108,11 +108,6 @@ def count_different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
     return int(np.count_nonzero(bit_pattern(a) != bit_pattern(b)))
 
 
-def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one type and shape are the same; a NaN equals itself."""
-    return np.array_equal(bit_pattern(a), bit_pattern(b))
-
-
 def count_not_finite(w: torch.Tensor) -> int:
     """Return how many values are NaN or infinite."""
     if not w.numel():

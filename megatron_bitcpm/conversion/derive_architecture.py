@@ -20,8 +20,9 @@ import torch
 
 from megatron_bitcpm.arch.hf_config import CONFIG_FILE, is_tied, parse_architecture
 from megatron_bitcpm.arch.model import shapes_of
-from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, all_specs, find_tensor
+from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Shape, all_specs, find_tensor
 from megatron_bitcpm.conversion.difference import compare_shapes
+from megatron_bitcpm.conversion.tensor_stream import dtype_name
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import write_json
 from megatron_bitcpm.publish import Output
@@ -65,7 +66,7 @@ def derive_architecture(
         "num_hidden_layers": num_layers,
         "vocab_size": found["vocab"],
         "tie_word_embeddings": tied,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
     }
     head_dim, reason = _choose_head_dim(queries, keys, hidden, config or {})
     if head_dim:
@@ -83,17 +84,14 @@ def _count_votes(shapes: Shapes) -> dict[str, Counter[int]]:
     # The embedding before the output layer: of two that differ the first counts.
     for name in (EMBEDDING.hf, OUTPUT.hf, *shapes):
         place, shape = find_tensor(name), shapes.get(name, ())
-        dimensions = () if place is None else _dimensions(place)
+        if place is None:
+            continue
+        rows, inputs = place.spec.parts[place.part].rows, place.spec.inputs
+        dimensions = (rows,) if inputs is None else (rows, inputs)
         if shape and len(shape) == len(dimensions) and 0 not in shape:
             for what, size in zip(dimensions, shape, strict=True):
                 votes.setdefault(what, Counter())[size] += 1
     return votes
-
-
-def _dimensions(place: Place) -> tuple[str, ...]:
-    """Return what the dimensions of a tensor are."""
-    rows, inputs = place.spec.parts[place.part].rows, place.spec.inputs
-    return (rows,) if inputs is None else (rows, inputs)
 
 
 def count_layers(shapes: Shapes) -> tuple[int, tuple[str, ...]]:

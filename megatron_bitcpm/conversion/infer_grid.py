@@ -79,10 +79,10 @@ def infer_grid(
     return None
 
 
-def lies_on_grid(w_OI: torch.Tensor, eps: float) -> bool:
+def lies_on_grid(w_OI: torch.Tensor, eps: float, folded: bool = False) -> bool:
     """Whether a weight, [O, I], was quantised already; judged by its first rows."""
     first_OI = w_OI[:_FIRST_ROWS]
-    return not count_not_finite(first_OI) and infer_grid(first_OI, eps) is not None
+    return not count_not_finite(first_OI) and infer_grid(first_OI, eps, None, folded) is not None
 
 
 def is_zero(w: torch.Tensor) -> bool:

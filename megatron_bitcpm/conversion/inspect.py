@@ -43,6 +43,7 @@ from megatron_bitcpm.conversion.infer_grid import is_zero
 from megatron_bitcpm.conversion.open import detect_kind, open_source
 from megatron_bitcpm.conversion.projection_totals import ProjectionTotals
 from megatron_bitcpm.conversion.source import Kind, ModelSource, TensorSource
+from megatron_bitcpm.conversion.tensor_stream import dtype_name
 from megatron_bitcpm.data.tokenizer_ids import check_tokenizer_folder
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
@@ -72,7 +73,7 @@ class _Inspected:
         """Name of a type, of unsupported ones too."""
         if isinstance(self.source, FileSource):
             return self.source.files[name].torch_dtype_name(name)
-        return str(self.source.dtype(name)).removeprefix("torch.")
+        return dtype_name(self.source.dtype(name))
 
 
 def inspect(
@@ -102,8 +103,9 @@ def inspect(
         check_tokenizer_folder(tokenizer)
     model = _open(Path(path), tokenizer)
     source, shapes = model.source, model.source.shapes()
-    found, tied, dtypes = _read_tensors(model, shapes)
-    report: dict[str, Any] = {
+    sizes = {n: math.prod(s) * _BYTES.get(model.dtype_name(n), 1) for n, s in shapes.items()}
+    found, tied, dtypes = _read_tensors(model, shapes, sizes)
+    return {
         "path": str(source.path),
         "kind": source.kind,
         "form": source.form,
@@ -112,10 +114,10 @@ def inspect(
         "folding": source.folding.model_dump() if source.folding else None,
         "facts": source.facts,
         **found.describe(),
-        "memory": _measure_memory(model, shapes, found),
+        "memory": _measure_memory(shapes, sizes, found),
         "dtypes": dict(dtypes),
+        "problems": model.problems,
     }
-    return {**report, "problems": model.problems}
 
 
 def _open(path: Path, tokenizer: str | Path | None) -> _Inspected:
@@ -142,12 +144,11 @@ def _loose(path: Path, kind: Kind, files: dict[str, TensorFile], origin: Origin)
 
 
 def _read_tensors(
-    model: _Inspected, shapes: Mapping[str, Shape]
+    model: _Inspected, shapes: Mapping[str, Shape], sizes: Mapping[str, int]
 ) -> tuple[ProjectionTotals, bool, Counter[str]]:
     """Read every tensor once; return the projections, whether the output is tied, bytes by type."""
     source, found = model.source, ProjectionTotals(model.source)
     dtypes = Counter[str]()
-    sizes = {n: math.prod(s) * _BYTES.get(model.dtype_name(n), 1) for n, s in shapes.items()}
     for name in track_tensors(sizes, "inspect"):
         dtypes[model.dtype_name(name)] += sizes[name]
         tensor, place = source.tensor(name), find_tensor(name)
@@ -256,7 +257,7 @@ def _compare_names(shapes: Mapping[str, Shape], derived: DerivedArchitecture) ->
 
 
 def _measure_memory(
-    model: _Inspected, shapes: Mapping[str, Shape], found: ProjectionTotals
+    shapes: Mapping[str, Shape], sizes: Mapping[str, int], found: ProjectionTotals
 ) -> dict[str, dict[str, float]]:
     """Return parameters and bytes by part, as stored and with the codes packed."""
     parts = _PARTS.values()
@@ -265,8 +266,7 @@ def _measure_memory(
         place = find_tensor(name)
         role = "other" if place is None else place.spec.role
         part = memory[_PARTS.get(role, "other")]
-        stored = math.prod(shape) * _BYTES.get(model.dtype_name(name), 1)
         part["parameters"] += math.prod(shape)
-        part["stored_bytes"] += stored
-        part["packed_bytes"] += found.packed_bytes.get(name, stored)
+        part["stored_bytes"] += sizes[name]
+        part["packed_bytes"] += found.packed_bytes.get(name, sizes[name])
     return {part: values for part, values in memory.items() if values["parameters"]}

@@ -145,11 +145,16 @@ def check_latents(source: TensorSource, field: str) -> None:
     for name in _sample(source):
         w_OI = source.tensor(name)
         check_finite(name, w_OI, f"{field}={source.path}")
-        if lies_on_grid(w_OI, source.quantizer.config.eps):
-            raise CheckpointError(
-                f"{field}={source.path}: {name} lies on a grid already: it was quantised before, "
-                "and quantising again changes it. Name the latent weights."
-            )
+        check_off_grid(name, w_OI, source.quantizer.config.eps, f"{field}={source.path}")
+
+
+def check_off_grid(name: str, w_OI: torch.Tensor, eps: float, place: str) -> None:
+    """Refuse a weight that was quantised already; `place` as for `check_finite`."""
+    if lies_on_grid(w_OI, eps):
+        raise CheckpointError(
+            f"{place}: {name} lies on a grid already: it was quantised before, and quantising "
+            "again changes it. Name the latent weights."
+        )
 
 
 def check_finite(name: str, tensor: torch.Tensor, place: str) -> None:

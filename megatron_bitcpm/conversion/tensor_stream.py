@@ -71,13 +71,6 @@ class FlushedFile:
         self._position = os.lseek(self._descriptor, offset, whence)
         return self._position
 
-    def seekable(self) -> bool:
-        """Whether `seek` works."""
-        return True
-
-    def flush(self) -> None:
-        """Do nothing: data is flushed all along, and for good at the end."""
-
     def _begin_flush(self) -> None:
         # Linux begins to write dirty pages that it is told not to keep, and does not wait for them;
         # they stay cached until they are clean. It has no other call for that in Python.
@@ -155,6 +148,11 @@ def equal_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     views = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return torch.equal(*views)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a type without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

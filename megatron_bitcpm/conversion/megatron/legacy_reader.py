@@ -32,7 +32,7 @@ from megatron_bitcpm.conversion.difference import list_first
 from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL, SHARD_FILE, refusal
 from megatron_bitcpm.conversion.megatron.source import MegatronTensors, refuse_dtype
 from megatron_bitcpm.conversion.megatron.stock_args import StockModel, read_args
-from megatron_bitcpm.conversion.tensor_stream import equal_bytes
+from megatron_bitcpm.conversion.tensor_stream import dtype_name, equal_bytes
 from megatron_bitcpm.errors import CheckpointError, describe
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
@@ -128,9 +128,7 @@ def _find_shards(folder: Path) -> list[list[_Shard]]:
                 path, "is not the name of a shard's folder", "Remove it, or restore its name"
             )
         if match[3]:
-            raise refusal(
-                path, "is a shard of experts", "Only Llama and MiniCPM decoders are converted"
-            )
+            raise refusal(path, "is a shard of experts", OTHER_MODEL)
         place = int(match[2] or 0), int(match[1])
         if place in places:
             raise refusal(
@@ -292,9 +290,7 @@ def _check_same_tensors(ranks: list[_Shard], chunk: int) -> None:
     """All tensor ranks hold parts of the same tensors, of equal shape and type."""
 
     def said(stored: StoredTensor | None) -> str:
-        if stored is None:
-            return "absent"
-        return f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
+        return "absent" if stored is None else f"{dtype_name(stored.dtype)} {list(stored.shape)}"
 
     for name in dict.fromkeys(itertools.chain(*(shard.chunks[chunk] for shard in ranks))):
         values = [said(shard.chunks[chunk].get(name)) for shard in ranks]

@@ -16,6 +16,7 @@ from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.model import iter_tensors
 from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, TensorSpec
 from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.tensor_stream import dtype_name
 from megatron_bitcpm.conversion.torch_file_writer import LateTensor
 from megatron_bitcpm.errors import CheckpointError
 
@@ -111,7 +112,7 @@ def _common_dtype(source: ModelSource, names: list[str]) -> torch.dtype:
     """One weight of Megatron has one type: that of its projections."""
     dtypes = {name: source.dtype(name) for name in names}
     if len(set(dtypes.values())) > 1:
-        listed = ", ".join(f"{name} {str(dtype)[6:]}" for name, dtype in dtypes.items())
+        listed = ", ".join(f"{name} {dtype_name(dtype)}" for name, dtype in dtypes.items())
         raise CheckpointError(
             f"checkpoint={source.path}: projections that Megatron fuses differ in type: {listed}. "
             "Convert the folder to one type first."

@@ -17,7 +17,7 @@ from megatron_bitcpm.conversion.difference import compare_shapes
 from megatron_bitcpm.conversion.megatron.folder import DAMAGED, MAX_LAYERS, OTHER_MODEL, refusal
 from megatron_bitcpm.conversion.megatron.stock_args import StockModel
 from megatron_bitcpm.conversion.source import ModelSource, find_mixed_types
-from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES
+from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES, dtype_name
 from megatron_bitcpm.errors import CheckpointError
 
 
@@ -114,6 +114,6 @@ def _find(name: str) -> Place:
 def refuse_dtype(dtype: torch.dtype, name: str, path: Path) -> None:
     """Refuse a tensor that is not of a type of weights."""
     if dtype not in WEIGHT_DTYPES:
-        known = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
-        rule = f"{name} is {str(dtype).removeprefix('torch.')}, weights are of {known}"
+        known = ", ".join(map(dtype_name, WEIGHT_DTYPES))
+        rule = f"{name} is {dtype_name(dtype)}, weights are of {known}"
         raise refusal(path, rule, "Convert it to one of these first")

@@ -31,8 +31,8 @@ from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, METADATA_FILE
 from megatron_bitcpm.conversion.megatron.output import Check, run_args, write_megatron
 from megatron_bitcpm.conversion.megatron.shards import Piece, Shards
 from megatron_bitcpm.conversion.source import ModelSource
-from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
-from megatron_bitcpm.conversion.torch_file_writer import LateTensor, SeekableFile, write_torch_file
+from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes, dtype_name
+from megatron_bitcpm.conversion.torch_file_writer import LateTensor, write_torch_file
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.progress import track_tensors
 
@@ -113,7 +113,7 @@ class _Index:
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
-    def write_extra_states(self, file: SeekableFile, file_name: str, model: ModelConfig) -> None:
+    def write_extra_states(self, file: FlushedFile, file_name: str, model: ModelConfig) -> None:
         """Write the empty states that Megatron's linears ask for (of FP8, in other models)."""
         for spec, layer in iter_tensors(model):
             if spec.role != "projection":
@@ -122,7 +122,7 @@ class _Index:
             self._entries[name] = BytesStorageMetadata()
             self._places[MetadataIndex(name)] = _append(file, file_name, [None])
 
-    def write(self, file: SeekableFile, file_name: str, piece: Piece, num_layers: int) -> None:
+    def write(self, file: FlushedFile, file_name: str, piece: Piece, num_layers: int) -> None:
         tensor = piece.tensor
         name, full, start = piece.spec.name, piece.full, piece.start
         if piece.layer is not None:
@@ -151,7 +151,7 @@ class _Index:
         )
 
 
-def _append(file: SeekableFile, file_name: str, content: Any) -> _StorageInfo:
+def _append(file: FlushedFile, file_name: str, content: Any) -> _StorageInfo:
     # The records inside are aligned to the beginning of their archive.
     file.write(bytes(-file.tell() % _ALIGNMENT))
     offset = file.tell()
@@ -161,7 +161,7 @@ def _append(file: SeekableFile, file_name: str, content: Any) -> _StorageInfo:
 def _check_dtype(name: str, found: torch.dtype, wanted: torch.dtype) -> None:
     if found != wanted:
         raise CheckpointError(
-            f"checkpoint={name}: is {str(found)[6:]} in one layer and {str(wanted)[6:]} in "
-            "another, which Megatron, stacking the layers, cannot hold. Convert the folder to one "
-            "type first."
+            f"checkpoint={name}: is {dtype_name(found)} in one layer and {dtype_name(wanted)} "
+            "in another, which Megatron, stacking the layers, cannot hold. Convert the folder to "
+            "one type first."
         )
