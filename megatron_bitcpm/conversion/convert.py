@@ -6,7 +6,9 @@ Every output is compared with its input, tensor by tensor, before it gets its na
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +124,14 @@ def _folds(options: ConvertOptions, source: ModelSource) -> bool:
 
 
 def _write_megatron(source: ModelSource, output: Path, options: ConvertOptions) -> dict[str, Any]:
-    def check(folder: Path) -> dict[str, Any]:
-        return verify_written(folder, source, output)
-
-    if options.format == "torch_dist":
-        written = write_torch_dist(
-            source, output, options.layout, overwrite=options.overwrite, check=check
-        )
-    else:
-        written = write_legacy(
-            source,
-            output,
-            options.layout,
-            overwrite=options.overwrite,
-            check=check,
-            transformer_impl=options.transformer_impl,
-        )
+    write: Callable[..., dict[str, Any]] = write_torch_dist
+    if options.format == "legacy":
+        write = functools.partial(write_legacy, transformer_impl=options.transformer_impl)
+    written = write(
+        source,
+        output,
+        options.layout,
+        overwrite=options.overwrite,
+        check=lambda folder: verify_written(folder, source, output),
+    )
     return {**written, "padding_rows": written["padded_vocab_size"] - source.vocab_size}

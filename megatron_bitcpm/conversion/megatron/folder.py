@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from megatron_bitcpm.checkpoint.safe_load import METADATA_FILE
 from megatron_bitcpm.checkpoint.store import (
@@ -28,7 +29,7 @@ def refusal(path: Path, rule: str, fix: str = DAMAGED) -> CheckpointError:
     return CheckpointError(f"checkpoint={path}: {rule}. {fix}.")
 
 
-def kind_of_folder(folder: Path) -> str | None:
+def kind_of_folder(folder: Path) -> Literal["torch_dist", "legacy"] | None:
     """Return the format of a checkpoint's folder: torch_dist, legacy, or None for neither."""
     if (folder / METADATA_FILE).is_file():
         return "torch_dist"

@@ -15,7 +15,6 @@ from megatron_bitcpm.conversion.megatron.folder import (
 )
 from megatron_bitcpm.conversion.megatron.legacy_reader import LegacyTensors
 from megatron_bitcpm.conversion.megatron.source import MegatronSource
-from megatron_bitcpm.conversion.megatron.stock_args import StockModel
 from megatron_bitcpm.conversion.megatron.torch_dist_reader import TorchDistTensors
 from megatron_bitcpm.data.tokenizer_ids import read_run_tokenizer, read_tokenizer_ids
 from megatron_bitcpm.errors import CheckpointError
@@ -43,7 +42,9 @@ def open_megatron(path: str | Path, tokenizer: str | Path | None = None) -> Mega
     elif kind == "torch_dist" and (folder / STATE_FILE).is_file():
         fields = _trained_fields(folder)
     else:
-        fields, is_stock = _stock_fields(tensors.read_args()), True
+        stock, is_stock = tensors.read_args(), True
+        fields = {"form": "plain", "model": stock.model, "facts": stock.facts}
+        fields["vocab_size"] = stock.vocab_size
     rows, side_files = tensors.check(fields["model"]), fields.get("side_files")
     if tokenizer is not None:
         side_files = Path(tokenizer)
@@ -89,15 +90,6 @@ def _trained_fields(folder: Path) -> dict[str, Any]:
             "tokenizer_sha256": state.get("tokenizer_sha256"),
         },
         "side_files": Path(config.data.tokenizer),
-    }
-
-
-def _stock_fields(stock: StockModel) -> dict[str, Any]:
-    return {
-        "form": "plain",
-        "model": stock.model,
-        "vocab_size": stock.vocab_size,
-        "facts": stock.facts,
     }
 
 
