@@ -73,11 +73,9 @@ class Quantizer:
         return not self.config.excludes(place.module, place.layer, num_layers)
 
     def groups_of(self, row_parallel: bool, in_features: int) -> ShardedGroups | None:
-        """How the groups of a linear lie over its ranks; None with one scale per projection.
+        """How the groups of a full weight lie over its ranks; None with one scale per projection.
 
-        Args:
-            row_parallel: whether ranks share its rows, rather than hold some of them.
-            in_features: of the full weight.
+        Of a `row_parallel` linear the ranks share rows, rather than hold some of them.
 
         Raises:
             BitcpmError: the groups do not fit.
@@ -99,11 +97,7 @@ class Quantizer:
         return shape[0] * shape[1] if groups is None else groups.scale_len
 
     def tensors(self, shapes: Mapping[str, Shape], num_layers: int) -> dict[str, int]:
-        """Return the quantised tensors: Hugging Face name -> weights per scale.
-
-        Args:
-            shapes: name -> shape of all tensors of the model.
-            num_layers: layers of the whole model.
+        """Return the quantised tensors of a model, name -> weights per scale, given all shapes.
 
         Raises:
             BitcpmError: the groups do not fit a shape.
@@ -146,10 +140,7 @@ class Quantizer:
     ) -> torch.Tensor:
         """Return the scale of each row of a fused weight, float32 [O, 1], one value per part.
 
-        Args:
-            stats_O: statistics of the full rows.
-            spec, dims: say which row is of which part.
-            in_features: of a full row.
+        `stats_O` are of full rows; `spec` and `dims` say which row is of which part.
         """
         scales_O = torch.empty_like(stats_O)
         for rows in spec.split(torch.arange(len(stats_O), device=stats_O.device), dims):
@@ -168,13 +159,10 @@ class Quantizer:
     # -- full projections --------------------------------------------------------------------------
 
     def values(self, w_OI: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-        """Return what the training forward multiplies with.
+        """Return what the training forward multiplies with: wq [O, I], a new tensor of w's dtype.
 
-        Args:
-            w_OI: full latent weight of one projection, [O, I], in the dtype of the training.
-            spec: the linear that it is a part of.
-        Returns:
-            wq_OI, a new tensor, dtype of w; NaN in groups with a latent that is not finite.
+        `w_OI` is a full latent projection in the dtype of the training, `spec` the linear it is of.
+        Groups with a latent that is not finite become NaN.
 
         Raises:
             BitcpmError: the numerics do not exist for the dtype of w.
@@ -186,11 +174,9 @@ class Quantizer:
     def codes_scales(
         self, w_OI: torch.Tensor, spec: TensorSpec
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what `values` are made of; arguments and errors as there.
+        """Return what `values` are made of: stored codes, int8 [O, I], and scales, float32 [O, G].
 
-        Returns:
-            codes_OI: int8, the stored codes of the grid.  scales_OG: float32, units of w; G is 1
-            with one scale per projection.
+        Scales have the units of w; G is 1 with one scale per projection.
         """
         if self._is_reciprocal:
             return quantize_reciprocal(w_OI, *self._sums(w_OI, spec), self.config.eps)
@@ -244,11 +230,7 @@ class Quantizer:
 
     @staticmethod
     def from_stamp(stamp: Any, source: Path) -> Quantizer:
-        """Return the quantiser that a stamp describes.
-
-        Args:
-            stamp: content of ``quantizer`` in a JSON file.
-            source: the file or its folder, for messages.
+        """Return the quantiser of a stamp, ``quantizer`` in a JSON file; `source` is for messages.
 
         Raises:
             CheckpointError: the stamp is damaged, or of a quantiser unknown here.
@@ -276,11 +258,7 @@ class Quantizer:
         return numerics == FP32 or self.grid.is_ternary
 
     def check_numerics(self) -> None:
-        """Refuse an arithmetic that the grid does not have.
-
-        Raises:
-            CheckpointError: bf16_reciprocal on another grid than the ternary one.
-        """
+        """Refuse an arithmetic that the grid lacks: bf16_reciprocal is for the ternary grid."""
         if not self.has_numerics(self.numerics):
             raise CheckpointError(
                 f"numerics={self.numerics}: exists for the ternary grid, not for "

@@ -45,13 +45,7 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass
 class CodeCount:
-    """Totals over tensors on a grid.
-
-    Attributes:
-        grid: the grid.
-        tensors, groups, weights: how many.
-        codes: stored code -> weights that have it.
-    """
+    """Totals over tensors on a grid; `codes` counts the weights by their stored code."""
 
     grid: Grid
     tensors: int = 0
@@ -89,14 +83,10 @@ class CodeCount:
 
 @dataclass(frozen=True)
 class _Block:
-    """Whole groups of a tensor, or rows of a tensor that is one group.
+    """Whole groups of a tensor, or rows of a tensor that is one group; as bit patterns.
 
-    Attributes:
-        start: number of the first group.
-        bits: patterns of the values, [N, L].
-        magnitudes: the same without signs.
-        top: pattern of the largest magnitude, [N, 1].
-        second: pattern of the next smaller one, 0 where there is none; [N, 1].
+    `start` is the number of the first group. `second`, the magnitude below the largest one, `top`,
+    is 0 where there is none. `bits` and `magnitudes` (no signs) are [N, L], the others [N, 1].
     """
 
     start: int
@@ -118,11 +108,6 @@ def count_different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
     return int(np.count_nonzero(bit_pattern(a) != bit_pattern(b)))
 
 
-def equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one type and shape are the same; a NaN equals itself."""
-    return np.array_equal(bit_pattern(a), bit_pattern(b))
-
-
 def count_not_finite(w: torch.Tensor) -> int:
     """Return how many values are NaN or infinite."""
     if not w.numel():
@@ -136,16 +121,10 @@ def count_not_finite(w: torch.Tensor) -> int:
 def read_codes(
     w_OI: torch.Tensor, weights_per_scale: int, grid: Grid, eps: float, folded: bool = False
 ) -> tuple[CodeCount, int | None]:
-    """Read the codes of stored values.
+    """Read the codes of stored values, [O, I], finite; a group is a part of a row, or the tensor.
 
-    Args:
-        w_OI: stored values, [O, I], finite.
-        weights_per_scale: inputs of a group, or all weights of the tensor.
-        grid: the grid.
-        eps: smallest scale.
-        folded: the values were multiplied with a constant and rounded a second time.
-    Returns:
-        The totals, and the number of the first group that is not on the grid, None where all are.
+    `folded` values were multiplied with a constant and rounded a second time. Returns the totals,
+    and the number of the first group that is not on the grid, None where all are.
     """
     count = CodeCount(grid, 1, w_OI.numel() // weights_per_scale, w_OI.numel())
     bad: int | None = None
@@ -165,7 +144,7 @@ def read_scales(
     """Return codes, int8 [O, I], and scales, float32 [O, G], of stored values on a grid.
 
     A scale follows from the smaller magnitude that a group holds, as it was rounded; 0 of a group
-    of zeros. Arguments as `read_codes`.
+    of zeros.
     """
     codes, scales = [], []
     for block in _iter_blocks(w_OI, weights_per_scale, grid):
@@ -197,17 +176,10 @@ def describe_group(w_OI: torch.Tensor, weights_per_scale: int, number: int) -> s
 def count_differences(
     found_OI: torch.Tensor, wanted_OI: torch.Tensor, weights_per_scale: int, grid: Grid
 ) -> tuple[int, int]:
-    """Count what two tensors on one grid do not share.
+    """Count the codes (weights) and scales (groups) that two tensors on one grid do not share.
 
-    Args:
-        found_OI: values on the grid, [O, I].
-        wanted_OI: likewise; same type and shape.
-        weights_per_scale: inputs of a group, or all weights of the tensor.
-        grid: the grid.
-    Returns:
-        (codes, scales): weights with another code, and groups with another scale. A code is a sign
-        and, where a group may have two magnitudes, which of them. A group of zeros has no scale to
-        compare.
+    Both are [O, I] of one type. A code is a sign and, where a group may have two magnitudes, which
+    of them. A group of zeros has no scale to compare.
     """
     codes = scales = 0
     for a, b in zip(

@@ -13,26 +13,20 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.arch.model import Form, attention_factor
-from megatron_bitcpm.conversion.codes import (
-    count_differences,
-    count_different_bits,
-    count_not_finite,
-    equal_bits,
-)
-from megatron_bitcpm.conversion.difference import KINDS, Differences
+from megatron_bitcpm.conversion.codes import count_differences, count_different_bits
+from megatron_bitcpm.conversion.difference import Differences
 from megatron_bitcpm.conversion.hf.fold import fold
-from megatron_bitcpm.conversion.infer_grid import infer_grid
+from megatron_bitcpm.conversion.infer_grid import lies_on_grid
 from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.tensor_stream import equal_bytes
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.quant.settings import NUMERICS, TENSOR, WHOLE_ROW
+from megatron_bitcpm.quant.settings import TENSOR, WHOLE_ROW
 from megatron_bitcpm.quantizer import Quantizer
 
 _NOT_COMPUTED = frozenset(
     {"init_method_std", "make_vocab_size_divisible_by", "kv_channels", "rope_scaling"}
 )
 """Fields of a model that say nothing about its forward, or that are compared by what they mean."""
-
-_FIRST_ROWS = 64
 
 
 class Comparison:
@@ -60,7 +54,7 @@ class Comparison:
         mine, other = _alike(value, self.wanted.forward_tensor(name))
         if mine.shape != other.shape or groups is None or self.grid is None:
             note(values=_count_values(mine, other))
-        elif not equal_bits(mine, other):
+        elif not equal_bytes(mine, other):
             codes, scales = count_differences(mine, other, groups, self.grid)
             note(codes=codes, scales=scales)
             if not codes and not scales:  # off the grid; or zeros of another sign, which are equal
@@ -70,14 +64,14 @@ class Comparison:
         """Return the counts for the report."""
         return {
             "compared_tensors": len(self.differences.compared),
-            **{f"differing_{kind}": self.differences.total(kind) for kind in KINDS},
+            **{f"differing_{kind}": n.total() for kind, n in self.differences.counts.items()},
             "layers": self.differences.by_layer(),
         }
 
     def problems(self) -> list[str]:
         """Return what is not equal."""
         problems = self.stamps + self.differences.describe()
-        if self.differences.codes or self.differences.scales:
+        if self.differences.counts["codes"] or self.differences.counts["scales"]:
             problems += _try_other_numerics(self.found, self.wanted)
         return problems
 
@@ -87,21 +81,17 @@ def _count_values(a: torch.Tensor, b: torch.Tensor) -> int:
     a, b = _alike(a, b)
     if a.shape != b.shape:
         return max(a.numel(), b.numel())
-    return 0 if equal_bits(a, b) else count_different_bits(a, b)
+    return 0 if equal_bytes(a, b) else count_different_bits(a, b)
 
 
 def share_quantizer(
     found: ModelSource, wanted: ModelSource
 ) -> tuple[ModelSource, ModelSource, str | None]:
-    """Give the quantiser of a stamped model to an unstamped one, for their comparison.
+    """Give the quantiser of a stamped model to an unstamped one of its architecture, to compare.
 
     Weights that lie on a grid are taken as values of the forward, others as its latents: whatever
-    the two are then compared by means something, and equal ones are what the stamp says.
-
-    Args:
-        found, wanted: as stored, of one architecture.
-    Returns:
-        Both models, and what was assumed; None where both have a stamp, or neither.
+    the two are then compared by means something, and equal ones are what the stamp says. The third
+    value says what was assumed; None where both have a stamp, or neither.
 
     Raises:
         CheckpointError: latents that were folded; no quantiser saw these values.
@@ -129,19 +119,11 @@ def share_quantizer(
 
 
 def _lies_on_grid(plain: ModelSource, stamped: ModelSource) -> bool:
-    """Whether most of what the stamp quantises was quantised already; single ones may be damaged.
-
-    Judged by the first rows of each.
-    """
+    """Whether most of what the stamp quantises was quantised already: some may be damaged."""
     assert stamped.quantizer is not None
     eps, folded = stamped.quantizer.config.eps, plain.folding is not None
     names = stamped.quantized_tensors()
-    count = 0
-    for name in names:
-        first_OI = plain.tensor(name)[:_FIRST_ROWS]
-        on_grid = not count_not_finite(first_OI) and infer_grid(first_OI, eps, folded=folded)
-        count += bool(on_grid)
-    return 2 * count > len(names)
+    return 2 * sum(lies_on_grid(plain.tensor(name), eps, folded) for name in names) > len(names)
 
 
 def fold_alike(found: ModelSource, wanted: ModelSource) -> tuple[ModelSource, ModelSource]:
@@ -159,9 +141,11 @@ def _can_fold(source: ModelSource) -> bool:
 
 def compare_architectures(found: ModelSource, wanted: ModelSource) -> list[str]:
     """Compare what decides the forward of two models."""
-    a, b = _facts_of(found), _facts_of(wanted)
-    problems = [f"{key} is {a[key]}, there {b[key]}" for key in a if a[key] != b[key]]
-    return problems
+    return _list_unlike(_facts_of(found), _facts_of(wanted))
+
+
+def _list_unlike(a: dict[str, Any], b: dict[str, Any], of: str = "") -> list[str]:
+    return [f"{key}{of} is {a[key]}, there {b[key]}" for key in a if a[key] != b[key]]
 
 
 def _facts_of(source: ModelSource) -> dict[str, Any]:
@@ -184,11 +168,7 @@ def _compare_quantizers(found: ModelSource, wanted: ModelSource) -> list[str]:
     if found.quantizer is None or wanted.quantizer is None:
         return []  # neither has one, see `share_quantizer`
     mine, others = _quantizer_facts(found.quantizer), _quantizer_facts(wanted.quantizer)
-    problems = [
-        f"{key} of the quantiser is {mine[key]}, there {others[key]}"
-        for key in mine
-        if mine[key] != others[key]
-    ]
+    problems = _list_unlike(mine, others, " of the quantiser")
     if found.quantized_tensors() != wanted.quantized_tensors():
         problems.append("the quantisers make other tensors or groups")
     return problems
@@ -223,23 +203,17 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def _try_other_numerics(found: ModelSource, wanted: ModelSource) -> list[str]:
     """Say so when the models are equal under another arithmetic of the quantiser."""
     for source, other in ((found, wanted), (wanted, found)):
-        quantizer = source.quantizer
-        if quantizer is None or source.form != "latent" or other.form == "latent":
+        if source.quantizer is None or source.form != "latent" or other.form == "latent":
             continue
-        names = source.quantized_tensors()
-        for numerics in set(NUMERICS) - {quantizer.numerics}:
-            has_float16 = any(source.dtype(name) == torch.float16 for name in names)
-            if has_float16 or not quantizer.has_numerics(numerics):
-                continue
-            changed = dataclasses.replace(
-                source, quantizer=dataclasses.replace(quantizer, numerics=numerics)
-            )
-            if all(
-                _count_values(changed.forward_tensor(name), other.forward_tensor(name)) == 0
-                for name in names
-            ):
-                return [
-                    f"all codes and scales are equal when {source.path} is quantised with the "
-                    f"other numerics, {numerics}"
-                ]
+        changed = source.with_other_numerics()
+        if changed is None or changed.quantizer is None:
+            continue
+        if all(
+            _count_values(changed.forward_tensor(name), other.forward_tensor(name)) == 0
+            for name in source.quantized_tensors()
+        ):
+            return [
+                f"all codes and scales are equal when {source.path} is quantised with the "
+                f"other numerics, {changed.quantizer.numerics}"
+            ]
     return []

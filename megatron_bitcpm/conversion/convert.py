@@ -6,7 +6,9 @@ Every output is compared with its input, tensor by tensor, before it gets its na
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,7 @@ def convert(input: str | Path, output: str | Path, **settings: Any) -> dict[str,
 
 
 def check_places(input: Path, output: Path) -> Path:
-    """Refuse an output that the input is part of, or that would become part of the input.
-
-    Returns:
-        The output, without symbolic links.
-    """
+    """Refuse an output inside the input, or around it; return it without symbolic links."""
     real_input, real_output = Path(os.path.realpath(input)), Path(os.path.realpath(output))
     # A single weights file stands for its folder.
     folder = real_input.parent if real_input.is_file() else real_input
@@ -102,11 +100,7 @@ def prepare(
 ) -> ModelSource:
     """Return a model with the quantiser that was named for it; refuse latents that are none.
 
-    Args:
-        source: the model.
-        named: the quantiser that trained it, where it carries no stamp.
-        force: continue although the latents look as if they had not been trained on their grid.
-        warnings: gets a sentence then.
+    With `force`, latents that look untrained only add a sentence to `warnings`.
     """
     if named is not None:
         source = dataclasses.replace(source, quantizer=named, form="latent")
@@ -130,20 +124,14 @@ def _folds(options: ConvertOptions, source: ModelSource) -> bool:
 
 
 def _write_megatron(source: ModelSource, output: Path, options: ConvertOptions) -> dict[str, Any]:
-    def check(folder: Path) -> dict[str, Any]:
-        return verify_written(folder, source, output)
-
-    if options.format == "torch_dist":
-        written = write_torch_dist(
-            source, output, options.layout, overwrite=options.overwrite, check=check
-        )
-    else:
-        written = write_legacy(
-            source,
-            output,
-            options.layout,
-            overwrite=options.overwrite,
-            check=check,
-            transformer_impl=options.transformer_impl,
-        )
+    write: Callable[..., dict[str, Any]] = write_torch_dist
+    if options.format == "legacy":
+        write = functools.partial(write_legacy, transformer_impl=options.transformer_impl)
+    written = write(
+        source,
+        output,
+        options.layout,
+        overwrite=options.overwrite,
+        check=lambda folder: verify_written(folder, source, output),
+    )
     return {**written, "padding_rows": written["padded_vocab_size"] - source.vocab_size}

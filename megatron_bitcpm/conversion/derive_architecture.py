@@ -1,9 +1,9 @@
 """The architecture that a model's tensors have, whatever its config.json says about it.
 
-All sizes follow from names and shapes, by majority, so that one damaged tensor is the one that does
-not fit. Except the head dimension: q_proj has heads x head_dim rows
-and k_proj has kv heads x head_dim, which several values fit. Of these the one is taken for which
-config.json speaks most directly, and the report says which evidence that was.
+All sizes follow from names and shapes, by majority: one damaged tensor is the one that does not
+fit. Only the head dimension does not: q_proj has heads x head_dim rows and k_proj kv heads x
+head_dim, which several values fit. The one is taken for which config.json speaks most directly,
+and the report says which evidence that was.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 
 from megatron_bitcpm.arch.hf_config import CONFIG_FILE, is_tied, parse_architecture
 from megatron_bitcpm.arch.model import shapes_of
-from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, all_specs, find_tensor
+from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Shape, all_specs, find_tensor
 from megatron_bitcpm.conversion.difference import compare_shapes
+from megatron_bitcpm.conversion.tensor_stream import dtype_name
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import write_json
 from megatron_bitcpm.publish import Output
@@ -33,10 +34,10 @@ _USUAL_HEAD_DIMS = (128, 64)
 
 @dataclass(frozen=True)
 class DerivedArchitecture:
-    """What names and shapes of the tensors say, as keys of config.json.
+    """What names and shapes of the tensors say.
 
     Attributes:
-        sizes: key -> value; head_dim and the numbers of heads are absent where nothing decides.
+        sizes: as keys of config.json; without head_dim and heads where nothing decides these.
         head_dim_from: why head_dim is this one.
         strays: tensors of layers that are hardly there, which do not count.
     """
@@ -51,11 +52,7 @@ def derive_architecture(
 ) -> DerivedArchitecture | None:
     """Return the architecture of tensors, None where they are not those of a Llama.
 
-    Args:
-        shapes: Hugging Face name -> shape.
-        dtype: of most of the weights.
-        tied: whether the output layer is the embedding.
-        config: content of config.json, only to choose among head dimensions that fit.
+    `dtype` is that of most weights; `config` only chooses among head dimensions that fit.
     """
     votes = _count_votes(shapes)
     num_layers, strays = count_layers(shapes)
@@ -69,7 +66,7 @@ def derive_architecture(
         "num_hidden_layers": num_layers,
         "vocab_size": found["vocab"],
         "tie_word_embeddings": tied,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
     }
     head_dim, reason = _choose_head_dim(queries, keys, hidden, config or {})
     if head_dim:
@@ -87,21 +84,18 @@ def _count_votes(shapes: Shapes) -> dict[str, Counter[int]]:
     # The embedding before the output layer: of two that differ the first counts.
     for name in (EMBEDDING.hf, OUTPUT.hf, *shapes):
         place, shape = find_tensor(name), shapes.get(name, ())
-        dimensions = () if place is None else _dimensions(place)
+        if place is None:
+            continue
+        rows, inputs = place.spec.parts[place.part].rows, place.spec.inputs
+        dimensions = (rows,) if inputs is None else (rows, inputs)
         if shape and len(shape) == len(dimensions) and 0 not in shape:
             for what, size in zip(dimensions, shape, strict=True):
                 votes.setdefault(what, Counter())[size] += 1
     return votes
 
 
-def _dimensions(place: Place) -> tuple[str, ...]:
-    """Return what the dimensions of a tensor are."""
-    rows, inputs = place.spec.parts[place.part].rows, place.spec.inputs
-    return (rows,) if inputs is None else (rows, inputs)
-
-
 def count_layers(shapes: Shapes) -> tuple[int, tuple[str, ...]]:
-    """Return how many layers tensors are of, and those tensors that make no layer.
+    """Return how many layers tensors are of, and the tensors of no layer that counts.
 
     A layer counts if most of its tensors are there: a stray one makes none.
     """
@@ -153,15 +147,7 @@ def _choose_head_dim(
 def find_contradictions(
     config: Mapping[str, Any], derived: DerivedArchitecture, path: Path
 ) -> list[dict[str, Any]]:
-    """Return the fields of config.json that the tensors contradict.
-
-    Args:
-        config: content of the file.
-        derived: what the tensors say.
-        path: the file.
-    Returns:
-        For each field: field, config (None where it is absent), weights.
-    """
+    """Return `field`, `config` (None: absent), `weights` of what the tensors contradict."""
     found = []
     for key, value in derived.sizes.items():
         said = config.get(key)
@@ -187,12 +173,6 @@ def correct_config(
 ) -> dict[str, Any]:
     """Return a config.json that says what the tensors say.
 
-    Args:
-        config: content of the old one.
-        derived: what the tensors say.
-        shapes: of the tensors, which the new content must describe.
-        path: the file, for messages.
-
     Raises:
         CheckpointError: it would still not describe the tensors.
     """
@@ -210,13 +190,7 @@ def correct_config(
 
 
 def fix_config(folder: Path, new: Mapping[str, Any]) -> Path:
-    """Replace config.json; the old one stays beside it.
-
-    Args:
-        folder: the model.
-        new: from `correct_config`.
-    Returns:
-        The file that keeps the old content: config.json.bak, or the first free number behind it.
+    """Replace config.json; return the file that keeps the old one, .bak or .bak2 and so on.
 
     Raises:
         CheckpointError: it cannot be written; the old one is as it was.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,54 +16,42 @@ _LISTED = 5
 
 @dataclass
 class Differences:
-    """Counts of what differs, by tensor.
+    """Counts of what differs, by kind and tensor, of those that were compared.
 
-    Attributes:
-        codes: weights that have another code on the grid.
-        scales: groups that have another scale.
-        values: latents, and weights in full precision, that are not equal bit for bit.
-        compared: all tensors that were looked at, differing or not.
+    Kinds are codes: weights that have another code on the grid; scales: groups that have another
+    one; values: latents, and weights in full precision, that are not equal bit for bit.
     """
 
-    codes: dict[str, int] = field(default_factory=dict)
-    scales: dict[str, int] = field(default_factory=dict)
-    values: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, Counter[str]] = field(
+        default_factory=lambda: {kind: Counter() for kind in KINDS}
+    )
     compared: list[str] = field(default_factory=list)
 
     def note(self, name: str, **counts: int) -> None:
         """Add counts of a tensor by kind; zeros are left out."""
         for kind, count in counts.items():
             if count:
-                getattr(self, kind)[name] = count
-
-    def total(self, kind: str) -> int:
-        """Return how many codes, scales or values differ."""
-        counts: dict[str, int] = getattr(self, kind)
-        return sum(counts.values())
+                self.counts[kind][name] = count
 
     def describe(self) -> list[str]:
         """Return for each kind that differs its count and the first tensors."""
         parts = []
-        for kind in KINDS:
-            counts: dict[str, int] = getattr(self, kind)
+        for kind, counts in self.counts.items():
             if counts:
                 names = [f"{name} ({count})" for name, count in counts.items()]
-                parts.append(f"{self.total(kind)} {kind} differ: {list_first(names, 'tensors')}")
+                parts.append(f"{counts.total()} {kind} differ: {list_first(names, 'tensors')}")
         return parts
 
     def by_layer(self) -> list[dict[str, Any]]:
-        """Return a row for each layer, after them one with layer None for what is in no layer.
-
-        A row has ``layer``, ``tensors`` compared, differing ``codes``, ``scales`` and ``values``.
-        """
+        """Return the counts of each layer, then those of what is in no layer (layer None)."""
         rows: dict[int | None, dict[str, Any]] = {}
         for name in self.compared:
             place = find_tensor(name)
             layer = None if place is None else place.layer
             row = rows.setdefault(layer, {"layer": layer, "tensors": 0, **dict.fromkeys(KINDS, 0)})
             row["tensors"] += 1
-            for kind in KINDS:
-                row[kind] += getattr(self, kind).get(name, 0)
+            for kind, counts in self.counts.items():
+                row[kind] += counts[name]
         numbers = sorted(layer for layer in rows if layer is not None)
         return [rows[layer] for layer in (*numbers, *([None] if None in rows else []))]
 
@@ -89,10 +78,7 @@ def markdown_table(header: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 class Misfits:
     """How the tensors of a model are not those of its architecture.
 
-    Attributes:
-        missing: names that the architecture has.
-        unknown: names that it lacks.
-        misshapen: tensor -> what its shape is, and what it should be.
+    `misshapen` says of a tensor what its shape is, and what it should be.
     """
 
     missing: list[str]

@@ -14,12 +14,7 @@ from megatron_bitcpm.conversion.source import TensorSource
 
 @dataclass(frozen=True, kw_only=True)
 class FileSource(TensorSource):
-    """Tensors of one file, or of the files of a folder; see `TensorSource`.
-
-    Attributes:
-        files: name of a tensor -> the file that holds it.
-        layers: of the whole model, of which the files may hold the first ones only.
-    """
+    """Tensors of one file, or of several, which may hold only the first ones of `layers`."""
 
     files: Mapping[str, TensorFile]
     layers: int

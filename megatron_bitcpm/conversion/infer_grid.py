@@ -25,13 +25,7 @@ _FIRST_ROWS = 64
 
 @dataclass(frozen=True)
 class FoundGrid:
-    """What the values of one tensor are on.
-
-    Attributes:
-        grid: the grid.
-        weights_per_scale: inputs of a group, or all weights of the tensor.
-        count: its codes.
-    """
+    """What the values of one tensor are on, and its codes there."""
 
     grid: Grid
     weights_per_scale: int
@@ -53,11 +47,9 @@ def infer_grid(
     folded: bool = False,
     grids: Sequence[Grid] | None = None,
 ) -> FoundGrid | None:
-    """Return the grid of a tensor and its group size, None where the values are on none.
+    """Return the grid of a finite tensor, [O, I], and its group size; None where it is on none.
 
     Args:
-        w_OI: stored weights, [O, I], finite.
-        eps: smallest scale of the quantiser.
         hint: the answer for another tensor, which saves the search where it fits.
         folded: the values were multiplied with a constant and rounded a second time.
         grids: those to look for, the first that fits counts; default all.
@@ -87,15 +79,10 @@ def infer_grid(
     return None
 
 
-def lies_on_grid(w_OI: torch.Tensor, eps: float) -> bool:
-    """Whether a weight was quantised already; judged by its first rows.
-
-    Args:
-        w_OI: weight, [O, I].
-        eps: smallest scale of the quantiser.
-    """
+def lies_on_grid(w_OI: torch.Tensor, eps: float, folded: bool = False) -> bool:
+    """Whether a weight, [O, I], was quantised already; judged by its first rows."""
     first_OI = w_OI[:_FIRST_ROWS]
-    return not count_not_finite(first_OI) and infer_grid(first_OI, eps) is not None
+    return not count_not_finite(first_OI) and infer_grid(first_OI, eps, None, folded) is not None
 
 
 def is_zero(w: torch.Tensor) -> bool:

@@ -43,6 +43,7 @@ from megatron_bitcpm.conversion.infer_grid import is_zero
 from megatron_bitcpm.conversion.open import detect_kind, open_source
 from megatron_bitcpm.conversion.projection_totals import ProjectionTotals
 from megatron_bitcpm.conversion.source import Kind, ModelSource, TensorSource
+from megatron_bitcpm.conversion.tensor_stream import dtype_name
 from megatron_bitcpm.data.tokenizer_ids import check_tokenizer_folder
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import read_json
@@ -62,13 +63,7 @@ _PARTS = {
 
 @dataclass
 class _Inspected:
-    """What is being inspected.
-
-    Attributes:
-        source: its tensors.
-        config: content of config.json, None where there is none.
-        problems: what is wrong with the files.
-    """
+    """What is inspected; `config` is the content of config.json."""
 
     source: TensorSource
     config: dict[str, Any] | None = None
@@ -78,16 +73,15 @@ class _Inspected:
         """Name of a type, of unsupported ones too."""
         if isinstance(self.source, FileSource):
             return self.source.files[name].torch_dtype_name(name)
-        return str(self.source.dtype(name)).removeprefix("torch.")
+        return dtype_name(self.source.dtype(name))
 
 
 def inspect(
     path: str | Path, fix_config: bool = False, tokenizer: str | Path | None = None
 ) -> dict[str, Any]:
-    """Find out what a model is.
+    """Find out what a Hugging Face folder, Megatron checkpoint, run, or file of tensors is.
 
     Args:
-        path: a Hugging Face folder, a Megatron checkpoint, a run, or a single file of tensors.
         fix_config: correct the fields of config.json that the tensors contradict; the old file is
             kept as config.json.bak.
         tokenizer: as for `open_source`.
@@ -109,8 +103,9 @@ def inspect(
         check_tokenizer_folder(tokenizer)
     model = _open(Path(path), tokenizer)
     source, shapes = model.source, model.source.shapes()
-    found, tied, dtypes = _read_tensors(model, shapes)
-    report: dict[str, Any] = {
+    sizes = {n: math.prod(s) * _BYTES.get(model.dtype_name(n), 1) for n, s in shapes.items()}
+    found, tied, dtypes = _read_tensors(model, shapes, sizes)
+    return {
         "path": str(source.path),
         "kind": source.kind,
         "form": source.form,
@@ -119,10 +114,10 @@ def inspect(
         "folding": source.folding.model_dump() if source.folding else None,
         "facts": source.facts,
         **found.describe(),
-        "memory": _measure_memory(model, shapes, found),
+        "memory": _measure_memory(shapes, sizes, found),
         "dtypes": dict(dtypes),
+        "problems": model.problems,
     }
-    return {**report, "problems": model.problems}
 
 
 def _open(path: Path, tokenizer: str | Path | None) -> _Inspected:
@@ -149,12 +144,11 @@ def _loose(path: Path, kind: Kind, files: dict[str, TensorFile], origin: Origin)
 
 
 def _read_tensors(
-    model: _Inspected, shapes: Mapping[str, Shape]
+    model: _Inspected, shapes: Mapping[str, Shape], sizes: Mapping[str, int]
 ) -> tuple[ProjectionTotals, bool, Counter[str]]:
     """Read every tensor once; return the projections, whether the output is tied, bytes by type."""
     source, found = model.source, ProjectionTotals(model.source)
     dtypes = Counter[str]()
-    sizes = {n: math.prod(s) * _BYTES.get(model.dtype_name(n), 1) for n, s in shapes.items()}
     for name in track_tensors(sizes, "inspect"):
         dtypes[model.dtype_name(name)] += sizes[name]
         tensor, place = source.tensor(name), find_tensor(name)
@@ -263,7 +257,7 @@ def _compare_names(shapes: Mapping[str, Shape], derived: DerivedArchitecture) ->
 
 
 def _measure_memory(
-    model: _Inspected, shapes: Mapping[str, Shape], found: ProjectionTotals
+    shapes: Mapping[str, Shape], sizes: Mapping[str, int], found: ProjectionTotals
 ) -> dict[str, dict[str, float]]:
     """Return parameters and bytes by part, as stored and with the codes packed."""
     parts = _PARTS.values()
@@ -272,8 +266,7 @@ def _measure_memory(
         place = find_tensor(name)
         role = "other" if place is None else place.spec.role
         part = memory[_PARTS.get(role, "other")]
-        stored = math.prod(shape) * _BYTES.get(model.dtype_name(name), 1)
         part["parameters"] += math.prod(shape)
-        part["stored_bytes"] += stored
-        part["packed_bytes"] += found.packed_bytes.get(name, stored)
+        part["stored_bytes"] += sizes[name]
+        part["packed_bytes"] += found.packed_bytes.get(name, sizes[name])
     return {part: values for part, values in memory.items() if values["parameters"]}

@@ -26,11 +26,7 @@ _STAMP_LINE = ("grid", "group_size", "scale_sync", "numerics", "tensor_model_par
 
 
 def render(report: dict[str, Any]) -> str:
-    """Return the text of a report.
-
-    Args:
-        report: from `inspect`.
-    """
+    """Return the text of a report of `inspect`."""
     lines = [report["path"], f"  {_KINDS[report['kind']]}, {_say_form(report)}"]
     lines += _render_architecture(report)
     lines += _render_quantizer(report)

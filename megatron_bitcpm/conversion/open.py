@@ -14,13 +14,10 @@ _HF_WEIGHTS = ("*.safetensors", INDEX_FILE, "pytorch_model*.bin", BIN_INDEX_FILE
 
 
 def open_source(path: str | Path, tokenizer: str | Path | None = None) -> ModelSource:
-    """Open a model: what it is is found out from its files.
+    """Open a Hugging Face folder, a Megatron checkpoint, or the newest one of a run, by its files.
 
     Args:
-        path: a Hugging Face folder, a Megatron checkpoint (torch_dist or legacy), or a run's folder
-            (its newest checkpoint).
-        tokenizer: tokenizer folder for checkpoints that do not say how many ids their tokenizer
-            has.
+        tokenizer: folder for checkpoints that do not say how many ids their tokenizer has.
 
     Raises:
         CheckpointError: no model, an unknown architecture, or damaged files.
@@ -38,14 +35,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> ModelS
 
 
 def detect_kind(path: Path) -> Kind:
-    """Return which format a folder has, by the names in it.
-
-    Args:
-        path: as for `open_source`.
-
-    Raises:
-        CheckpointError: none that is known here.
-    """
+    """Return which format a folder has, by the names in it; raise a CheckpointError for none."""
     if not path.exists():
         raise _unknown(path, "no such file or folder")
     if path.is_file():

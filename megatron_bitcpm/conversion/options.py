@@ -116,11 +116,7 @@ class Options(Record):
 
     @classmethod
     def read(cls: type[R], **given: Any) -> R:
-        """Check options.
-
-        Raises:
-            CheckpointError: names the first that is wrong, and its rule.
-        """
+        """Check options; raise a CheckpointError with the first that is wrong, and its rule."""
         try:
             options = cls.model_validate(given)
         except ValidationError as error:
@@ -162,11 +158,7 @@ class QuantizerOptions(Options):
         return {name: value for name in named if (value := getattr(self, name)) is not None}
 
     def quantizer(self) -> Quantizer:
-        """Return the quantiser of a model without a stamp.
-
-        Raises:
-            CheckpointError: quant_type or group_size was not named.
-        """
+        """Return the quantiser of an unstamped model; its grid and group size must be named."""
         for name in ("quant_type", "group_size"):
             if getattr(self, name) is None:
                 raise CheckpointError(
@@ -180,11 +172,7 @@ class QuantizerOptions(Options):
         return Quantizer(QuantConfig(**content, eps=eps), 1, self.numerics or FP32)
 
     def check_agrees(self, quantizer: Quantizer) -> None:
-        """Refuse settings that are not those of the training.
-
-        Raises:
-            CheckpointError: names the first that contradicts the stamp.
-        """
+        """Refuse settings that contradict the stamp."""
         config = quantizer.config
         stamped = {
             "quant_type": config.grid,
@@ -285,12 +273,7 @@ class ConvertOptions(QuantizerOptions):
 
 
 def choose_form(options: ConvertOptions, source: TensorSource, folds: bool) -> Form:
-    """Return the form of the output.
-
-    Args:
-        options: all options.
-        source: the input.
-        folds: the constants of a MiniCPM are to be multiplied into its weights.
+    """Return the form of the output; `folds` says that a MiniCPM's constants go into its weights.
 
     Raises:
         CheckpointError: the input cannot become that; an option that has no effect on it.

@@ -64,14 +64,14 @@ def _why_no_model(output: Path) -> str | None:
 
     It may only if all of it is what models consist of: among anything else somebody's work can be.
     """
-    rule = "is no converted model, so it is not replaced"
+    rule = "is not a converted model, so it is not replaced"
     if not output.is_dir():
         return f"{rule} (it is a file)"
     is_checkpoint = (output / TRACKER).is_file() and (output / RELEASE / MODEL_FILE).is_file()
     has_weights = any(any(output.glob(pattern)) for pattern in _WEIGHTS)
     foreign = _find_foreign(output, _CHECKPOINT if is_checkpoint else _MODEL)
     if foreign is not None:
-        return f"{rule} (it holds {foreign.relative_to(output)}, which is no part of one)"
+        return f"{rule} (it holds {foreign.relative_to(output)}, which is not part of one)"
     if not is_checkpoint and not ((output / "config.json").is_file() and has_weights):
         return f"{rule} (it has no config.json with weights)"
     return None
@@ -90,7 +90,7 @@ def _find_foreign(folder: Path, known: _Known) -> Path | None:
 
 def _why_no_tensors(output: Path) -> str | None:
     """Return why a file must not be deleted as old weights, None where it may; by its beginning."""
-    rule = "is no file of tensors, so it is not replaced"
+    rule = "is not a file of tensors, so it is not replaced"
     if not output.is_file():
         return rule
     if zipfile.is_zipfile(output):
@@ -130,7 +130,7 @@ def _why_no_report(path: Path, inputs: Sequence[Path]) -> str | None:
     if path.is_dir():
         return "is a folder. Name a file in it"
     if path.exists() and path.suffix.lower() != ".md":
-        return "exists and is no .md file, so it is not replaced. Name another file"
+        return "exists and is not a .md file, so it is not replaced. Name another file"
     if not path.parent.is_dir():
         return f"there is no folder {path.parent}. Make it, or name another file"
     if not os.access(path.parent, os.W_OK | os.X_OK):

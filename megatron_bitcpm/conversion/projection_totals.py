@@ -27,11 +27,10 @@ class ProjectionTotals:
         source: the model.
         groups: name of a projection -> group size as configured -> tensors.
         codes: name of a grid -> totals of the tensors on it.
-        off_grid: tensors on no grid.
-        figures: quantisation error of those.
+        off_grid, figures: tensors on no grid, and their quantisation error.
         disagree: tensors whose values are not on the stamp's grid.
         quantized_already: tensors of latents that are on a grid.
-        misfits: what of the stamp does not fit the shapes, by tensor.
+        misfits: tensor -> what of the stamp does not fit its shape.
         packed_bytes: tensor -> its bytes with packed codes and float32 scales.
     """
 
@@ -52,13 +51,7 @@ class ProjectionTotals:
         return self.source.quantizer or Quantizer(QuantConfig())
 
     def add(self, name: str, place: Place, w_OI: torch.Tensor) -> None:
-        """Add a projection.
-
-        Args:
-            name: of the tensor.
-            place: which projection it is.
-            w_OI: stored values, [O, I], finite and not all 0.
-        """
+        """Add a projection, [O, I], finite and not all 0."""
         expected = self._expected_group(name, place, w_OI)
         found = self._infer(name, place, w_OI, expected)
         is_latent = self.source.form == "latent"

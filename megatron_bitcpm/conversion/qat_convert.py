@@ -31,17 +31,19 @@ from megatron_bitcpm.conversion.hf.tensor_files import (
     open_tensor_file,
 )
 from megatron_bitcpm.conversion.hf.tensor_writers import TYPE_NAMES, write_bin, write_safetensors
-from megatron_bitcpm.conversion.infer_grid import lies_on_grid
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.options import PathOption, QuantizerOptions
 from megatron_bitcpm.conversion.output_folder import new_file
-from megatron_bitcpm.conversion.quantization_error import check_finite, check_trained
+from megatron_bitcpm.conversion.quantization_error import (
+    check_finite,
+    check_off_grid,
+    check_trained,
+)
 from megatron_bitcpm.conversion.source import TensorSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, equal_bytes, read_ahead
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.files import read_json
 from megatron_bitcpm.progress import track_tensors
-from megatron_bitcpm.quant.settings import BF16_RECIPROCAL, FP32
 from megatron_bitcpm.quantizer import Quantizer
 
 _WHOLE = "Name the whole model; of a sharded one the folder"
@@ -161,11 +163,7 @@ def _find_quantizer(path: Path) -> Quantizer | None:
 
 
 def _open_latents(file: TensorFile, quantizer: Quantizer) -> tuple[FileSource, dict[str, str]]:
-    """Return the tensors of a file, and further name -> name of the same tensor.
-
-    Raises:
-        CheckpointError: it does not hold whole layers of latent weights.
-    """
+    """Return the tensors of a file of whole latent layers, and second names -> first ones."""
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     layers: dict[int, set[str]] = {}
@@ -207,9 +205,7 @@ def _check_projection(
         quantizer.weights_per_scale(place, tuple(tensor.shape))
     except BitcpmError as error:
         raise _error(path, f"{name}: {str(error).rstrip('.')}", "Nothing was written") from error
-    if lies_on_grid(tensor, quantizer.config.eps):
-        rule = f"{name} lies on a grid already: it was quantised before, and quantising again"
-        raise _error(path, f"{rule} changes it", "Name the latent weights")
+    check_off_grid(name, tensor, quantizer.config.eps, f"input_bin={path}")
 
 
 def _check_whole(path: Path, layers: dict[int, set[str]]) -> None:
@@ -236,11 +232,7 @@ def _check_whole(path: Path, layers: dict[int, set[str]]) -> None:
 
 
 def _count_layers(path: Path, held: int, quantizer: Quantizer) -> int:
-    """Return the layers of the model that a file holds the first ones of.
-
-    Raises:
-        CheckpointError: the last layers stay in full precision, and which these are is not known.
-    """
+    """Return the layers of the model that a file holds the first ones of."""
     last = quantizer.config.full_precision_last_layers
     if last == 0:
         return held  # then no filter counts from the end
@@ -316,18 +308,10 @@ def _verify(path: Path, source: FileSource) -> None:
 
 
 def _count_changed_codes(source: TensorSource) -> dict[str, Any]:
-    """Count the codes that the other numerics would make; empty where these do not exist.
-
-    Args:
-        source: latents with the quantiser that was named for them.
-    """
-    quantizer, names = source.quantizer, source.quantized_tensors()
-    assert quantizer is not None
-    numerics = BF16_RECIPROCAL if quantizer.numerics == FP32 else FP32
-    has_float16 = any(source.dtype(name) == torch.float16 for name in names)
-    if has_float16 or not quantizer.grid.is_ternary:
+    """Count the codes that the other numerics would make of latents; empty where there are none."""
+    names, other = source.quantized_tensors(), source.with_other_numerics()
+    if other is None or other.quantizer is None:
         return {}
-    other = dataclasses.replace(source, quantizer=dataclasses.replace(quantizer, numerics=numerics))
     shapes, changed = source.shapes(), 0
     sizes = {name: count_bytes(shapes[name], source.dtype(name)) for name in names}
     for name in track_tensors(sizes, "count"):
@@ -336,7 +320,7 @@ def _count_changed_codes(source: TensorSource) -> dict[str, Any]:
         changed += int(torch.count_nonzero(next(zeros) ^ next(zeros)))
     weights = sum(torch.Size(shapes[name]).numel() for name in names)
     return {
-        "other_numerics": numerics,
+        "other_numerics": other.quantizer.numerics,
         "changed_codes": changed,
         "changed_fraction": changed / weights,
         "weights": weights,

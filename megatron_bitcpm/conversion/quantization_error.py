@@ -44,8 +44,7 @@ class LatentFigures:
     """Sums over rows of quantised tensors, and the figures that follow.
 
     Attributes:
-        lost: sum of (w - wq)^2.
-        total: sum of w^2.
+        lost, total: sums of (w - wq)^2 and of w^2.
         at_threshold, beside: weights with |w| / s within 0.05 of 0.5; 0.1 to 0.2 away from it.
     """
 
@@ -55,13 +54,7 @@ class LatentFigures:
     beside: int = 0
 
     def add(self, w_OI: torch.Tensor, wq_OI: torch.Tensor, weights_per_scale: int) -> None:
-        """Add a tensor, of a large one rows from all over it.
-
-        Args:
-            w_OI: latent weight, [O, I].
-            wq_OI: the same weight on its grid.
-            weights_per_scale: inputs of a group, or all weights of the tensor.
-        """
+        """Add latents and their values on the grid, [O, I]; of large ones rows from all over."""
         whole = weights_per_scale > w_OI.shape[1]
         scale = w_OI.abs().mean(dtype=torch.float32) if whole else None
         step = max(1, w_OI.numel() // _SAMPLE)
@@ -125,12 +118,9 @@ def _sample(source: TensorSource) -> Iterator[str]:
 
 
 def check_trained(source: TensorSource, field: str, force: bool) -> list[str]:
-    """Refuse latents without a stamp that show no training on their grid, unless forced.
+    """Refuse latents without a stamp that show no training on the grid that was named for them.
 
-    Args:
-        source: a latent model with the quantiser that was named.
-        field: the argument that named it, for messages.
-        force: return the message as a warning.
+    `field` is the argument that named the model. With `force` the message is returned as a warning.
 
     Raises:
         CheckpointError: see above; also a NaN, or weights that were quantised already.
@@ -150,33 +140,25 @@ def check_trained(source: TensorSource, field: str, force: bool) -> list[str]:
 
 
 def check_latents(source: TensorSource, field: str) -> None:
-    """Refuse latents that were quantised already: their scales would become other ones.
-
-    Raises:
-        CheckpointError: names the tensor; also of a NaN.
-    """
+    """Refuse latents with a NaN, or quantised already: their scales would become other ones."""
     assert source.quantizer is not None
     for name in _sample(source):
         w_OI = source.tensor(name)
         check_finite(name, w_OI, f"{field}={source.path}")
-        if lies_on_grid(w_OI, source.quantizer.config.eps):
-            raise CheckpointError(
-                f"{field}={source.path}: {name} lies on a grid already: it was quantised before, "
-                "and quantising again changes it. Name the latent weights."
-            )
+        check_off_grid(name, w_OI, source.quantizer.config.eps, f"{field}={source.path}")
+
+
+def check_off_grid(name: str, w_OI: torch.Tensor, eps: float, place: str) -> None:
+    """Refuse a weight that was quantised already; `place` as for `check_finite`."""
+    if lies_on_grid(w_OI, eps):
+        raise CheckpointError(
+            f"{place}: {name} lies on a grid already: it was quantised before, and quantising "
+            "again changes it. Name the latent weights."
+        )
 
 
 def check_finite(name: str, tensor: torch.Tensor, place: str) -> None:
-    """Refuse a tensor that holds a NaN or an infinity.
-
-    Args:
-        name: of the tensor.
-        tensor: of any type; only floating-point numbers are looked at.
-        place: ``field=value`` of the argument that named the model.
-
-    Raises:
-        CheckpointError: names the tensor and its first bad row.
-    """
+    """Refuse a tensor with a NaN or an infinity; `place` is the ``field=value`` of its model."""
     if tensor.dtype.is_floating_point and count_not_finite(tensor):
         row = int((~tensor.isfinite()).nonzero()[0][0]) if tensor.ndim else 0
         raise CheckpointError(

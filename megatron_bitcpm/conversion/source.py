@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -15,9 +15,12 @@ from megatron_bitcpm.arch.model import Form, ModelConfig, shapes_of
 from megatron_bitcpm.arch.tensors import Place, Shape, find_projection
 from megatron_bitcpm.conversion.codes import read_scales
 from megatron_bitcpm.conversion.difference import list_first
+from megatron_bitcpm.conversion.tensor_stream import dtype_name
+from megatron_bitcpm.quant.settings import BF16_RECIPROCAL, FP32
 from megatron_bitcpm.quantizer import Quantizer
 
 Kind = Literal["torch_dist", "legacy", "hf", "file"]
+S = TypeVar("S", bound="TensorSource")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +60,6 @@ class TensorSource(ABC):
     def tensor(self, name: str) -> torch.Tensor:
         """Read a stored tensor; it may lie in a mapped file: never write to it.
 
-        Args:
-            name: one of `shapes`.
-
         Raises:
             CheckpointError: absent, or its file is damaged; names the file and the tensor.
         """
@@ -90,6 +90,15 @@ class TensorSource(ABC):
         size = self.quantizer.weights_per_scale(place, tuple(tensor.shape))
         return read_scales(tensor, size, self.quantizer.grid, self.quantizer.config.eps)
 
+    def with_other_numerics(self: S) -> S | None:
+        """Return the same latents under the other arithmetic; None where that does not exist."""
+        assert self.quantizer is not None
+        numerics = BF16_RECIPROCAL if self.quantizer.numerics == FP32 else FP32
+        has_float16 = any(self.dtype(name) == torch.float16 for name in self.quantized_tensors())
+        if has_float16 or not self.quantizer.has_numerics(numerics):
+            return None
+        return replace(self, quantizer=replace(self.quantizer, numerics=numerics))
+
     def _quantized(self, name: str) -> Place | None:
         place = find_projection(name)
         if place is None or self.quantizer is None:
@@ -104,8 +113,7 @@ class ModelSource(TensorSource):
     Attributes:
         model: the architecture; of a folded MiniCPM that of the plain Llama.
         vocab_size: ids, without rows that only pad.
-        side_files: folder whose tokenizer, chat template and generation settings belong to the
-            model; None where there is none.
+        side_files: folder with the model's tokenizer, chat template and generation settings.
     """
 
     model: ModelConfig
@@ -130,9 +138,6 @@ def find_mixed_types(dtypes: Mapping[str, torch.dtype]) -> str | None:
     """Return what is wrong with a model in both 16-bit types, None where it is not.
 
     Nobody stores one: a type in a header was changed, not the values.
-
-    Args:
-        dtypes: name of a tensor -> its type.
     """
     names = {
         dtype: [name for name, found in dtypes.items() if found == dtype]
@@ -142,6 +147,6 @@ def find_mixed_types(dtypes: Mapping[str, torch.dtype]) -> str | None:
     if not names[few]:
         return None
     return (
-        f"{list_first(names[few], 'tensors')}: of type {str(few).removeprefix('torch.')} among "
-        f"{len(names[many])} of {str(many).removeprefix('torch.')}"
+        f"{list_first(names[few], 'tensors')}: of type {dtype_name(few)} among "
+        f"{len(names[many])} of {dtype_name(many)}"
     )

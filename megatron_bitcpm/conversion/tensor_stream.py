@@ -27,15 +27,7 @@ class FlushedFile:
     """A new binary file whose pages go to disk while it is written, so that closing is short.
 
     Left to itself the kernel keeps gigabytes of unwritten pages and the final fsync waits for all.
-
-    Args:
-        path: must not exist.
-
-    Attributes:
-        size: bytes of the file so far.
-
-    Raises:
-        OSError: from any method, also for errors that only flushing shows.
+    Any method can raise OSError, also for errors that only flushing shows; `size` is in bytes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,13 +70,6 @@ class FlushedFile:
         """Go to another position."""
         self._position = os.lseek(self._descriptor, offset, whence)
         return self._position
-
-    def seekable(self) -> bool:
-        """Whether `seek` works."""
-        return True
-
-    def flush(self) -> None:
-        """Do nothing: data is flushed all along, and for good at the end."""
 
     def _begin_flush(self) -> None:
         # Linux begins to write dirty pages that it is told not to keep, and does not wait for them;
@@ -165,18 +150,18 @@ def equal_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(*views)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a type without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
 def count_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of a tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
 def cut_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
-    """Distribute tensors over files in their order; a tensor larger than the limit has its own.
-
-    Args:
-        sizes: name -> bytes.
-        max_shard_bytes: largest sum of a file.
-    """
+    """Distribute tensors (bytes) over files in their order; too large ones have their own."""
     shards: list[list[str]] = [[]]
     total = 0
     for name, size in sizes.items():

@@ -15,12 +15,12 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import torch
 
 from megatron_bitcpm.checkpoint.torch_file import LOCAL_HEADER, Storage
-from megatron_bitcpm.conversion.tensor_stream import as_bytes
+from megatron_bitcpm.conversion.tensor_stream import FlushedFile, as_bytes
 
 _ALIGNMENT = 64
 _PADDING_ID = 0x4246  # torch's own for the extra field that moves a record to its place
@@ -29,34 +29,9 @@ _ZIP64_FROM = 2**31 - 1
 _CHUNK = 2**24
 
 
-class SeekableFile(Protocol):
-    """What is needed of a file to write an archive into it."""
-
-    def write(self, data: Any, /) -> int:
-        """Write all of `data`."""
-        ...
-
-    def seek(self, offset: int, whence: int = ..., /) -> int:
-        """Go to another position."""
-        ...
-
-    def tell(self) -> int:
-        """Return the position."""
-        ...
-
-    def flush(self) -> None:
-        """Hand over what is buffered."""
-        ...
-
-
 @dataclass(frozen=True)
 class LateTensor:
-    """A tensor of a file to be written, which is read only when its turn comes.
-
-    Attributes:
-        shape, dtype: of the tensor.
-        read: returns it; it may lie in a mapped file.
-    """
+    """A tensor of a file to be written, which is read only when its turn comes."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -93,7 +68,7 @@ class _Pickler(pickle.Pickler):
 class _Part(io.RawIOBase):
     """The end of a file, from where it was, as a file of its own."""
 
-    def __init__(self, file: SeekableFile) -> None:
+    def __init__(self, file: BinaryIO | FlushedFile) -> None:
         self._file, self._start = file, file.tell()
 
     def write(self, data: Any) -> int:
@@ -109,22 +84,12 @@ class _Part(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def flush(self) -> None:
-        self._file.flush()
 
-
-def write_torch_file(file: SeekableFile, content: Any) -> int:
+def write_torch_file(file: BinaryIO | FlushedFile, content: Any) -> int:
     """Write what ``torch.save(content, file)`` would, one tensor in memory at a time.
 
-    Args:
-        file: open for writing, seekable; what it holds before its position stays.
-        content: picklable; its tensors are `LateTensor`.
-
-    Returns:
-        Bytes written.
-
-    Raises:
-        OSError: the file cannot be written.
+    What the file holds before its position stays. Tensors in the content are `LateTensor`. Returns
+    the bytes written.
     """
     description = io.BytesIO()
     pickler = _Pickler(description)

@@ -7,12 +7,11 @@ architecture and quantiser; codes and scales of the values that the forward mult
 equal, latents, norms and embeddings are equal bit for bit. Any two of Megatron checkpoint and
 Hugging Face folder, in any form, compare; rows that only pad the vocabulary do not count.
 
-Tensors are read one at a time. What codes and scales are is said in `grid_reading`.
+Tensors are read one at a time. `codes` says what codes and scales are.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from megatron_bitcpm.conversion.hf.modeling.writer import MODELING_FILE, trusted
 from megatron_bitcpm.conversion.hf.source import HfSource
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.tensor_stream import count_bytes, dtype_name
 from megatron_bitcpm.data.tokenizer_ids import has_vocabulary, read_tokenizer_ids
 from megatron_bitcpm.errors import BitcpmError, CheckpointError, one_line
 from megatron_bitcpm.files import read_json
@@ -48,20 +48,14 @@ _SHOWN = 3
 
 @dataclass
 class Report:
-    """What a check found.
-
-    Attributes:
-        content: the counts, as JSON; see `verify`.
-        problems: what is not as it should be, one clause each; empty for a proof.
-        path: the model that was checked.
-    """
+    """What a check of the model at `path` found: the counts, see `verify`, and what is wrong."""
 
     content: dict[str, Any]
     path: Path
     problems: list[str] = field(default_factory=list)
 
-    def raise_problems(self) -> None:
-        """Raise a CheckpointError of one line unless there are no problems."""
+    def proof(self) -> dict[str, Any]:
+        """Return the content; raise a CheckpointError of one line where there are problems."""
         if self.problems:
             wanted = self.content["checkpoint"]
             fix = "Convert the model again"
@@ -72,18 +66,18 @@ class Report:
             elif wanted is not None:
                 fix += ", or name the one it was made from"
             raise CheckpointError(f"model={self.path}: {'; '.join(self.problems)}. {fix}.")
+        return self.content
 
     def render(self) -> str:
         """Return the counts by layer as a Markdown table, '' where nothing was compared."""
         rows = self.content.get("layers")
         if not rows:
             return ""
-        names = ["outside" if row["layer"] is None else row["layer"] for row in rows]
         return markdown_table(
             ("layer", "tensors", *(f"differing {kind}" for kind in KINDS)),
             (
-                (name, row["tensors"], *(row[kind] for kind in KINDS))
-                for name, row in zip(names, rows, strict=True)
+                ("outside" if layer is None else layer, *counts)
+                for layer, *counts in (row.values() for row in rows)
             ),
         )
 
@@ -112,29 +106,13 @@ def verify(
     Raises:
         CheckpointError: anything is not so; names the tensors.
     """
-    report = compare(
-        open_source(model, tokenizer),
-        None if other is None else open_source(other, tokenizer),
-        tokenizer,
-    )
-    report.raise_problems()
-    return report.content
-
-
-def verify_sources(found: ModelSource, wanted: ModelSource | None) -> dict[str, Any]:
-    """Check an opened model; see `verify`."""
-    report = compare(found, wanted)
-    report.raise_problems()
-    return report.content
+    found = open_source(model, tokenizer)
+    wanted = None if other is None else open_source(other, tokenizer)
+    return compare(found, wanted, tokenizer).proof()
 
 
 def verify_written(written: Path, source: ModelSource, output: Path) -> dict[str, Any]:
-    """Compare a model that has just been written with its source, before it gets its name.
-
-    Args:
-        written: where it is.
-        source: what was written.
-        output: the name it will get, for the report and messages.
+    """Compare a model just written with its source, before it gets the name `output`.
 
     Raises:
         CheckpointError: they differ, or the source is unsound; names the one to blame.
@@ -142,15 +120,14 @@ def verify_written(written: Path, source: ModelSource, output: Path) -> dict[str
     try:
         report = compare(open_source(written), source)
         report.problems += report.content["notes"]  # a stamp was lost, or came from nowhere
-        report.raise_problems()
+        content = report.proof() | {"folder": str(output)}
     except CheckpointError as error:
         # What is wrong with the copy may be wrong with the original.
-        verify_sources(source, source)
+        compare(source, source).proof()
         raise CheckpointError(
             f"output={output}: is not what was to be written: {str(error).rstrip('.')}. Convert "
             "again, to another disk if need be."
         ) from error
-    content = report.content | {"folder": str(output)}
     if checked := content["checked_tokenizer"]:
         # It lies in the hidden folder that becomes `output`.
         inside = Path(checked).relative_to(output.parent).parts[1:]
@@ -163,13 +140,8 @@ def compare(
 ) -> Report:
     """Check a model, and compare it with another one, without raising on differences.
 
-    Args:
-        found: the model.
-        wanted: the model it should equal, or None.
-        tokenizer: tokenizer folder whose ids must fit, beside that of `found`.
-    Returns:
-        The report, complete also where there are problems; only when the architectures differ
-        are tensors not compared.
+    `tokenizer` is a folder whose ids must fit, beside that of `found`. The report is complete also
+    where there are problems; only when the architectures differ are tensors not compared.
 
     Raises:
         CheckpointError: files are damaged or absent.
@@ -193,8 +165,9 @@ def compare(
             found, wanted = fold_alike(*shared)
     count = _Count(found)
     comparison = None if wanted is None else Comparison(found, wanted)
+    sizes = {name: count_bytes(shape, found.dtype(name)) for name, shape in count.shapes.items()}
     odd = []
-    for name in track_tensors(_sizes(found), "verify"):
+    for name in track_tensors(sizes, "verify"):
         value = found.forward_tensor(name)
         if problem := count.add(name, value):
             odd.append(problem)
@@ -210,14 +183,6 @@ def compare(
             problems += report.content["notes"]
             report.problems.append(f"not the model of {comparison.path}: {'; '.join(problems)}")
     return report
-
-
-def _sizes(source: ModelSource) -> dict[str, int]:
-    """Return the bytes of every tensor as stored."""
-    return {
-        name: math.prod(shape) * source.dtype(name).itemsize
-        for name, shape in source.shapes().items()
-    }
 
 
 class _Count:
@@ -342,18 +307,12 @@ def _check_types(source: ModelSource) -> list[str]:
     odd = [name for name in names if source.dtype(name) != declared]
     if not odd:
         return []
-    found = str(source.dtype(odd[0])).removeprefix("torch.")
-    wanted = str(declared).removeprefix("torch.")
-    return [f"{list_first(odd, 'tensors')}: stored as {found}, config.json says {wanted}"]
+    found, said = dtype_name(source.dtype(odd[0])), dtype_name(declared)
+    return [f"{list_first(odd, 'tensors')}: stored as {found}, config.json says {said}"]
 
 
 def _check_tokenizer(source: ModelSource, named: str | Path | None) -> str | None:
-    """Refuse ids that the model lacks; return the folder of the tokenizer, None without one.
-
-    Args:
-        source: the model, which may come without a tokenizer.
-        named: tokenizer folder that the user named.
-    """
+    """Refuse ids that the model lacks, of its tokenizer or a named one; return the folder."""
     own = source.side_files if has_vocabulary(source.side_files) else None
     checked = None
     for folder in (own, named):

@@ -80,7 +80,7 @@ def test_any_converted_model_is_replaced_and_a_run_never(latent, pseudo, megatro
     run = tmp_path / "run"
     (run / "iter_0000010").mkdir(parents=True)
     (run / "latest_checkpointed_iteration.txt").write_text("10")
-    with pytest.raises(CheckpointError, match="is no converted model, so it is not replaced"):
+    with pytest.raises(CheckpointError, match="is not a converted model, so it is not replaced"):
         convert(latent, run, **to, overwrite=True)
 
 

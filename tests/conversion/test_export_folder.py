@@ -110,7 +110,7 @@ def test_output_is_not_replaced_unless_asked(trained, tmp_path):
     (output / "mine.txt").write_text("x")
     with pytest.raises(CheckpointError, match=r"output=.*out: exists"):
         convert(trained(CASE).directory, output)
-    with pytest.raises(CheckpointError, match="is no converted model, so it is not replaced"):
+    with pytest.raises(CheckpointError, match="is not a converted model, so it is not replaced"):
         convert(trained(CASE).directory, output, overwrite=True)
     assert (output / "mine.txt").read_text() == "x"
     shutil.rmtree(output)

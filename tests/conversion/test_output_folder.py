@@ -21,7 +21,7 @@ from megatron_bitcpm.data.tokenizer_ids import VOCABULARY_FILES
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.files import TOKENIZER_FILES
 
-KEPT = "is no converted model, so it is not replaced"
+KEPT = "is not a converted model, so it is not replaced"
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_model_folder_with_something_else_is_kept(entry, folder):
     path.write_text("mine")
     named = entry if "templates" in entry else entry.split("/")[0]
     named = named.removesuffix("/x")
-    with pytest.raises(CheckpointError, match=rf"{KEPT} \(it holds {named}, which is no part"):
+    with pytest.raises(CheckpointError, match=rf"{KEPT} \(it holds {named}, which is not part"):
         replace(folder)
     assert path.read_text() == "mine"
 
@@ -174,7 +174,7 @@ def test_files_of_tensors_are_replaced(kind, tmp_path):
 def test_other_files_are_kept(content, tmp_path):
     output = tmp_path / "thesis.bin"
     output.write_bytes(content)
-    message = "is no file of tensors, so it is not replaced"
+    message = "is not a file of tensors, so it is not replaced"
     with pytest.raises(CheckpointError, match=message), new_file(output, True):
         raise AssertionError
     assert output.read_bytes() == content
@@ -211,7 +211,7 @@ def pair(tmp_path):
         ("a/config.json", "would change the input {a}. Name another file."),
         ("b/report.md", "would change the input {b}."),
         ("prompts.md", "would change the input {prompts}."),
-        ("mine.txt", "exists and is no .md file, so it is not replaced. Name another file."),
+        ("mine.txt", "exists and is not a .md file, so it is not replaced. Name another file."),
         ("folder.md", "is a folder. Name a file in it."),
         ("absent/report.md", "there is no folder {absent}. Make it, or name another file."),
         ("mine.txt/report.md", "there is no folder {mine}. Make it"),

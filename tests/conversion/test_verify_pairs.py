@@ -19,7 +19,7 @@ from helpers.memory_source import (
 
 from megatron_bitcpm.conversion import verify as verify_module
 from megatron_bitcpm.conversion.hf.fold import fold
-from megatron_bitcpm.conversion.verify import compare, verify_sources, verify_written
+from megatron_bitcpm.conversion.verify import compare, verify_written
 from megatron_bitcpm.errors import CheckpointError
 
 GRIDS = ("ternary", "asym4", "half_sym4", "int_sym4", "five")
@@ -41,7 +41,7 @@ def pseudo(latent):
 
 def refuse(message, found, wanted=None):
     with pytest.raises(CheckpointError, match=message) as caught:
-        verify_sources(found, wanted)
+        compare(found, wanted).proof()
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"model={found.path}: ")
 
@@ -58,7 +58,7 @@ def test_all_forms_of_a_model_are_equal(grid, group_size):
     pseudo, megatron = make_pseudo(latent), make_megatron(latent, rows=64)
     for found in (latent, pseudo, megatron):
         for wanted in (latent, pseudo, megatron):
-            report = verify_sources(found, wanted)
+            report = compare(found, wanted).proof()
             assert report["compared_tensors"] == 30
             for kind in ("codes", "scales", "values"):
                 assert report[f"differing_{kind}"] == 0
@@ -73,12 +73,12 @@ def test_all_forms_of_a_model_are_equal(grid, group_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_types(dtype):
     latent = make_latent(make_stamp(group_size=16, grid="five"), dtype=dtype)
-    assert verify_sources(make_pseudo(latent), latent)["differing_codes"] == 0
+    assert compare(make_pseudo(latent), latent).proof()["differing_codes"] == 0
 
 
 def test_plain_models(latent):
     plain = make_latent()
-    assert verify_sources(plain, copy_of(plain))["ternary_tensors"] == 0
+    assert compare(plain, copy_of(plain)).proof()["ternary_tensors"] == 0
     other = copy_of(plain)
     bits(other.tensors[QUERY])[3, 5] += 1
     refuse(rf"not the model of plain: 1 values differ: {re.escape(QUERY)} \(1\)\.", other, plain)
@@ -87,7 +87,7 @@ def test_plain_models(latent):
 def test_a_wider_type_of_the_same_values_is_equal(pseudo, latent):
     tensors = {name: tensor.float() for name, tensor in pseudo.tensors.items()}
     wide = dataclasses.replace(pseudo, tensors=tensors)
-    verify_sources(wide, latent)
+    compare(wide, latent).proof()
     tensors[NORM][0] = torch.nextafter(tensors[NORM][0], torch.tensor(9.0))
     refuse(rf"1 values differ: {re.escape(NORM)} \(1\)", wide, latent)
 
@@ -119,7 +119,7 @@ def test_one_flipped_sign(pseudo, latent):
     found = copy_of(pseudo)
     row, column = found.tensors[DOWN].nonzero()[7]
     found.tensors[DOWN][row, column] *= -1
-    verify_sources(found, None)
+    compare(found).proof()
     refuse(rf"1 codes differ: {re.escape(DOWN)} \(1\)\.", found, latent)
 
 
@@ -128,7 +128,7 @@ def test_a_scale_one_unit_off(wanted, pseudo, latent):
     found = copy_of(pseudo)
     row = bits(found.tensors[DOWN])[4]
     row[row != 0] += 1
-    verify_sources(found, None)
+    compare(found).proof()
     other = {"pseudo": pseudo, "latent": latent}[wanted]
     refuse(rf"{wanted}: 1 scales differ: {re.escape(DOWN)} \(1\)\.", found, other)
 
@@ -137,7 +137,7 @@ def test_a_negative_zero_is_a_zero(pseudo, latent):
     found = copy_of(pseudo)
     row, column = (found.tensors[DOWN] == 0).nonzero()[0]
     found.tensors[DOWN][row, column] = -0.0
-    verify_sources(found, latent)
+    compare(found, latent).proof()
 
 
 def test_one_value_of_a_norm(pseudo, latent):
@@ -150,7 +150,7 @@ def test_padding_rows_do_not_count(pseudo, latent):
     megatron = make_megatron(latent, rows=64)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         megatron.tensors.tensors[name][50:] = torch.nan
-    verify_sources(pseudo, megatron)
+    compare(pseudo, megatron).proof()
     megatron.tensors.tensors["output_layer.weight"][49, 0] += 1
     refuse(r"1 values differ: lm_head.weight \(1\)", pseudo, megatron)
 
@@ -191,7 +191,7 @@ def test_slices_of_the_training_matter_where_rows_were_cut(latent):
     refuse(message, dataclasses.replace(latent, quantizer=make_stamp(tp_size=2)), latent)
     for quant in ({"group_size": 16}, {"grid": "five"}):
         one, two = (make_latent(make_stamp(tp_size=size, **quant)) for size in (1, 2))
-        verify_sources(one, two)
+        compare(one, two).proof()
     one, two = (
         make_latent(make_stamp(tp_size=size, scale_sync="local", grid="five")) for size in (1, 2)
     )
@@ -207,7 +207,7 @@ def test_values_without_a_stamp(pseudo, latent):
     bare = unstamped(pseudo, "bare")
     for stamped in (pseudo, latent):
         for pair in ((bare, stamped), (stamped, bare)):
-            report = verify_sources(*pair)
+            report = compare(*pair).proof()
             assert report["differing_codes"] == report["differing_values"] == 0
             assert report["ternary_tensors"] == 21
             (note,) = report["notes"]
@@ -226,13 +226,13 @@ def test_latents_without_a_stamp(model):
     sides = [pseudo] if model == "llama" else [pseudo, fold(pseudo)]
     for stamped in sides:
         for pair in ((bare, stamped), (stamped, bare)):
-            report = verify_sources(*pair)
+            report = compare(*pair).proof()
             assert report["ternary_tensors"] == 14
             (note,) = report["notes"]
             assert note.endswith(
                 "weights were quantised with the stamp of pseudo for the comparison"
             )
-    (note,) = verify_sources(latent, bare)["notes"]
+    (note,) = compare(latent, bare).proof()["notes"]
     assert note.endswith("its weights were compared with the latents of latent")
 
     # In the last layer, which stays in full precision, and then in a quantised one.
@@ -258,7 +258,7 @@ def test_folded_latents_cannot_be_quantised():
     latent = make_latent(make_stamp(), MINICPM)
     bare = fold(unstamped(latent, "bare"))
     refuse("carries no quantiser stamp, and folding has rounded its latents", bare, latent)
-    verify_sources(fold(unstamped(make_pseudo(latent), "bare")), latent)
+    compare(fold(unstamped(make_pseudo(latent), "bare")), latent).proof()
 
 
 def test_an_output_has_the_stamp_of_its_source(pseudo, latent, tmp_path, monkeypatch):
@@ -291,10 +291,10 @@ def test_the_other_numerics_are_recognised(latent):
 def test_folding_is_repeated_for_the_comparison(grid, stamped):
     latent = make_latent(make_stamp(grid=grid) if stamped else None, MINICPM)
     folded = fold(latent)
-    report = verify_sources(folded, latent)
+    report = compare(folded, latent).proof()
     assert report["folded_for_comparison"]
     assert report["architecture"] == "llama"
-    verify_sources(latent, folded)
+    compare(latent, folded).proof()
     # Untied: the folded model has an output layer of its own.
     assert report["compared_tensors"] == len(latent.shapes()) + 1
 

@@ -128,7 +128,7 @@ def write_model_card(
 ) -> str:
     """Return the text of README.md.
 
-    `source` is the model as written, `config` its config.json, `report` that of `verify_sources`
+    `source` is the model as written, `config` its config.json, `report` that of the verification
     and `folding` that of `describe_folding`.
     """
     quantizer = source.quantizer if form != "plain" else None

@@ -15,7 +15,6 @@ from megatron_bitcpm.checkpoint.store import (
 )
 from megatron_bitcpm.errors import CheckpointError
 
-MegatronFormat = Literal["torch_dist", "legacy"]
 SHARD_FILE = "model_optim_rng.pt"
 RELEASE = "release"
 """Megatron's name for weights alone: it then looks for no optimizer and no random state."""
@@ -30,7 +29,7 @@ def refusal(path: Path, rule: str, fix: str = DAMAGED) -> CheckpointError:
     return CheckpointError(f"checkpoint={path}: {rule}. {fix}.")
 
 
-def kind_of_folder(folder: Path) -> MegatronFormat | None:
+def kind_of_folder(folder: Path) -> Literal["torch_dist", "legacy"] | None:
     """Return the format of a checkpoint's folder: torch_dist, legacy, or None for neither."""
     if (folder / METADATA_FILE).is_file():
         return "torch_dist"
@@ -38,10 +37,7 @@ def kind_of_folder(folder: Path) -> MegatronFormat | None:
 
 
 def find_megatron_folder(path: str | Path) -> Path:
-    """Return the folder with the tensors that a user's path means.
-
-    Args:
-        path: a checkpoint (``iter_*`` or ``release``), or the folder with its tracker file.
+    """Return the folder with the tensors: a checkpoint, or what the tracker file in a folder names.
 
     Raises:
         CheckpointError: there is none, or the one that the tracker names is absent.

@@ -32,7 +32,7 @@ from megatron_bitcpm.conversion.difference import list_first
 from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL, SHARD_FILE, refusal
 from megatron_bitcpm.conversion.megatron.source import MegatronTensors, refuse_dtype
 from megatron_bitcpm.conversion.megatron.stock_args import StockModel, read_args
-from megatron_bitcpm.conversion.tensor_stream import equal_bytes
+from megatron_bitcpm.conversion.tensor_stream import dtype_name, equal_bytes
 from megatron_bitcpm.errors import CheckpointError, describe
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
@@ -42,15 +42,7 @@ _LEAST_VERSION = 3.0
 
 
 class _Shard:
-    """One rank's file.
-
-    Attributes:
-        path: of the file.
-        file: it, opened.
-        content: its objects.
-        iteration: as stored.
-        chunks: for each virtual stage name -> tensor, names with local layer numbers.
-    """
+    """One rank's file; `chunks` maps, for each virtual stage, local names to tensors."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / SHARD_FILE
@@ -127,11 +119,7 @@ class _Part:
 
 
 def _find_shards(folder: Path) -> list[list[_Shard]]:
-    """Open the shards; by pipeline and tensor rank.
-
-    Raises:
-        CheckpointError: one is missing or damaged, or experts are sharded.
-    """
+    """Open the shards; by pipeline and tensor rank."""
     places: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.glob("mp_rank_*")):
         match = _FOLDER.fullmatch(path.name)
@@ -140,9 +128,7 @@ def _find_shards(folder: Path) -> list[list[_Shard]]:
                 path, "is not the name of a shard's folder", "Remove it, or restore its name"
             )
         if match[3]:
-            raise refusal(
-                path, "is a shard of experts", "Only Llama and MiniCPM decoders are converted"
-            )
+            raise refusal(path, "is a shard of experts", OTHER_MODEL)
         place = int(match[2] or 0), int(match[1])
         if place in places:
             raise refusal(
@@ -180,10 +166,7 @@ def _missing_shard(
 
 
 class LegacyTensors(MegatronTensors):
-    """The model tensors of legacy shards.
-
-    Args:
-        folder: with ``mp_rank_*``.
+    """The model tensors of a folder's legacy shards.
 
     Raises:
         CheckpointError: a shard is missing, damaged, refused, or unlike the others.
@@ -307,9 +290,7 @@ def _check_same_tensors(ranks: list[_Shard], chunk: int) -> None:
     """All tensor ranks hold parts of the same tensors, of equal shape and type."""
 
     def said(stored: StoredTensor | None) -> str:
-        if stored is None:
-            return "absent"
-        return f"{str(stored.dtype).removeprefix('torch.')} {list(stored.shape)}"
+        return "absent" if stored is None else f"{dtype_name(stored.dtype)} {list(stored.shape)}"
 
     for name in dict.fromkeys(itertools.chain(*(shard.chunks[chunk] for shard in ranks))):
         values = [said(shard.chunks[chunk].get(name)) for shard in ranks]
@@ -325,12 +306,7 @@ def _refuse_unlike(
 ) -> None:
     """Refuse shards that do not agree: the odd one, or two where no majority tells which that is.
 
-    Args:
-        shards: the shards.
-        values: of each, what should be alike.
-        what: the name of the value.
-        alike: compares two values.
-        show: how the message says a value; None leaves values out.
+    `what` names the value of each that should be alike; without `show` the message leaves it out.
     """
     if all(alike(value, values[0]) for value in values[1:]):
         return

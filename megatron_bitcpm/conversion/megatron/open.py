@@ -15,7 +15,6 @@ from megatron_bitcpm.conversion.megatron.folder import (
 )
 from megatron_bitcpm.conversion.megatron.legacy_reader import LegacyTensors
 from megatron_bitcpm.conversion.megatron.source import MegatronSource
-from megatron_bitcpm.conversion.megatron.stock_args import StockModel
 from megatron_bitcpm.conversion.megatron.torch_dist_reader import TorchDistTensors
 from megatron_bitcpm.data.tokenizer_ids import read_run_tokenizer, read_tokenizer_ids
 from megatron_bitcpm.errors import CheckpointError
@@ -23,12 +22,11 @@ from megatron_bitcpm.quantizer import Quantizer
 
 
 def open_megatron(path: str | Path, tokenizer: str | Path | None = None) -> MegatronSource:
-    """Open a checkpoint, torch_dist or legacy.
+    """Open a checkpoint, torch_dist or legacy, by its own path or the folder with its tracker file.
 
     Args:
-        path: a checkpoint, or the folder with its tracker file.
-        tokenizer: tokenizer folder; needed where the checkpoint does not say how many ids there
-            are, otherwise it must fit.
+        tokenizer: folder; needed where the checkpoint does not say how many ids there are,
+            otherwise it must fit.
 
     Raises:
         CheckpointError: there is none, it is damaged or unsafe, or a model not computed here.
@@ -44,7 +42,9 @@ def open_megatron(path: str | Path, tokenizer: str | Path | None = None) -> Mega
     elif kind == "torch_dist" and (folder / STATE_FILE).is_file():
         fields = _trained_fields(folder)
     else:
-        fields, is_stock = _stock_fields(tensors.read_args()), True
+        stock, is_stock = tensors.read_args(), True
+        fields = {"form": "plain", "model": stock.model, "facts": stock.facts}
+        fields["vocab_size"] = stock.vocab_size
     rows, side_files = tensors.check(fields["model"]), fields.get("side_files")
     if tokenizer is not None:
         side_files = Path(tokenizer)
@@ -93,15 +93,6 @@ def _trained_fields(folder: Path) -> dict[str, Any]:
     }
 
 
-def _stock_fields(stock: StockModel) -> dict[str, Any]:
-    return {
-        "form": "plain",
-        "model": stock.model,
-        "vocab_size": stock.vocab_size,
-        "facts": stock.facts,
-    }
-
-
 def _read_stamp(stamp: Any, folder: Path) -> Quantizer | None:
     return None if stamp is None else Quantizer.from_stamp(stamp, folder)
 
@@ -109,14 +100,7 @@ def _read_stamp(stamp: Any, folder: Path) -> Quantizer | None:
 def _resolve_vocab_size(
     folder: Path, rows: int, found: int | None, tokenizer: str | Path | None
 ) -> int:
-    """Return how many ids a model has, without the rows that only pad its embedding.
-
-    Args:
-        folder: the checkpoint, for messages.
-        rows: of the embedding.
-        found: what the checkpoint says, None where it does not.
-        tokenizer: of a stock checkpoint; must have as many ids as it says, where it does.
-    """
+    """Return how many ids a model has, without the rows that only pad its embedding."""
     # With fewer ids than were trained, trained rows would be taken for padding.
     size = found if tokenizer is None else read_tokenizer_ids(tokenizer, found).size
     if size is None:

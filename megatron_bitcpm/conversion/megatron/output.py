@@ -42,18 +42,17 @@ def write_megatron(
     overwrite: bool,
     check: Check | None,
 ) -> dict[str, Any]:
-    """Make a checkpoint's folder around the files that `fill` writes.
+    """Make a checkpoint's folder around the files that `fill` writes into an empty one.
 
     Args:
         shards: the model, cut.
         model: its architecture as Megatron holds it.
         output: the folder; made if absent.
-        fill: writes the tensors' files into an empty folder.
         overwrite: replace a converted checkpoint that is there.
         check: compares the written checkpoint with the source; raises on a difference.
-
     Returns:
-        folder, files, bytes, write_seconds, verify_seconds, verify (what `check` returned).
+        folder, files, bytes, padded_vocab_size, layout, write_seconds, verify_seconds, verify (what
+        `check` returned).
 
     Raises:
         CheckpointError: the output exists or cannot be written; an existing one is as it was.

@@ -16,6 +16,7 @@ from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.model import iter_tensors
 from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, TensorSpec
 from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.tensor_stream import dtype_name
 from megatron_bitcpm.conversion.torch_file_writer import LateTensor
 from megatron_bitcpm.errors import CheckpointError
 
@@ -28,15 +29,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a full tensor.
-
-    Attributes:
-        spec: the tensor.
-        layer: global layer number, None outside the layers.
-        full: shape of the full tensor.
-        start: where the box begins in it.
-        tensor: its values.
-    """
+    """A box of a full tensor, which begins at `start`; `layer` is global, None outside."""
 
     spec: TensorSpec
     layer: int | None
@@ -46,12 +39,7 @@ class Piece:
 
 
 class Shards:
-    """The pieces of every rank.
-
-    Args:
-        source: the model.
-        layout: how it is cut.
-        rows: of the embedding, with its padding.
+    """The pieces of every rank of a layout; `rows` of the embedding are with its padding.
 
     Raises:
         CheckpointError: the layout does not fit.
@@ -124,7 +112,7 @@ def _common_dtype(source: ModelSource, names: list[str]) -> torch.dtype:
     """One weight of Megatron has one type: that of its projections."""
     dtypes = {name: source.dtype(name) for name in names}
     if len(set(dtypes.values())) > 1:
-        listed = ", ".join(f"{name} {str(dtype)[6:]}" for name, dtype in dtypes.items())
+        listed = ", ".join(f"{name} {dtype_name(dtype)}" for name, dtype in dtypes.items())
         raise CheckpointError(
             f"checkpoint={source.path}: projections that Megatron fuses differ in type: {listed}. "
             "Convert the folder to one type first."

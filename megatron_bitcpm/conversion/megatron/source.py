@@ -17,7 +17,7 @@ from megatron_bitcpm.conversion.difference import compare_shapes
 from megatron_bitcpm.conversion.megatron.folder import DAMAGED, MAX_LAYERS, OTHER_MODEL, refusal
 from megatron_bitcpm.conversion.megatron.stock_args import StockModel
 from megatron_bitcpm.conversion.source import ModelSource, find_mixed_types
-from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES
+from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES, dtype_name
 from megatron_bitcpm.errors import CheckpointError
 
 
@@ -46,11 +46,7 @@ class MegatronTensors(ABC):
         """Read a full tensor."""
 
     def check(self, model: ModelConfig) -> int:
-        """Compare names and shapes with those of a model; return the rows of its embedding.
-
-        Raises:
-            CheckpointError: names the first that are missing, unknown or misshapen.
-        """
+        """Compare names and shapes with those of a model; return the rows of its embedding."""
         if model.num_layers > MAX_LAYERS:
             rule = f"no model has more than {MAX_LAYERS} ({self.folder}). {DAMAGED}"
             raise CheckpointError(f"num_layers={model.num_layers}: {rule}.")
@@ -69,21 +65,13 @@ class MegatronTensors(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronSource(ModelSource):
-    """A checkpoint of Megatron; see `ModelSource`.
-
-    Attributes:
-        tensors: its full tensors.
-    """
+    """A checkpoint of Megatron, by its full tensors; see `ModelSource`."""
 
     tensors: MegatronTensors
     _last: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse a model in both 16-bit types.
-
-        Raises:
-            CheckpointError: names the tensors.
-        """
+        """Refuse a model in both 16-bit types."""
         dtypes = {_find(name).megatron: self.dtype(name) for name in self.shapes()}
         if mixed := find_mixed_types(dtypes):
             raise refusal(self.path, mixed)
@@ -124,12 +112,8 @@ def _find(name: str) -> Place:
 
 
 def refuse_dtype(dtype: torch.dtype, name: str, path: Path) -> None:
-    """Refuse a tensor that is of no type of weights.
-
-    Raises:
-        CheckpointError: names it.
-    """
+    """Refuse a tensor that is not of a type of weights."""
     if dtype not in WEIGHT_DTYPES:
-        known = ", ".join(str(known).removeprefix("torch.") for known in WEIGHT_DTYPES)
-        rule = f"{name} is {str(dtype).removeprefix('torch.')}, weights are of {known}"
+        known = ", ".join(map(dtype_name, WEIGHT_DTYPES))
+        rule = f"{name} is {dtype_name(dtype)}, weights are of {known}"
         raise refusal(path, rule, "Convert it to one of these first")

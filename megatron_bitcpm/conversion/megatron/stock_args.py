@@ -104,10 +104,9 @@ class StockModel:
     """What the arguments of a checkpoint say.
 
     Attributes:
-        model: the architecture.
         padded_vocab_size: rows of the embedding; None where not said.
         vocab_size: ids of the tokenizer; None where not said.
-        layout: tensor, pipeline and virtual pipeline size.
+        layout: tensor, pipeline and virtual pipeline size, as tp, pp, vpp.
         facts: iteration, seq_length, tokens where they are known.
     """
 
@@ -119,12 +118,7 @@ class StockModel:
 
 
 def read_args(args: Any, iteration: Any, path: Path) -> StockModel:
-    """Make a model's configuration of the arguments of a checkpoint.
-
-    Args:
-        args: an object with the arguments as attributes, or None.
-        iteration: of the checkpoint.
-        path: the file with the arguments, for messages.
+    """Make a model's configuration of the arguments of a checkpoint, attributes of an object.
 
     Raises:
         CheckpointError: an argument is absent, damaged, or of a model that is not computed here.
@@ -139,17 +133,16 @@ def read_args(args: Any, iteration: Any, path: Path) -> StockModel:
             rule = f"args.{name}={reprlib.repr(value)}, the model here has {wanted}"
             raise refusal(path, rule, OTHER_MODEL)
     layout = {
-        "tp": _read_size(values, "tensor_model_parallel_size", 1),
-        "pp": _read_size(values, "pipeline_model_parallel_size", 1),
-        "vpp": _read_size(values, "virtual_pipeline_model_parallel_size", 1),
+        "tp": _read_size(values, "tensor_model_parallel_size"),
+        "pp": _read_size(values, "pipeline_model_parallel_size"),
+        "vpp": _read_size(values, "virtual_pipeline_model_parallel_size"),
     }
     facts = {"iteration": iteration if type(iteration) is int else 0}
-    for name, key in (("seq_length", "seq_length"), ("consumed_train_samples", "samples")):
-        if type(values.get(name)) is int:
-            facts[key] = values[name]
-    samples = facts.pop("samples", None)
-    if samples and "seq_length" in facts:
-        facts["tokens"] = samples * facts["seq_length"]
+    length, samples = values.get("seq_length"), values.get("consumed_train_samples")
+    if type(length) is int:
+        facts["seq_length"] = length
+        if type(samples) is int and samples:
+            facts["tokens"] = samples * length
     return StockModel(
         _read_model(values, path),
         values.get("padded_vocab_size"),
@@ -163,12 +156,12 @@ def _is_allowed(value: Any, name: str, allowed: tuple[Any, ...]) -> bool:
     if value is None:
         return name not in _REQUIRED
     # An Inert of a pickle equals nothing.
-    return any(value == other and type(value) is not type(None) for other in allowed)
+    return any(value == other for other in allowed)
 
 
-def _read_size(values: dict[str, Any], name: str, default: int) -> int:
+def _read_size(values: dict[str, Any], name: str) -> int:
     value = values.get(name)
-    return value if type(value) is int and value > 0 else default
+    return value if type(value) is int and value > 0 else 1
 
 
 def _read_vocab_size(values: dict[str, Any]) -> int | None:
@@ -279,15 +272,8 @@ def make_args(
 ) -> argparse.Namespace:
     """Return the arguments that a checkpoint of `pretrain_gpt.py` would hold.
 
-    Args:
-        model: the architecture.
-        vocab_size: ids of the tokenizer.
-        padded_vocab_size: rows of the embedding.
-        dtype: of the weights.
-        layout: the ranks.
-        ckpt_format: torch_dist, or torch for legacy shards.
-        transformer_impl: local or transformer_engine.
-        seq_length: of the training, default the longest.
+    `padded_vocab_size` are the rows of the embedding, `ckpt_format` is torch_dist, or torch for
+    legacy shards; `seq_length` of the training is by default the longest.
     """
     fields = {
         name: getattr(model, name)
@@ -295,8 +281,9 @@ def make_args(
         if name != "kv_channels"
     }
     fields |= {name: (_REQUIRED | _ALLOWED)[name][0] for name in _WRITTEN}
+    fields |= {name: getattr(model, name) for name in FAMILIES[model.architecture].constants}
     return argparse.Namespace(
-        **fields | _make_minicpm(model) | _make_rope(model) | _make_layout(model, layout),
+        **fields | _make_rope(model) | _make_layout(model, layout),
         kv_channels=model.head_dim,
         group_query_attention=model.num_query_groups != model.num_attention_heads,
         seq_length=seq_length or model.max_position_embeddings,
@@ -338,11 +325,6 @@ def _make_layout(model: ModelConfig, layout: Layout) -> dict[str, Any]:
         "data_parallel_size": 1,
         "world_size": layout.tp * layout.pp,
     }
-
-
-def _make_minicpm(model: ModelConfig) -> dict[str, Any]:
-    names = FAMILIES[model.architecture].constants
-    return {name: getattr(model, name) for name in names}
 
 
 def _make_rope(model: ModelConfig) -> dict[str, Any]:

@@ -27,10 +27,7 @@ _LAYERS = "decoder.layers."
 
 
 class TorchDistTensors(MegatronTensors):
-    """The model tensors of a torch_dist checkpoint.
-
-    Args:
-        folder: with ``.metadata``.
+    """The model tensors of a torch_dist checkpoint, a folder with ``.metadata``.
 
     Raises:
         CheckpointError: the index is absent, damaged or refused.

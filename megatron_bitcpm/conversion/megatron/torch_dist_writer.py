@@ -31,8 +31,8 @@ from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, METADATA_FILE
 from megatron_bitcpm.conversion.megatron.output import Check, run_args, write_megatron
 from megatron_bitcpm.conversion.megatron.shards import Piece, Shards
 from megatron_bitcpm.conversion.source import ModelSource
-from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes
-from megatron_bitcpm.conversion.torch_file_writer import LateTensor, SeekableFile, write_torch_file
+from megatron_bitcpm.conversion.tensor_stream import FlushedFile, count_bytes, dtype_name
+from megatron_bitcpm.conversion.torch_file_writer import LateTensor, write_torch_file
 from megatron_bitcpm.errors import CheckpointError
 from megatron_bitcpm.progress import track_tensors
 
@@ -51,20 +51,16 @@ def write_torch_dist(
     overwrite: bool = False,
     check: Check | None = None,
 ) -> dict[str, Any]:
-    """Write a model as a torch_dist checkpoint of Megatron.
+    """Write a model as a torch_dist checkpoint of Megatron, its tensors as they are.
 
     Args:
-        source: the model; its tensors are written as they are.
         output: folder that gets ``release`` and the tracker file; made if absent.
         layout: ranks whose files are written; any layout loads them.
         overwrite: replace a converted checkpoint that is there.
         check: called with the written folder before it gets its name; raises on a difference.
 
-    Returns:
-        See `write_megatron`.
-
-    Raises:
-        CheckpointError: the output exists or cannot be written, or the layout does not fit.
+    Returns the report of `write_megatron`, whose errors it has, and refuses a layout that does not
+    fit.
     """
     layout = layout or Layout()
     # Every tensor rank must hold as many rows; the multiple is recorded with the model.
@@ -117,7 +113,7 @@ class _Index:
         self._entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
-    def write_extra_states(self, file: SeekableFile, file_name: str, model: ModelConfig) -> None:
+    def write_extra_states(self, file: FlushedFile, file_name: str, model: ModelConfig) -> None:
         """Write the empty states that Megatron's linears ask for (of FP8, in other models)."""
         for spec, layer in iter_tensors(model):
             if spec.role != "projection":
@@ -126,7 +122,7 @@ class _Index:
             self._entries[name] = BytesStorageMetadata()
             self._places[MetadataIndex(name)] = _append(file, file_name, [None])
 
-    def write(self, file: SeekableFile, file_name: str, piece: Piece, num_layers: int) -> None:
+    def write(self, file: FlushedFile, file_name: str, piece: Piece, num_layers: int) -> None:
         tensor = piece.tensor
         name, full, start = piece.spec.name, piece.full, piece.start
         if piece.layer is not None:
@@ -155,7 +151,7 @@ class _Index:
         )
 
 
-def _append(file: SeekableFile, file_name: str, content: Any) -> _StorageInfo:
+def _append(file: FlushedFile, file_name: str, content: Any) -> _StorageInfo:
     # The records inside are aligned to the beginning of their archive.
     file.write(bytes(-file.tell() % _ALIGNMENT))
     offset = file.tell()
@@ -165,7 +161,7 @@ def _append(file: SeekableFile, file_name: str, content: Any) -> _StorageInfo:
 def _check_dtype(name: str, found: torch.dtype, wanted: torch.dtype) -> None:
     if found != wanted:
         raise CheckpointError(
-            f"checkpoint={name}: is {str(found)[6:]} in one layer and {str(wanted)[6:]} in "
-            "another, which Megatron, stacking the layers, cannot hold. Convert the folder to one "
-            "type first."
+            f"checkpoint={name}: is {dtype_name(found)} in one layer and {dtype_name(wanted)} "
+            "in another, which Megatron, stacking the layers, cannot hold. Convert the folder to "
+            "one type first."
         )

@@ -178,7 +178,7 @@ def test_an_existing_output(tmp_path, write, read):
     write(other, tmp_path / "o", overwrite=True)
     assert_same(read(tmp_path / "o"), other)
     (tmp_path / "o" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="is no converted model, so it is not replaced"):
+    with pytest.raises(CheckpointError, match="is not a converted model, so it is not replaced"):
         write(source, tmp_path / "o", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["o"]
 
