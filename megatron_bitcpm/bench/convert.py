@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,13 +28,13 @@ import torch
 
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.bench.random_model import SHAPES, make_model
-from megatron_bitcpm.bench.timing import time_s
+from megatron_bitcpm.bench.timing import medians, time_s
 from megatron_bitcpm.errors import BitcpmError, one_line
 
 ROOM = 10**9
 """Bytes of memory that are granted besides the tensors of a conversion."""
 _SAMPLE_S = 0.01
-# The program of a conversion's process.
+# The program of a conversion's process. The total includes the verification.
 _CHILD = """
 import json, sys, time
 from megatron_bitcpm.conversion.convert import convert
@@ -70,16 +69,10 @@ CASES = (
 def bench_convert(
     shape: str = "1B", rounds: int = 1, cold: bool = False, folder: str | Path | None = None
 ) -> dict[str, Any]:
-    """Time all conversions of a model, and measure their memory.
+    """Time all conversions of a model of `SHAPES`, and measure their memory.
 
-    Args:
-        shape: one of `SHAPES`.
-        rounds: how often each conversion runs.
-        cold: drop the input from the page cache before each conversion and each dd.
-        folder: where to work; default the system's place for temporary files.
-    Returns:
-        JSON-able. Each run has its ratio to the mean of the dd before and after; shard_bytes is the
-        largest output file of a Megatron target. MB are 10^6 bytes of weights.
+    In the JSON each run has its ratio to the mean of the dd before and after; shard_bytes is the
+    largest output file of a Megatron target. MB are 10^6 bytes of weights.
     """
     if shape not in SHAPES:
         raise BitcpmError(f"shape={shape}: is unknown. Use {', '.join(SHAPES)}.")
@@ -88,10 +81,7 @@ def bench_convert(
     with tempfile.TemporaryDirectory(prefix="bitcpm-bench-", dir=folder) as root:
         bench = _Bench(Path(root), *SHAPES[shape], cold)
         bench.copy()
-        runs: dict[str, list[dict[str, Any]]] = {case.name: [] for case in CASES}
-        for _ in range(rounds):
-            for case in CASES:
-                runs[case.name].append(bench.convert(case))
+        found = [[bench.convert(case) for case in CASES] for _ in range(rounds)]
         return {
             "shape": shape,
             "bytes": bench.bytes,
@@ -100,7 +90,10 @@ def bench_convert(
             "input": "cold" if cold else "warm",
             "rounds": rounds,
             "dd_mb_per_s": bench.dd,
-            "cases": {case.name: bench.summarize(case, runs[case.name]) for case in CASES},
+            "cases": {
+                case.name: bench.summarize(case, list(runs))
+                for case, *runs in zip(CASES, *found, strict=True)
+            },
         }
 
 
@@ -158,12 +151,10 @@ class _Bench:
         """Return the runs of a case with their medians and limits."""
         shard = max(run.pop("largest_file_bytes") for run in runs)
         megatron = "format" in case.settings
+        keys = ("ratio", "mb_per_s", "verify_mb_per_s")
         return {
             "runs": runs,
-            **{
-                key: statistics.median(run[key] for run in runs)
-                for key in ("ratio", "mb_per_s", "verify_mb_per_s")
-            },
+            **medians({key: [run[key] for run in runs] for key in keys}),
             "min_ratio": case.min_ratio,
             "peak_anonymous_bytes": max(run["peak_anonymous_bytes"] for run in runs),
             "limit_bytes": (shard if megatron else 2 * self.largest) + ROOM,
@@ -179,12 +170,7 @@ class _Bench:
 
 
 def run_sampled(source: str, output: str, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Convert in a new process; arguments as of `convert`.
-
-    Returns:
-        total_seconds from the call to its return, and verify_seconds, a part of them; the largest
-        anonymous memory in bytes, sampled every 10 ms.
-    """
+    """Convert in a new process; return what it printed, and its most anonymous memory in bytes."""
     process = subprocess.Popen(
         [sys.executable, "-c", _CHILD, source, output, json.dumps(settings)],
         stdout=subprocess.PIPE,
@@ -204,7 +190,7 @@ def run_sampled(source: str, output: str, settings: dict[str, Any]) -> tuple[dic
 
 
 def _read_anonymous_bytes(pid: int) -> int:
-    """Return the anonymous resident memory of a process, 0 when it is gone."""
+    """Anonymous resident memory of a process, 0 when it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except OSError:

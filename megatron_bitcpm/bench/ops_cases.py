@@ -41,10 +41,7 @@ def compute_scales_in_torch(w: torch.Tensor, group_size: int) -> tuple[torch.Ten
 
 
 def list_formulas(w: torch.Tensor, group_size: int) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Return the operator and torch's own ways to the same formula, by name.
-
-    The second value says why one is unavailable.
-    """
+    """Return the operator and torch's own ways to its formula; then why one is unavailable."""
     formulas: dict[str, Candidate] = {
         "fake_quantize": partial(ops.fake_quantize, w, group_size),
         "eager": partial(quantize_with_formula, w, group_size),
@@ -66,7 +63,7 @@ def list_candidates(w: torch.Tensor, group_size: int) -> dict[str, Candidate]:
     packed = ops.pack2(codes)
     half = torch.ones((codes.nbytes + packed.nbytes) // 2, dtype=torch.uint8)
     # In-place forms work on copies of their own; time does not depend on the values.
-    scaled, quantized, quantized_with_scales, listed = (w.clone() for _ in range(4))
+    scaled, quantized, rescaled, listed = (w.clone() for _ in range(4))
     slice_len = -(-w.shape[0] // LIST_LEN)
     ws, scales_of_ws = list(listed.split(slice_len)), list(scales.split(slice_len))
     return {
@@ -81,9 +78,7 @@ def list_candidates(w: torch.Tensor, group_size: int) -> dict[str, Candidate]:
         "quantize": partial(ops.quantize, w, group_size),
         "abs_sums": partial(ops.abs_sums, w, group_size),
         "fake_quantize_with_scales": partial(ops.fake_quantize_with_scales, w, scales),
-        "fake_quantize_with_scales_": partial(
-            ops.fake_quantize_with_scales_, quantized_with_scales, scales
-        ),
+        "fake_quantize_with_scales_": partial(ops.fake_quantize_with_scales_, rescaled, scales),
         "foreach_fake_quantize_with_scales_": partial(
             ops.foreach_fake_quantize_with_scales_, ws, scales_of_ws
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
@@ -43,6 +44,11 @@ def time_interleaved(
 ) -> dict[K, list[float]]:
     """Return the seconds of every candidate, by name and round."""
     return interleave({name: partial(time_s, call) for name, call in candidates.items()}, rounds)
+
+
+def medians(found: Mapping[K, Sequence[float]]) -> dict[K, float]:
+    """Return the median of the rounds, by name."""
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
