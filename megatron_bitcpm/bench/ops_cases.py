@@ -16,6 +16,7 @@ import torch
 from megatron_bitcpm import ops
 from megatron_bitcpm.bench.timing import interleave, time_s
 from megatron_bitcpm.ops import _cpu
+from megatron_bitcpm.quant import fake_quant
 from megatron_bitcpm.quant.grids import GRIDS, TERNARY
 from megatron_bitcpm.quant.groups import resolve_group_size
 from megatron_bitcpm.quant.scales import DEFAULT_EPS
@@ -41,10 +42,11 @@ def compute_scales_in_torch(w: torch.Tensor, group_size: int) -> tuple[torch.Ten
 
 
 def list_formulas(w: torch.Tensor, group_size: int) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Return the operator and torch's own ways to its formula; then why one is unavailable."""
+    """Return the operator, its reference and torch's own ways; then why one is unavailable."""
     formulas: dict[str, Candidate] = {
         "fake_quantize": partial(ops.fake_quantize, w, group_size),
         "eager": partial(quantize_with_formula, w, group_size),
+        "reference": partial(fake_quant.fake_quantize, w, group_size),
     }
     if os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
         return formulas, {"compiled": "TORCHDYNAMO_DISABLE is set"}

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.arch.hf_config import hf_config
-from megatron_bitcpm.arch.model import ModelConfig, Shape, shapes_of
+from megatron_bitcpm.arch.model import ModelConfig, shapes_of
+from megatron_bitcpm.arch.tensors import Shape
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
 from megatron_bitcpm.conversion.hf.safetensors_writer import write_safetensors

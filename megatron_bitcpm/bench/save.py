@@ -66,11 +66,10 @@ def _save(state: Any, device: Any, directory: Path, iteration: int) -> dict[str,
         reports = saver.save(
             state.chunks, state.optimizer, state.scheduler, progress, {**progress, "world_size": 1}
         )
-    steps_s = []
-    while not reports:
+    report, steps_s = next(iter(reports), None), []
+    while report is None:
         steps_s.append(time_step(state, device))
-        reports = [report for report in [saver.poll()] if report is not None]
-    report = reports[0]
+        report = saver.poll()
     size = sum(path.stat().st_size for path in report.folder.iterdir())
     return {
         "megabytes": round(size / 1e6, 1),

@@ -56,6 +56,7 @@ def bench_train(pairs: int = 12) -> dict[str, Any]:
         "device": runtime.platform.name,
         "threads": torch.get_num_threads(),
         "step_s": step_s,
+        # Of steps without the profiler, among which its own cost does not hide.
         "operator_share": {mode: ours_s[mode] / step_s[mode] for mode in _TERNARY},
         "time_ratio_to_full_precision": {
             mode: _interval(ratios(seconds[mode, mode], seconds[mode, _PLAIN])) for mode in _TERNARY
@@ -137,10 +138,7 @@ def _tokens(device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _profile_operators(state: Any, device: torch.device, steps: int = 3) -> float:
-    """Return the seconds of a step spent inside our operators, children included, by the profiler.
-
-    A share is of steps without it, among which its own cost does not hide.
-    """
+    """Seconds of a step spent inside our operators, children included, by the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
             train_step(state, device)
