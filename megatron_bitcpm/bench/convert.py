@@ -1,13 +1,10 @@
 """How fast models are converted, beside a plain copy of the same bytes, and in how much memory.
 
 A model with random weights is made once. Every conversion runs in a process of its own, whose
-anonymous memory is sampled; before and after each one runs
-
-    dd if=<its weights> of=<a new file> bs=16M conv=fsync
-
-which a conversion is divided by, so that a drift of the disk cancels. Reading the written model
-again for the verification is timed apart. The input is in the page cache (``warm``) or is dropped
-from it before each conversion and each dd (``cold``); what both write is flushed to disk.
+anonymous memory is sampled. Its speed is divided by that of a dd of the same weights before and
+after it, so that a drift of the disk cancels. Reading the written model again for the verification
+is timed apart. The input is in the page cache (``warm``) or is dropped from it before each
+conversion and each dd (``cold``); what both write is flushed to disk.
 """
 
 from __future__ import annotations

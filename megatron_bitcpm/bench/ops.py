@@ -53,11 +53,7 @@ REFERENCE_ROUNDS = 3
 
 
 def bench_ops(
-    out_features: int = 4096,
-    in_features: int = 4096,
-    dtype: str = "bfloat16",
-    group_size: int = -1,
-    rounds: int = 31,
+    out_features: int, in_features: int, dtype: str, group_size: int, rounds: int
 ) -> dict[str, Any]:
     """Time the operators on one normal weight, and count where torch's formula differs.
 

@@ -1,16 +1,13 @@
 """How far apart two models are where it counts: the probabilities of the next token.
 
-The table of the vLLM-Ascend model cards: for each prompt the most likely next token of a reference
-and of another model, and over all prompts how often and how closely they agree. The reference
-computes in float32; the other model in float32 or in the type of its files.
+The table of the model cards of BitCPM4 (accuracy on Ascend), with the KL added: for each prompt the
+most likely next token of a reference and of another model, and how closely they agree over all.
 
 With t the reference's most likely token, p the reference's probability, q the other's:
 
     top-1 probability error   |q(t) - p(t)|, and divided by p(t)
     top-10 errors             |q(i) - p(i)| over the reference's ten likeliest tokens i
     KL                        sum of p(i) * ln(p(i) / q(i)) over the whole vocabulary, in nats
-
-Source: the model cards of BitCPM4 (accuracy on Ascend); the KL is added here.
 
 Shape legend: N prompts, V vocabulary, K tokens compared.
 """
@@ -46,7 +43,7 @@ def logit_table(
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Compare the next tokens of `a`, the reference, and `b`, which computes in `dtype`.
+    """Compare the next tokens of `a`, the reference in float32, and `b`, which computes in `dtype`.
 
     Each is a Hugging Face folder or a Megatron checkpoint; the dtype auto is that of the files,
     Hugging Face only. Returns reference, model, dtype, and both of `compare_probabilities`.

@@ -54,14 +54,9 @@ def compare_rounded(rank: int, checkpoint: str, folder: str) -> dict[str, float]
     return {name: float((ours - logits).abs().mean()) for name, logits in theirs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param("tp1_untied", marks=pytest.mark.slow),
-        pytest.param("tp2_tied_fp32", marks=pytest.mark.slow),
-        pytest.param("tp2_groups_filters", marks=pytest.mark.slow),
-        pytest.param("full_precision", marks=pytest.mark.slow),
-    ],
+    "case", ["tp1_untied", "tp2_tied_fp32", "tp2_groups_filters", "full_precision"]
 )
 def test_logits_and_greedy_tokens(case, trained, exported):
     (report,) = run_ranks(
@@ -136,8 +131,7 @@ def write_and_compare(rank: int, data: str, folder: str, names: list[str]) -> di
         model = model.model_copy(update={"rope_scaling": LONGROPE})
         stamp = None if quant is None else make_stamp(tp_size=2, **quant)
         source = make_latent(stamp, model, vocab_size=300, side_files=Path(data) / "tok")
-        layout = Layout(2, 1, None)
-        write_torch_dist(source, Path(folder) / name / "megatron", layout)
+        write_torch_dist(source, Path(folder) / name / "megatron", Layout(2, 1, None))
         write_folder(source, Path(folder) / name / "hf", form, **options)
         hf = load_hf_model(Path(folder) / name / "hf", torch.float32)
         theirs[name] = {length: hf(tokens_BS[:, :length]).logits for length in (20, 60)}
