@@ -117,8 +117,8 @@ def time_threads(
 ) -> dict[str, list[float]]:
     """Return seconds per in-place call on a copy of w, on one thread ("1") and two ("2").
 
-    "kernel 1" and "kernel 2" are of the compiled function alone, without torch's dispatcher and the
-    checks in Python. Calls are repeated so that w stays in the caches and the second thread awake.
+    "kernel 1" and "kernel 2" are of the compiled function alone. Calls are repeated so that w stays
+    in the caches and the second thread awake.
     """
     before, w = torch.get_num_threads(), w.clone()
     call = partial(ops.fake_quantize_, w, group_size)

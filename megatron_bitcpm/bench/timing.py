@@ -25,10 +25,9 @@ def time_s(call: Callable[[], Any], calls: int = 1) -> float:
 def interleave(
     measures: Mapping[K, Callable[[], T]], rounds: int, alternate: bool = False
 ) -> dict[K, list[T]]:
-    """Take every measurement once a round; return what each found, by round.
+    """Take every measurement once a round, after a first round that does not count.
 
-    A first round warms up and does not count. With `alternate` every second one goes backwards, so
-    that a steady drift cancels.
+    With `alternate` every second round goes backwards, so that a steady drift cancels.
     """
     found: dict[K, list[T]] = {name: [] for name in measures}
     for index in range(-1, rounds):

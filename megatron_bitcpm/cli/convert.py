@@ -32,12 +32,8 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     default = inspect.Parameter.empty if field.is_required() else False if kind is bool else None
     option = typer.Option(f"--{name.replace('_', '-')}", help=field.description)
     value: Any = kind if default is not None else kind | None
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[value, option],
-    )
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=Annotated[value, option])
 
 
 _TEXTS = ("group_size", "max_shard_size")

@@ -104,18 +104,13 @@ def _round_input(slices: int, _: torch.nn.Module, inputs: tuple[Any, ...]) -> tu
 
 @torch.no_grad()
 def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return float32 logits, [B, S, V], of `megatron_model`; V with the embedding's padding.
-
-    With LongRoPE the run's sequence length chose between its two arrays of factors; `follow_length`
-    chooses as transformers does.
-    """
+    """Return float32 logits, [B, S, V], of `megatron_model`; V with the embedding's padding."""
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    logits: torch.Tensor = model(tokens_BS, positions_BS, None)
-    return logits
+    return model(tokens_BS, positions_BS, None)
 
 
 def follow_length(model: Any, source: MegatronSource, length: int) -> None:
-    """Choose LongRoPE's factors by the length of the sequences to come, in tokens."""
+    """Choose LongRoPE's factors by the tokens of a sequence, as transformers does, not the run."""
     from megatron_bitcpm.models.rope import RotaryAngles
 
     model.rotary_pos_emb = RotaryAngles(source.model, length)
