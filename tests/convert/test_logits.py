@@ -130,7 +130,7 @@ def write_and_compare(rank: int, data: str, folder: str, names: list[str]) -> di
         model = model.model_copy(update={"rope_scaling": LONGROPE})
         stamp = None if quant is None else make_stamp(tp_size=2, **quant)
         source = make_latent(stamp, model, vocab_size=300, side_files=Path(data) / "tok")
-        write_torch_dist(source, Path(folder) / name / "megatron", Layout(2, 1, None))
+        write_torch_dist(source, Path(folder) / name / "megatron", Layout(2, 1))
         write_folder(source, Path(folder) / name / "hf", form, **options)
         hf = load_hf_model(Path(folder) / name / "hf", torch.float32)
         theirs[name] = {length: hf(tokens_BS[:, :length]).logits for length in (20, 60)}
