@@ -1,13 +1,10 @@
 """How fast models are converted, beside a plain copy of the same bytes, and in how much memory.
 
 A model with random weights is made once. Every conversion runs in a process of its own, whose
-anonymous memory is sampled; before and after each one runs
-
-    dd if=<its weights> of=<a new file> bs=16M conv=fsync
-
-which a conversion is divided by, so that a drift of the disk cancels. Reading the written model
-again for the verification is timed apart. The input is in the page cache (``warm``) or is dropped
-from it before each conversion and each dd (``cold``); what both write is flushed to disk.
+anonymous memory is sampled. Its speed is divided by that of a dd of the same weights before and
+after it, so that a drift of the disk cancels. Reading the written model again for the verification
+is timed apart. The input is in the page cache (``warm``) or is dropped from it before each
+conversion and each dd (``cold``); what both write is flushed to disk.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,13 +25,13 @@ import torch
 
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.bench.random_model import SHAPES, make_model
-from megatron_bitcpm.bench.timing import time_s
+from megatron_bitcpm.bench.timing import medians
 from megatron_bitcpm.errors import BitcpmError, one_line
 
 ROOM = 10**9
 """Bytes of memory that are granted besides the tensors of a conversion."""
 _SAMPLE_S = 0.01
-# The program of a conversion's process.
+# The program of a conversion's process. The total includes the verification.
 _CHILD = """
 import json, sys, time
 from megatron_bitcpm.conversion.convert import convert
@@ -70,16 +66,10 @@ CASES = (
 def bench_convert(
     shape: str = "1B", rounds: int = 1, cold: bool = False, folder: str | Path | None = None
 ) -> dict[str, Any]:
-    """Time all conversions of a model, and measure their memory.
+    """Time all conversions of a model of `SHAPES`, and measure their memory.
 
-    Args:
-        shape: one of `SHAPES`.
-        rounds: how often each conversion runs.
-        cold: drop the input from the page cache before each conversion and each dd.
-        folder: where to work; default the system's place for temporary files.
-    Returns:
-        JSON-able. Each run has its ratio to the mean of the dd before and after; shard_bytes is the
-        largest output file of a Megatron target. MB are 10^6 bytes of weights.
+    In the JSON each run has its ratio to the mean of the dd before and after; shard_bytes is the
+    largest output file of a Megatron target. MB are 10^6 bytes of weights.
     """
     if shape not in SHAPES:
         raise BitcpmError(f"shape={shape}: is unknown. Use {', '.join(SHAPES)}.")
@@ -88,10 +78,7 @@ def bench_convert(
     with tempfile.TemporaryDirectory(prefix="bitcpm-bench-", dir=folder) as root:
         bench = _Bench(Path(root), *SHAPES[shape], cold)
         bench.copy()
-        runs: dict[str, list[dict[str, Any]]] = {case.name: [] for case in CASES}
-        for _ in range(rounds):
-            for case in CASES:
-                runs[case.name].append(bench.convert(case))
+        found = [[bench.convert(case) for case in CASES] for _ in range(rounds)]
         return {
             "shape": shape,
             "bytes": bench.bytes,
@@ -100,7 +87,10 @@ def bench_convert(
             "input": "cold" if cold else "warm",
             "rounds": rounds,
             "dd_mb_per_s": bench.dd,
-            "cases": {case.name: bench.summarize(case, runs[case.name]) for case in CASES},
+            "cases": {
+                case.name: bench.summarize(case, runs)
+                for case, *runs in zip(CASES, *found, strict=True)
+            },
         }
 
 
@@ -142,15 +132,14 @@ class _Bench:
         source, target = self.root / "hf" / "model.safetensors", self.root / "copy"
         self._drop(source.parent)
         command = ["dd", f"if={source}", f"of={target}", "bs=16M", "conv=fsync"]
-
-        def run_dd() -> None:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise BitcpmError(
-                    f"dd={target}: failed: {one_line(done.stderr)}. Free space, or name a folder."
-                )
-
-        self.dd.append(round(self.bytes / 1e6 / time_s(run_dd), 1))
+        begin = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        elapsed_s = time.perf_counter() - begin
+        if done.returncode:
+            raise BitcpmError(
+                f"dd={target}: failed: {one_line(done.stderr)}. Free space, or name a folder."
+            )
+        self.dd.append(round(self.bytes / 1e6 / elapsed_s, 1))
         target.unlink()
         return self.dd[-1]
 
@@ -158,12 +147,10 @@ class _Bench:
         """Return the runs of a case with their medians and limits."""
         shard = max(run.pop("largest_file_bytes") for run in runs)
         megatron = "format" in case.settings
+        keys = ("ratio", "mb_per_s", "verify_mb_per_s")
         return {
             "runs": runs,
-            **{
-                key: statistics.median(run[key] for run in runs)
-                for key in ("ratio", "mb_per_s", "verify_mb_per_s")
-            },
+            **medians({key: [run[key] for run in runs] for key in keys}),
             "min_ratio": case.min_ratio,
             "peak_anonymous_bytes": max(run["peak_anonymous_bytes"] for run in runs),
             "limit_bytes": (shard if megatron else 2 * self.largest) + ROOM,
@@ -179,12 +166,7 @@ class _Bench:
 
 
 def run_sampled(source: str, output: str, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Convert in a new process; arguments as of `convert`.
-
-    Returns:
-        total_seconds from the call to its return, and verify_seconds, a part of them; the largest
-        anonymous memory in bytes, sampled every 10 ms.
-    """
+    """Convert in a new process; return what it printed, and its most anonymous memory in bytes."""
     process = subprocess.Popen(
         [sys.executable, "-c", _CHILD, source, output, json.dumps(settings)],
         stdout=subprocess.PIPE,
@@ -204,7 +186,7 @@ def run_sampled(source: str, output: str, settings: dict[str, Any]) -> tuple[dic
 
 
 def _read_anonymous_bytes(pid: int) -> int:
-    """Return the anonymous resident memory of a process, 0 when it is gone."""
+    """Anonymous resident memory of a process, 0 when it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except OSError:

@@ -12,7 +12,6 @@ import platform
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from megatron_bitcpm.bench.ops_cases import (
 )
 from megatron_bitcpm.bench.timing import ratios, time_interleaved
 from megatron_bitcpm.errors import BitcpmError
-from megatron_bitcpm.quant import fake_quant
 from megatron_bitcpm.quant.settings import DEFAULT_EPS
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -48,8 +46,6 @@ THREADS_DTYPE = "float16"
 # Part of one core's second-level cache that this tensor takes. One that fills it leaves it in part
 # with one thread and not with two, so that the gain would be that of a second cache.
 L2_SHARE = 0.75
-# Of one core, where the system does not tell.
-DEFAULT_L2_BYTES = 1 << 20
 RATIOS = ("foreach_fake_quantize_/mul_",)
 TORCH_RATIOS = ("eager/fake_quantize", "compiled/fake_quantize", "reference/fake_quantize")
 # The reference is two orders of magnitude slower; a few rounds of it are enough.
@@ -57,65 +53,57 @@ REFERENCE_ROUNDS = 3
 
 
 def bench_ops(
-    out_features: int = 4096,
-    in_features: int = 4096,
-    dtype: str = "bfloat16",
-    group_size: int = -1,
-    rounds: int = 31,
+    out_features: int, in_features: int, dtype: str, group_size: int, rounds: int
 ) -> dict[str, Any]:
     """Time the operators on one normal weight, and count where torch's formula differs.
 
-    Args:
-        out_features, in_features, dtype, group_size: of the weight, [O, I].
-        rounds: timings per candidate, interleaved.
-    Returns:
-        JSON-able. A limit's `met` is None where it is for another shape or dtype; `ratio` holds the
-        medians of the rounds' ratios; `threads`, by dtype, the times of a call on one and two
-        threads, and their ratios for the operator and for the kernel alone; `differing_elements`
-        those of torch's results; `differing_scales` those of torch's float32 mean.
+    In the JSON a limit's `met` is None where it is for another shape or dtype; `threads` has, by
+    dtype, the gains of the operator and of the kernel alone; `differing_elements` are those of
+    torch's results, `differing_scales` those of torch's float32 mean.
     """
     if dtype not in DTYPES:
         raise BitcpmError(f"dtype={dtype}: is not supported. Use bfloat16, float16 or float32.")
     if rounds < 1:
         raise BitcpmError(f"rounds={rounds}: must be at least 1. Use 31.")
+    shape = [out_features, in_features]
     w = _make_weight(out_features, in_features, dtype)
     ops.fake_quantize(w, group_size)  # refuses bad arguments before anything is measured
     formulas, unavailable = list_formulas(w, group_size)
-    reference = {"reference": partial(fake_quant.fake_quantize, w, group_size)}
-    times_s = time_interleaved(list_candidates(w, group_size), rounds)
-    torch_times_s = time_interleaved(formulas, rounds)
-    torch_times_s |= time_interleaved(reference, min(rounds, REFERENCE_ROUNDS))
-    medians = _find_ratios(times_s, (*LIMITS, *RATIOS)) | _find_ratios(torch_times_s, TORCH_RATIOS)
-    times_s = times_s | torch_times_s | times_s  # the operator is in both: beside its floor counts
+    times_s, ratio = _time_on_weight(w, group_size, formulas, rounds)
     threads = _measure_threads(group_size, rounds)
+    gain = threads[THREADS_DTYPE]["kernel_gain"]
+    case = {"shape": shape, "dtype": dtype, "group_size": group_size, "eps": DEFAULT_EPS}
     return {
-        "machine": describe_machine(),
-        "case": {
-            "shape": [out_features, in_features],
-            "dtype": dtype,
-            "group_size": group_size,
-            "eps": DEFAULT_EPS,
-            "rounds": rounds,
-        },
-        "limits": _check_limits(
-            medians,
-            threads[THREADS_DTYPE]["kernel_gain"],
-            ([out_features, in_features], dtype) == LIMITS_CASE,
-        ),
+        "machine": _describe_machine(),
+        "case": case | {"rounds": rounds},
+        "limits": _check_limits(ratio, gain, (shape, dtype) == LIMITS_CASE),
         "median_ms": {**_find_medians(times_s), **dict.fromkeys(unavailable)},
         "min_ms": {name: round(min(values) * 1e3, 3) for name, values in times_s.items()},
-        "ratio": medians,
+        "ratio": ratio,
         "isa_median_ms": {
             isa: _find_medians(values) for isa, values in time_isas(w, group_size, rounds).items()
         },
         "threads": threads,
-        **_count_differences(w, group_size, formulas | reference),
+        **_count_differences(w, group_size, formulas),
         "unavailable": unavailable,
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """Return processor, threads, torch version and operator backend, JSON-able."""
+def _time_on_weight(
+    w: torch.Tensor, group_size: int, formulas: Mapping[str, Candidate], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Time the operators beside their floors, then torch's formulas; return their ratios too."""
+    times_s = time_interleaved(list_candidates(w, group_size), rounds)
+    slow = {"reference": formulas["reference"]}
+    fast = {name: formula for name, formula in formulas.items() if name not in slow}
+    torch_times_s = time_interleaved(fast, rounds)
+    torch_times_s |= time_interleaved(slow, min(rounds, REFERENCE_ROUNDS))
+    ratio = _find_ratios(times_s, (*LIMITS, *RATIOS)) | _find_ratios(torch_times_s, TORCH_RATIOS)
+    # The operator is in both: beside its floor counts.
+    return times_s | torch_times_s | times_s, ratio
+
+
+def _describe_machine() -> dict[str, Any]:
     name = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     report = ops.backend_report()["cpu"]
     return {
@@ -132,9 +120,9 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _find_l2_bytes() -> int:
-    """Second-level cache of one core."""
+    """Second-level cache of one core; 1 MiB where the system does not tell."""
     size = re.match(r"(\d+)K", _read("/sys/devices/system/cpu/cpu0/cache/index2/size"))
-    return int(size[1]) << 10 if size else DEFAULT_L2_BYTES
+    return int(size[1]) << 10 if size else 1 << 20
 
 
 def _read(path: str) -> str:
@@ -181,16 +169,13 @@ def _check_limits(
     ratio: Mapping[str, float], gain: float | None, is_limits_case: bool
 ) -> dict[str, dict[str, Any]]:
     """Compare with the limits; those to the memory floor are met or not in their own case only."""
-    found: dict[str, tuple[float | None, float, bool | None]] = {
-        name: (ratio[name], limit, ratio[name] <= limit if is_limits_case else None)
-        for name, limit in LIMITS.items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, limit in LIMITS.items():
+        met = ratio[name] <= limit if is_limits_case else None
+        found[name] = {"ratio": ratio[name], "limit": limit, "met": met}
     met = None if gain is None else gain >= THREADS_LIMIT
-    found["kernel threads 1->2"] = (gain, THREADS_LIMIT, met)
-    return {
-        name: {"ratio": value, "limit": limit, "met": met}
-        for name, (value, limit, met) in found.items()
-    }
+    found["kernel threads 1->2"] = {"ratio": gain, "limit": THREADS_LIMIT, "met": met}
+    return found
 
 
 def _count_differences(
@@ -199,13 +184,12 @@ def _count_differences(
     want = formulas["fake_quantize"]()
     scales = ops.quantize(w, group_size)[1]
     torch_scales = compute_scales_in_torch(w, group_size)[1]
-    differing = {
-        name: int((formulas[name]() != want).sum()) if name in formulas else None
-        for name in ("eager", "compiled", "reference")
-    }
     return {
         "elements": w.numel(),
-        "differing_elements": differing,
+        "differing_elements": {
+            name: int((formulas[name]() != want).sum()) if name in formulas else None
+            for name in ("eager", "compiled", "reference")
+        },
         "scales": scales.numel(),
         "differing_scales": int((scales.flatten() != torch_scales.flatten()).sum()),
     }

@@ -16,6 +16,7 @@ import torch
 from megatron_bitcpm import ops
 from megatron_bitcpm.bench.timing import interleave, time_s
 from megatron_bitcpm.ops import _cpu
+from megatron_bitcpm.quant import fake_quant
 from megatron_bitcpm.quant.grids import GRIDS, TERNARY
 from megatron_bitcpm.quant.groups import resolve_group_size
 from megatron_bitcpm.quant.settings import DEFAULT_EPS
@@ -41,13 +42,11 @@ def compute_scales_in_torch(w: torch.Tensor, group_size: int) -> tuple[torch.Ten
 
 
 def list_formulas(w: torch.Tensor, group_size: int) -> tuple[dict[str, Candidate], dict[str, str]]:
-    """Return the operator and torch's own ways to the same formula, by name.
-
-    The second value says why one is unavailable.
-    """
+    """Return the operator, its reference and torch's own ways; then why one is unavailable."""
     formulas: dict[str, Candidate] = {
         "fake_quantize": partial(ops.fake_quantize, w, group_size),
         "eager": partial(quantize_with_formula, w, group_size),
+        "reference": partial(fake_quant.fake_quantize, w, group_size),
     }
     if os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
         return formulas, {"compiled": "TORCHDYNAMO_DISABLE is set"}
@@ -66,7 +65,7 @@ def list_candidates(w: torch.Tensor, group_size: int) -> dict[str, Candidate]:
     packed = ops.pack2(codes)
     half = torch.ones((codes.nbytes + packed.nbytes) // 2, dtype=torch.uint8)
     # In-place forms work on copies of their own; time does not depend on the values.
-    scaled, quantized, quantized_with_scales, listed = (w.clone() for _ in range(4))
+    scaled, quantized, rescaled, listed = (w.clone() for _ in range(4))
     slice_len = -(-w.shape[0] // LIST_LEN)
     ws, scales_of_ws = list(listed.split(slice_len)), list(scales.split(slice_len))
     return {
@@ -81,9 +80,7 @@ def list_candidates(w: torch.Tensor, group_size: int) -> dict[str, Candidate]:
         "quantize": partial(ops.quantize, w, group_size),
         "abs_sums": partial(ops.abs_sums, w, group_size),
         "fake_quantize_with_scales": partial(ops.fake_quantize_with_scales, w, scales),
-        "fake_quantize_with_scales_": partial(
-            ops.fake_quantize_with_scales_, quantized_with_scales, scales
-        ),
+        "fake_quantize_with_scales_": partial(ops.fake_quantize_with_scales_, rescaled, scales),
         "foreach_fake_quantize_with_scales_": partial(
             ops.foreach_fake_quantize_with_scales_, ws, scales_of_ws
         ),
@@ -120,8 +117,8 @@ def time_threads(
 ) -> dict[str, list[float]]:
     """Return seconds per in-place call on a copy of w, on one thread ("1") and two ("2").
 
-    "kernel 1" and "kernel 2" are of the compiled function alone, without torch's dispatcher and the
-    checks in Python. Calls are repeated so that w stays in the caches and the second thread awake.
+    "kernel 1" and "kernel 2" are of the compiled function alone. Calls are repeated so that w stays
+    in the caches and the second thread awake.
     """
     before, w = torch.get_num_threads(), w.clone()
     call = partial(ops.fake_quantize_, w, group_size)

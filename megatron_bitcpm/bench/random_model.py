@@ -13,6 +13,7 @@ import torch
 
 from megatron_bitcpm.arch.hf_config import hf_config
 from megatron_bitcpm.arch.model import ModelConfig, shapes_of
+from megatron_bitcpm.arch.tensors import Shape
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
 from megatron_bitcpm.conversion.hf.tensor_writers import write_safetensors
@@ -48,10 +49,7 @@ SHAPES = {
 def make_model(plain: Path, latent: Path, model: ModelConfig, vocab_size: int) -> tuple[int, int]:
     """Write a Hugging Face folder with random weights, and one that says they are latents.
 
-    The weights of both are the same bfloat16 safetensors file.
-
-    Returns:
-        Bytes of the largest tensor, and of all.
+    Both share one bfloat16 safetensors file. Returns the bytes of the largest tensor, and of all.
     """
     shapes = shapes_of(model, vocab_size)
     plain.mkdir(parents=True)
@@ -70,9 +68,7 @@ def make_model(plain: Path, latent: Path, model: ModelConfig, vocab_size: int) -
     return max(sizes), sum(sizes)
 
 
-def _random_tensors(
-    shapes: Mapping[str, tuple[int, ...]],
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _random_tensors(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield normal weights: cuts of one random block, so that gigabytes take seconds."""
     block = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
     block = block.to(torch.bfloat16)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_bitcpm.bench.timing import interleave, ratios
+from megatron_bitcpm.bench.timing import interleave, medians, ratios
 from megatron_bitcpm.bench.train import bench_config, build_state, time_step, train_step
 from megatron_bitcpm.config import ParallelConfig
 from megatron_bitcpm.errors import ConfigError
@@ -23,10 +23,8 @@ from megatron_bitcpm.training.runtime import start_runtime
 def bench_save(rounds: int = 5) -> dict[str, Any]:
     """Save in both ways by turns, `rounds` times after a first one that does not count.
 
-    Returns:
-        Medians: ``step_s`` of a step without a save; for each way ``stall_s`` that training was
-        held and ``write_s`` that files were written; for the background also ``step_s`` of the
-        steps meanwhile; ``stall_ratio`` async / sync.
+    In the JSON, of medians, ``step_s`` is of a step without a save, or meanwhile; ``stall_s`` says
+    how long training was held; ``write_s`` how long files were written.
     """
     if rounds < 2:
         raise ConfigError(f"--rounds={rounds}: gives no median. Use 2 or more.")
@@ -41,17 +39,15 @@ def bench_save(rounds: int = 5) -> dict[str, Any]:
         found: dict[str, list[Any]] = interleave(
             {"step": step, "sync": partial(save, "sync"), "async": partial(save, "async")}, rounds
         )
-    stalls_s = {way: [value["stall_s"] for value in found[way]] for way in ("sync", "async")}
     keys = {"sync": ("stall_s", "write_s"), "async": ("stall_s", "write_s", "step_s")}
+    saves = {way: {key: [value[key] for value in found[way]] for key in keys[way]} for way in keys}
+    stall_ratios = ratios(saves["async"]["stall_s"], saves["sync"]["stall_s"])
     return {
         "megabytes": found["sync"][0]["megabytes"],
         "device": runtime.platform.name,
         "step_s": statistics.median(found["step"]),
-        **{
-            way: {key: statistics.median(value[key] for value in found[way]) for key in keys[way]}
-            for way in keys
-        },
-        "stall_ratio": statistics.median(ratios(stalls_s["async"], stalls_s["sync"])),
+        **{way: medians(values) for way, values in saves.items()},
+        "stall_ratio": statistics.median(stall_ratios),
         "rounds": rounds,
     }
 
@@ -70,11 +66,10 @@ def _save(state: Any, device: Any, directory: Path, iteration: int) -> dict[str,
         reports = saver.save(
             state.chunks, state.optimizer, state.scheduler, progress, {**progress, "world_size": 1}
         )
-    steps_s = []
-    while not reports:
+    report, steps_s = next(iter(reports), None), []
+    while report is None:
         steps_s.append(time_step(state, device))
-        reports = [report for report in [saver.poll()] if report is not None]
-    report = reports[0]
+        report = saver.poll()
     size = sum(path.stat().st_size for path in report.folder.iterdir())
     return {
         "megabytes": round(size / 1e6, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
@@ -24,10 +25,9 @@ def time_s(call: Callable[[], Any], calls: int = 1) -> float:
 def interleave(
     measures: Mapping[K, Callable[[], T]], rounds: int, alternate: bool = False
 ) -> dict[K, list[T]]:
-    """Take every measurement once a round; return what each found, by round.
+    """Take every measurement once a round, after a first round that does not count.
 
-    A first round warms up and does not count. With `alternate` every second one goes backwards, so
-    that a steady drift cancels.
+    With `alternate` every second round goes backwards, so that a steady drift cancels.
     """
     found: dict[K, list[T]] = {name: [] for name in measures}
     for index in range(-1, rounds):
@@ -43,6 +43,11 @@ def time_interleaved(
 ) -> dict[K, list[float]]:
     """Return the seconds of every candidate, by name and round."""
     return interleave({name: partial(time_s, call) for name, call in candidates.items()}, rounds)
+
+
+def medians(found: Mapping[K, Sequence[float]]) -> dict[K, float]:
+    """Return the median of the rounds, by name."""
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_bitcpm.bench.timing import interleave, ratios, time_s
+from megatron_bitcpm.bench.timing import interleave, medians, ratios, time_s
 from megatron_bitcpm.config import ParallelConfig, RunConfig
 from megatron_bitcpm.errors import ConfigError
 from megatron_bitcpm.training.runtime import Runtime, start_runtime
@@ -28,11 +28,7 @@ _QUANTILES = (2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.093, 2.064, 2.0
 
 
 def bench_train(pairs: int = 12) -> dict[str, Any]:
-    """Measure operator shares, and time ratios ternary / full precision with 95 % intervals.
-
-    Args:
-        pairs: interleaved pairs of steps for each of the two modes, at least 10.
-    """
+    """Measure operator shares, and time ratios ternary / full precision with 95 % intervals."""
     if pairs < 10:
         raise ConfigError(f"--pairs={pairs}: is too few for an interval. Use 10 or more.")
     with start_runtime(ParallelConfig(), seed=1) as runtime:
@@ -49,8 +45,7 @@ def bench_train(pairs: int = 12) -> dict[str, Any]:
         )
         ours_s = {mode: _profile_operators(states[mode], runtime.device) for mode in _TERNARY}
     plain_s = [second for mode in _TERNARY for second in seconds[mode, _PLAIN]]
-    step_s = {_PLAIN: statistics.median(plain_s)}
-    step_s |= {mode: statistics.median(seconds[mode, mode]) for mode in _TERNARY}
+    step_s = medians({_PLAIN: plain_s} | {mode: seconds[mode, mode] for mode in _TERNARY})
     return {
         "shapes": {
             **bench_config("every_step").model.model_dump(exclude_none=True),
@@ -61,6 +56,7 @@ def bench_train(pairs: int = 12) -> dict[str, Any]:
         "device": runtime.platform.name,
         "threads": torch.get_num_threads(),
         "step_s": step_s,
+        # Of steps without the profiler, among which its own cost does not hide.
         "operator_share": {mode: ours_s[mode] / step_s[mode] for mode in _TERNARY},
         "time_ratio_to_full_precision": {
             mode: _interval(ratios(seconds[mode, mode], seconds[mode, _PLAIN])) for mode in _TERNARY
@@ -142,10 +138,7 @@ def _tokens(device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _profile_operators(state: Any, device: torch.device, steps: int = 3) -> float:
-    """Return the seconds of a step spent inside our operators, children included, by the profiler.
-
-    A share is of steps without it, among which its own cost does not hide.
-    """
+    """Seconds of a step spent inside our operators, children included, by the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(steps):
             train_step(state, device)

@@ -13,15 +13,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_bitcpm.cli.bench import bench_app
-from megatron_bitcpm.cli.compare import compare_command
-from megatron_bitcpm.cli.convert import convert_command
-from megatron_bitcpm.cli.data import data_app
-from megatron_bitcpm.cli.doctor import doctor_command
-from megatron_bitcpm.cli.generate import generate_command
-from megatron_bitcpm.cli.inspect import inspect_command
-from megatron_bitcpm.cli.train import config_schema_command, train_command
-from megatron_bitcpm.cli.verify import verify_command
+from megatron_bitcpm.cli import bench, convert, data, doctor, models, train
 from megatron_bitcpm.errors import BitcpmError, ConfigError
 from megatron_bitcpm.version import __version__
 
@@ -31,16 +23,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("train")(train_command)
-app.command("convert")(convert_command)
-app.command("verify")(verify_command)
-app.command("inspect")(inspect_command)
-app.command("generate")(generate_command)
-app.command("compare")(compare_command)
-app.command("doctor")(doctor_command)
-app.command("config-schema")(config_schema_command)
-app.add_typer(data_app, name="data")
-app.add_typer(bench_app, name="bench")
+app.command("train")(train.train_command)
+app.command("convert")(convert.convert_command)
+app.command("verify")(models.verify_command)
+app.command("inspect")(models.inspect_command)
+app.command("generate")(models.generate_command)
+app.command("compare")(models.compare_command)
+app.command("doctor")(doctor.doctor_command)
+app.command("config-schema")(train.config_schema_command)
+app.add_typer(data.data_app, name="data")
+app.add_typer(bench.bench_app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

@@ -31,9 +31,9 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         kind = str
     default = inspect.Parameter.empty if field.is_required() else False if kind is bool else None
     option = typer.Option(f"--{name.replace('_', '-')}", help=field.description)
-    annotation: Any = Annotated[kind if default is not None else kind | None, option]
+    value: Any = kind if default is not None else kind | None
     keyword = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
+    return inspect.Parameter(name, keyword, default=default, annotation=Annotated[value, option])
 
 
 _TEXTS = ("group_size", "max_shard_size")

@@ -32,17 +32,16 @@ def tokenizer_command(
     """Train a SentencePiece tokenizer; AutoTokenizer loads the folder."""
     from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 
-    print_json(
-        train_tokenizer(
-            input_,
-            output,
-            vocab_size=vocab_size,
-            sample_mb=sample_mb,
-            jsonl_key=jsonl_key,
-            max_bad_lines=max_bad_lines,
-            overwrite=overwrite,
-        )
+    report = train_tokenizer(
+        input_,
+        output,
+        vocab_size=vocab_size,
+        sample_mb=sample_mb,
+        jsonl_key=jsonl_key,
+        max_bad_lines=max_bad_lines,
+        overwrite=overwrite,
     )
+    print_json(report)
 
 
 @data_app.command("prepare")
@@ -63,15 +62,14 @@ def prepare_command(
     """Turn text into Megatron datasets, one to train and one to validate on."""
     from megatron_bitcpm.data.prepare import prepare
 
-    print_json(
-        prepare(
-            input_,
-            tokenizer,
-            output_prefix,
-            valid_fraction=valid_fraction,
-            jsonl_key=jsonl_key,
-            document_chars=document_chars,
-            max_bad_lines=max_bad_lines,
-            overwrite=overwrite,
-        )
+    report = prepare(
+        input_,
+        tokenizer,
+        output_prefix,
+        valid_fraction=valid_fraction,
+        jsonl_key=jsonl_key,
+        document_chars=document_chars,
+        max_bad_lines=max_bad_lines,
+        overwrite=overwrite,
     )
+    print_json(report)

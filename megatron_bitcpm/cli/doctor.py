@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
+from megatron_bitcpm.cli.output import AsJson
 
-def doctor_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+
+def doctor_command(as_json: AsJson = False) -> None:
     """Check what is installed and whether it works; name the fix of each problem."""
     from megatron_bitcpm.doctor import diagnose, exit_code, render_json, render_table
 

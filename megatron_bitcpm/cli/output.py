@@ -1,11 +1,13 @@
-"""How verbs print their reports."""
+"""How verbs print their reports, and the option that asks for JSON."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def print_json(value: Any) -> None:

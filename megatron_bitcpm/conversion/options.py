@@ -258,7 +258,7 @@ class ConvertOptions(QuantizerOptions):
         idle = hf_only if self.format in MEGATRON else sizes
         for name in (*idle, *(() if self.format == "legacy" else ("transformer_impl",))):
             value = getattr(self, name)
-            if value != type(self).model_fields[name].default:
+            if name in self.model_fields_set and value not in (None, False):
                 raise CheckpointError(
                     f"{name}={value}: has no effect on format {self.format}. Leave it out, or use "
                     "another format."

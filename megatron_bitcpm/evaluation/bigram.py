@@ -27,13 +27,9 @@ _CHUNK_TOKENS = 1 << 22
 
 
 class BigramModel:
-    """Counts of single tokens and of pairs, and the probabilities made of them.
+    """Counts and probabilities of a training text: ids in [0, V), 1-D, read in chunks.
 
     Only pairs that occur are stored: V = 73448 would need 43 GB for a full table.
-
-    Args:
-        tokens: the training text as ids in [0, V), 1-D; a memory map is read in chunks.
-        vocab_size: V.
     """
 
     def __init__(self, tokens: np.ndarray, vocab_size: int) -> None:
@@ -59,7 +55,7 @@ class BigramModel:
     def probability(self, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Return p(label | token), float64, same shape as the two id arrays."""
         tokens, labels = tokens.astype(np.int64), labels.astype(np.int64)
-        unigram: np.ndarray = self._unigram[labels]
+        unigram = self._unigram[labels]
         context = self._context_counts[tokens]
         if len(self._keys) == 0:
             return unigram
@@ -67,32 +63,24 @@ class BigramModel:
         where = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         pairs = np.where(self._keys[where] == keys, self._counts[where], 0)
         smoothed = np.maximum(pairs - DISCOUNT, 0) + DISCOUNT * self._followers[tokens] * unigram
-        mixed: np.ndarray = np.where(context > 0, smoothed / np.maximum(context, 1), unigram)
-        return mixed
+        return np.where(context > 0, smoothed / np.maximum(context, 1), unigram)
 
 
 def bigram_loss(
-    train_prefix: str | os.PathLike[str],
-    samples: Iterable[Mapping[str, Any]],
-    vocab_size: int,
+    train_prefix: str | os.PathLike[str], samples: Iterable[Mapping[str, Any]], vocab_size: int
 ) -> float:
     """Return the mean loss of a bigram model on validation samples, in nats a token.
 
-    Args:
-        train_prefix: indexed dataset to fit on, without ``.bin``: ``<data prefix>_train``. The
-            pairs are those of the file, the end token and the next document's first one included.
-        samples: the validation dataset, windows of it, or micro-batches: dicts of tokens, labels
-            and loss_mask of one shape. Exactly the labels with mask > 0 count, weighted by it.
-        vocab_size: V.
+    It is fitted to the indexed dataset ``<train_prefix>.bin``: the end token and the next
+    document's first one are a pair too. Samples are windows or micro-batches: tokens, labels and
+    loss_mask of one shape. Exactly the labels with mask > 0 count, weighted by it.
     """
     files = check_indexed_files(train_prefix)
     check_token_range(files, vocab_size)
     model = BigramModel(files.tokens(), vocab_size)
     losses: list[float] = []
     weights: list[float] = []
-    # a GPTDataset has no __iter__, only an index
-    indexed = hasattr(samples, "__getitem__") and hasattr(samples, "__len__")
-    for sample in (samples[i] for i in range(len(samples))) if indexed else samples:  # type: ignore[index,arg-type]
+    for sample in samples:
         tokens, labels, mask = (
             np.asarray(sample[key]) for key in ("tokens", "labels", "loss_mask")
         )

@@ -14,13 +14,10 @@ from megatron_bitcpm.training.metrics import plot_losses
 
 
 def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
-    """Return the final validation losses of runs over the same windows, and the bigram model's.
+    """Compare runs, ``label=folder`` each, that validate on the first one's windows.
 
-    Args:
-        runs: ``label=folder`` strings; the first run's data is the reference.
-        plot: PNG file to draw the losses into.
-    Returns:
-        Label -> number as validation_loss (nats per token), learning_rate (peak) and steps; bigram.
+    Returns label -> number as validation_loss (nats per token), learning_rate (peak) and steps;
+    and bigram, the bigram model's loss. The losses are drawn into `plot`, a PNG file.
     """
     folders: dict[str, Path] = {}
     for run in runs:
@@ -59,7 +56,7 @@ def compare_runs(runs: list[str], plot: Path | None = None) -> dict[str, Any]:
 
 
 def _windows(config: RunConfig, state: dict[str, Any]) -> tuple[Any, ...]:
-    """Return all that decides on which windows a run validated, and what counts in them."""
+    """All that decides on which windows a run validated, and what counts in them."""
     training, data = config.training, config.data
     sets = {key: value for key, value in state.items() if key.startswith("valid_data.")}
     options = data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss
@@ -77,10 +74,8 @@ def _bigram(config: RunConfig) -> float | None:
     data, training = config.data, config.training
     tokenizer = load_tokenizer(data.tokenizer)
     samples = training.eval_iters * training.global_batch_size
-    losses = [
-        bigram_loss(
-            f"{data.prefix}_train", map(valid.__getitem__, range(samples)), tokenizer.vocab_size
-        )
-        for valid in build_valid_datasets(data, samples, tokenizer).values()
-    ]
+    losses = []
+    for valid in build_valid_datasets(data, samples, tokenizer).values():
+        windows = map(valid.__getitem__, range(samples))
+        losses.append(bigram_loss(f"{data.prefix}_train", windows, tokenizer.vocab_size))
     return sum(losses) / len(losses)

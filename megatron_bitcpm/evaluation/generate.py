@@ -26,16 +26,10 @@ def generate(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> str:
-    """Continue a prompt and return the continuation.
+    """Return the continuation of a prompt; an empty prompt starts a new document.
 
-    Args:
-        folder: Hugging Face model folder with its tokenizer.
-        prompt: text; an empty one starts a new document.
-        max_new_tokens: the end token or the model's longest sequence may end it earlier.
-        temperature: 0 takes the most likely token each time; above 0 samples.
-        top_k: sample among this many most likely tokens; 0 among all.
-        seed: of the sampling.
-        trust_remote_code: as for `load_hf_model`.
+    It may end early, with the end token or at the model's longest sequence. A temperature of 0
+    takes the most likely token each time, above 0 samples among the `top_k` likeliest, 0 for all.
     """
     if temperature < 0:
         raise BitcpmError(f"temperature={temperature}: is negative. Use 0 for greedy decoding.")
@@ -74,11 +68,9 @@ def load_hf_model(
 ) -> Any:
     """Load a model folder with transformers, local files only; for inference.
 
-    Args:
-        folder: Hugging Face model folder.
-        dtype: of the weights; ``auto`` is the one of the files. Latent weights are quantised in the
-            type of the files whatever it is, as in training.
-        trust_remote_code: run modelling code of the folder that is not this package's.
+    The weights get `dtype`; ``auto`` is that of the files, in which latent weights are quantised
+    whatever it is, as in training. With `trust_remote_code` modelling code of the folder runs that
+    is not this package's.
     """
     with torch.device("meta"):
         # Where replaced factories escape this context, transformers leaves its rotary buffers
@@ -97,14 +89,11 @@ def load_hf_model(
         )
     config = read_json(Path(folder) / CONFIG_FILE) if runs_code else {}
     quantizes = QUANTIZER_KEY in config and dtype != "auto"
-    model = _load(
-        "AutoModelForCausalLM",
-        folder,
-        dtype="auto" if quantizes else dtype,
-        trust_remote_code=runs_code,
-    )
+    kind = "auto" if quantizes else dtype
+    model = _load("AutoModelForCausalLM", folder, dtype=kind, trust_remote_code=runs_code)
     if quantizes:
-        model = _quantize_for_good(model).to(dtype)
+        _quantize_for_good(model)
+        model = model.to(dtype)
     return model.eval()
 
 
@@ -119,13 +108,12 @@ class _AsItIs:
 
 
 @torch.no_grad()
-def _quantize_for_good(model: Any) -> Any:
+def _quantize_for_good(model: Any) -> None:
     """Replace latent weights by their values on the grid, rounded to the type of the latents."""
     for module in model.modules():
         if type(module).__name__ == "LinearQuantizer":
             module.weight.data = module.quantized_weight()
             module.quantizer = _AsItIs(module.quantizer.slices)
-    return model
 
 
 def load_hf_tokenizer(folder: str | Path) -> Any:

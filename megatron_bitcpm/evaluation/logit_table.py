@@ -1,16 +1,13 @@
 """How far apart two models are where it counts: the probabilities of the next token.
 
-The table of the vLLM-Ascend model cards: for each prompt the most likely next token of a reference
-and of another model, and over all prompts how often and how closely they agree. The reference
-computes in float32; the other model in float32 or in the type of its files.
+The table of the model cards of BitCPM4 (accuracy on Ascend), with the KL added: for each prompt the
+most likely next token of a reference and of another model, and how closely they agree over all.
 
 With t the reference's most likely token, p the reference's probability, q the other's:
 
     top-1 probability error   |q(t) - p(t)|, and divided by p(t)
     top-10 errors             |q(i) - p(i)| over the reference's ten likeliest tokens i
     KL                        sum of p(i) * ln(p(i) / q(i)) over the whole vocabulary, in nats
-
-Source: the model cards of BitCPM4 (accuracy on Ascend); the KL is added here.
 
 Shape legend: N prompts, V vocabulary, K tokens compared.
 """
@@ -46,16 +43,10 @@ def logit_table(
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Compare the next token of two models after each prompt.
+    """Compare the next tokens of `a`, the reference in float32, and `b`, which computes in `dtype`.
 
-    Args:
-        a: the reference, computed in float32: Hugging Face folder or Megatron checkpoint.
-        b: the other model.
-        prompts, tokenizer: as for `tokenize_prompts`.
-        dtype: in which `b` computes: float32, or auto, the type of its files (Hugging Face only).
-        trust_remote_code: as for `load_hf_model`.
-    Returns:
-        reference, model, dtype; prompts and summary as of `compare_probabilities`.
+    Each is a Hugging Face folder or a Megatron checkpoint; the dtype auto is that of the files,
+    Hugging Face only. Returns reference, model, dtype, and both of `compare_probabilities`.
     """
     if dtype not in _DTYPES:
         raise BitcpmError(f"dtype={dtype}: is unknown. Use {' or '.join(_DTYPES)}.")
@@ -68,12 +59,11 @@ def logit_table(
             "Compare models of one vocabulary."
         )
     tokens, word = tokenize_prompts(prompts, sources, tokenizer)
-    found: list[Probabilities | None] = [None, None]
+    found: dict[int, Probabilities] = {}
     # Preparing Megatron changes torch for the whole process: transformers has to come first.
     for index in sorted((0, 1), key=lambda i: isinstance(sources[i], MegatronSource)):
         kind = "float32" if index == 0 else dtype
         found[index] = _next_token_probabilities(sources[index], tokens, kind, trust_remote_code)
-    assert found[0] is not None and found[1] is not None
     rows, summary = compare_probabilities(found[0], found[1])
     for prompt, row in zip(prompts, rows, strict=True):
         row["prompt"] = prompt
@@ -81,26 +71,17 @@ def logit_table(
             row[f"{side}_token"] = word(row[f"{side}_id"])
             for entry in row[f"{side}_top"]:
                 entry["token"] = word(entry["id"])
-    return {
-        "reference": str(a),
-        "model": str(b),
-        "dtype": dtype,
-        "prompts": rows,
-        "summary": summary,
-    }
+    models = {"reference": str(a), "model": str(b), "dtype": dtype}
+    return models | {"prompts": rows, "summary": summary}
 
 
 def compare_probabilities(
     p_NV: Probabilities, q_NV: Probabilities, top: int = 10
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Compare next-token distributions.
+    """Compare distributions of the reference, p, and the other model, q; rows sum to 1.
 
-    Args:
-        p_NV, q_NV: of the reference and the other model, [N, V], float64, rows sum to 1.
-        top: how many of the likeliest tokens to compare; K = min(top, V).
-    Returns:
-        The measures of each prompt, with the likeliest tokens of both; the measures over all of
-        them, where top5_containment counts the reference's likeliest among the other's five.
+    Returns the measures of each prompt, with the K = min(top, V) likeliest tokens of both; and
+    those over all, where top5_containment counts the reference's likeliest among the other's five.
     """
     count, n_N = min(top, p_NV.shape[1]), np.arange(len(p_NV))
     p_top_NK, q_top_NK = (np.argsort(-x, axis=1, kind="stable")[:, :count] for x in (p_NV, q_NV))
@@ -143,12 +124,11 @@ def _mean_and_max(name: str, values_N: Probabilities) -> dict[str, float]:
     return {f"{name}_mean": float(values_N.mean()), f"{name}_max": float(values_N.max())}
 
 
-def _kl(p_NV: Probabilities, q_NV: Probabilities) -> npt.NDArray[np.float64]:
-    """Return KL(p || q) of each row in nats; infinite where q is 0 and p is not."""
+def _kl(p_NV: Probabilities, q_NV: Probabilities) -> Probabilities:
+    """KL(p || q) of each row in nats; infinite where q is 0 and p is not."""
     with np.errstate(divide="ignore", invalid="ignore"):
         terms_NV = np.where(p_NV > 0, p_NV * (np.log(p_NV) - np.log(q_NV)), 0.0)
-    total: npt.NDArray[np.float64] = np.maximum(terms_NV.sum(1), 0.0)  # rounding can give -1e-17
-    return total
+    return np.maximum(terms_NV.sum(1), 0.0)  # rounding can give -1e-17
 
 
 def _list_top(ids_K: npt.NDArray[np.int64], p_V: Probabilities) -> list[dict[str, Any]]:
@@ -163,55 +143,43 @@ def render_logit_table(table: dict[str, Any]) -> str:
     def share(rate: float) -> str:
         return f"{rate:.0%} ({round(rate * total)}/{total})"
 
-    rows = [
-        (
-            row["prompt"],
-            repr(row["reference_token"]),
-            f"{row['reference_prob']:.4f}",
-            repr(row["model_token"]),
-            f"{row['model_prob']:.4f}",
-            f"{row['top1_relative_error']:.2%}",
-            f"{row['top10_overlap']}/{count}",
-        )
-        for row in table["prompts"]
-    ]
+    columns = {
+        "Prompt": "{prompt}",
+        "A top-1 token": "{reference_token!r}",
+        "A prob": "{reference_prob:.4f}",
+        "B top-1 token": "{model_token!r}",
+        "B prob": "{model_prob:.4f}",
+        "Top-1 probability error": "{top1_relative_error:.2%}",
+        f"Top-{count} overlap": f"{{top10_overlap}}/{count}",
+    }
+    rows = [[text.format(**row) for text in columns.values()] for row in table["prompts"]]
     worst = max(table["prompts"], key=lambda row: float(row["top1_relative_error"]))
-    overlap = summary["top10_overlap_rate"]
-    facts = [
-        ("Top-1 token match rate", share(summary["top1_match_rate"])),
-        ("Top-5 token containment", share(summary["top5_containment_rate"])),
-        (f"Top-{count} token overlap", f"{overlap:.0%} (mean {overlap * count:.1f}/{count})"),
-        ("Top-1 probability, mean relative error", f"{summary['top1_relative_error_mean']:.2%}"),
-        (
-            "Top-1 probability, max relative error",
-            f"{summary['top1_relative_error_max']:.2%} (prompt {worst['prompt']!r})",
-        ),
-        ("Top-1 probability, mean absolute error", f"{summary['top1_absolute_error_mean']:.3g}"),
-        ("Top-1 probability, max absolute error", f"{summary['top1_absolute_error_max']:.3g}"),
-        (f"Top-{count} probabilities, mean absolute error (MAE)", f"{summary['top10_mae']:.3g}"),
-        (f"Top-{count} probabilities, max absolute error", f"{summary['top10_max_error']:.3g}"),
-        (f"Top-{count} probabilities, RMSE", f"{summary['top10_rmse']:.3g}"),
-        ("KL divergence, mean (nats)", f"{summary['kl_mean']:.3g}"),
-        ("KL divergence, max (nats)", f"{summary['kl_max']:.3g}"),
-    ]
+    overlap, prob, top = summary["top10_overlap_rate"], "Top-1 probability", f"Top-{count}"
+    measures = {
+        "Top-1 token match rate": share(summary["top1_match_rate"]),
+        "Top-5 token containment": share(summary["top5_containment_rate"]),
+        f"{top} token overlap": f"{overlap:.0%} (mean {overlap * count:.1f}/{count})",
+        f"{prob}, mean relative error": f"{summary['top1_relative_error_mean']:.2%}",
+        f"{prob}, max relative error": f"{summary['top1_relative_error_max']:.2%} "
+        f"(prompt {worst['prompt']!r})",
+        f"{prob}, mean absolute error": f"{summary['top1_absolute_error_mean']:.3g}",
+        f"{prob}, max absolute error": f"{summary['top1_absolute_error_max']:.3g}",
+        f"{top} probabilities, mean absolute error (MAE)": f"{summary['top10_mae']:.3g}",
+        f"{top} probabilities, max absolute error": f"{summary['top10_max_error']:.3g}",
+        f"{top} probabilities, RMSE": f"{summary['top10_rmse']:.3g}",
+        "KL divergence, mean (nats)": f"{summary['kl_mean']:.3g}",
+        "KL divergence, max (nats)": f"{summary['kl_max']:.3g}",
+    }
     sides = f"A: {table['reference']} (float32)\nB: {table['model']} ({table['dtype']})\n"
-    header = (
-        "Prompt",
-        "A top-1 token",
-        "A prob",
-        "B top-1 token",
-        "B prob",
-        "Top-1 probability error",
-        f"Top-{count} overlap",
-    )
-    return f"{sides}\n{markdown_table(header, rows)}\n{markdown_table(('Measure', 'Value'), facts)}"
+    facts = markdown_table(("Measure", "Value"), measures.items())
+    return f"{sides}\n{markdown_table(columns, rows)}\n{facts}"
 
 
 @torch.no_grad()
 def _next_token_probabilities(
     source: ModelSource, tokens: list[list[int]], dtype: str, trust_remote_code: bool
 ) -> Probabilities:
-    """Return softmax of the last position's logits, [N, V], each prompt computed by itself."""
+    """Softmax of the last position's logits, [N, V], each prompt computed by itself."""
     rows = []
     if isinstance(source, MegatronSource):
         with megatron_model(source) as model:
@@ -224,14 +192,9 @@ def _next_token_probabilities(
         model = load_hf_model(source.path, kind, trust_remote_code)
         for ids in tokens:
             rows.append(model(torch.tensor([ids], device=model.device)).logits[0, -1])
-    return _softmax(rows, source.vocab_size)
-
-
-def _softmax(rows: list[torch.Tensor], vocab_size: int) -> Probabilities:
-    logits_NV = torch.stack([row[:vocab_size].double().cpu() for row in rows])
+    logits_NV = torch.stack([row[: source.vocab_size].double().cpu() for row in rows])
     if not bool(logits_NV.isfinite().all()):
         raise CheckpointError(
             "logits=NaN or infinite: nothing can be compared. Check the models with bitcpm verify."
         )
-    result: Probabilities = logits_NV.softmax(1).numpy()
-    return result
+    return logits_NV.softmax(1).numpy()

@@ -30,11 +30,7 @@ from megatron_bitcpm.quantizer import Quantizer
 
 @contextmanager
 def megatron_model(checkpoint: str | Path | MegatronSource) -> Iterator[torch.nn.Module]:
-    """Hold a checkpoint's GPTModel in float32, with the weights of its forward, on one rank.
-
-    Args:
-        checkpoint: of any of Megatron's formats, a run's folder, or one that is open.
-    """
+    """Hold a checkpoint's GPTModel in float32, with the weights of its forward, on one rank."""
     from megatron_bitcpm.training.runtime import start_runtime
 
     source = checkpoint if isinstance(checkpoint, MegatronSource) else open_megatron(checkpoint)
@@ -78,12 +74,10 @@ def _fill(built: torch.nn.Module, source: MegatronSource) -> None:
 
 
 def _forward_fused(w_OI: torch.Tensor, place: Place, source: MegatronSource) -> torch.Tensor:
-    """Return what the forward multiplies with, rows in Megatron's order.
-
-    A scale never spans rows, except with one scale per projection: so this does not depend on which
-    rows are taken for which projection's.
-    """
+    """Return what the forward multiplies with, rows in Megatron's order."""
     wq_OI = torch.empty_like(w_OI)
+    # A scale never spans rows, except with one scale per projection: so this does not depend on
+    # which rows are taken for which projection's.
     rows = place.spec.split(torch.arange(len(w_OI)), source.model.dimensions())
     for part, rows_N in enumerate(rows):
         name = Place(place.spec, part, place.layer).name("hf")
@@ -110,18 +104,13 @@ def _round_input(slices: int, _: torch.nn.Module, inputs: tuple[Any, ...]) -> tu
 
 @torch.no_grad()
 def megatron_logits(model: torch.nn.Module, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Return float32 logits, [B, S, V], of `megatron_model`; V with the embedding's padding.
-
-    With LongRoPE the run's sequence length chose between its two arrays of factors; `follow_length`
-    chooses as transformers does.
-    """
+    """Return float32 logits, [B, S, V], of `megatron_model`; V with the embedding's padding."""
     positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    logits: torch.Tensor = model(tokens_BS, positions_BS, None)
-    return logits
+    return model(tokens_BS, positions_BS, None)
 
 
 def follow_length(model: Any, source: MegatronSource, length: int) -> None:
-    """Choose LongRoPE's factors by the length of the sequences to come, in tokens."""
+    """Choose LongRoPE's factors by the tokens of a sequence, as transformers does, not the run."""
     from megatron_bitcpm.models.rope import RotaryAngles
 
     model.rotary_pos_emb = RotaryAngles(source.model, length)

@@ -13,11 +13,9 @@ from megatron_bitcpm.evaluation.generate import load_hf_tokenizer
 
 
 def read_prompts(path: str | Path, key: str | None = None) -> list[str]:
-    """Read prompts: of a ``.jsonl`` file one value of each object, of another file its lines.
+    """Read the lines of a UTF-8 file, of a ``.jsonl`` file the texts under `key` ("prompt").
 
-    Args:
-        path: the file, UTF-8; empty lines are left out.
-        key: of the prompt in each object, default "prompt"; of ``.jsonl`` files only.
+    Empty lines are left out.
     """
     path = Path(path)
     if key is not None and path.suffix != ".jsonl":
@@ -57,10 +55,7 @@ def tokenize_prompts(
 ) -> tuple[list[list[int]], Callable[[int], str]]:
     """Return the ids of each prompt, and what turns an id into its text.
 
-    Args:
-        prompts: texts, at least one.
-        sources: the two models, of one vocabulary.
-        tokenizer: tokenizer folder; default that of the first model that has one.
+    The two models share a vocabulary; the tokenizer is by default the first one that they have.
     """
     if not prompts:
         raise BitcpmError("logits=[]: no prompts. Give at least one.")

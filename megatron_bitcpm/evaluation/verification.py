@@ -23,17 +23,11 @@ def verify_models(
     markdown: Path | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Report, str | None, dict[str, Any] | None]:
-    """Check a model, compare it with another one and, after prompts, what both predict.
+    """Check a model, compare it with another one and, after the prompts of `logits`, predictions.
 
-    Args:
-        model, other, tokenizer: as for `conversion.verify.verify`.
-        logits, logits_key: file of prompts, as for `read_prompts`.
-        logits_dtype, trust_remote_code: as for `logit_table`.
-        markdown: .md file for the tables.
-    Returns:
-        The comparison of the tensors, whose problems are not raised; and what to show of it: the
-        tables, None where they went to the file or a proof needs none; the content with the
-        predictions, None where the problems say it all.
+    Returns the comparison of the tensors, whose problems are not raised, and what to show of it:
+    the tables, None where they went to the .md file `markdown` or a proof needs none; the content
+    with the predictions, None where the problems say it all.
     """
     only_with_logits: dict[str, Any] = {
         "logits-key": logits_key,

@@ -14,7 +14,7 @@ from megatron_bitcpm.ops._schema import SCHEMAS
 
 def test_report_of_medians_ratios_limits_and_differences(monkeypatch):
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    report = json.loads(json.dumps(bench_ops(64, 256, group_size=64, rounds=3)))
+    report = json.loads(json.dumps(bench_ops(64, 256, "bfloat16", 64, 3)))
     medians = report["median_ms"]
     assert medians.pop("compiled") is None
     assert report["unavailable"] == {"compiled": "TORCHDYNAMO_DISABLE is set"}
@@ -51,7 +51,7 @@ def test_limits_are_for_one_case(shape, dtype, met, monkeypatch):
     threads = {bench.THREADS_DTYPE: {"kernel_gain": None}}
     monkeypatch.setattr(bench, "_measure_threads", lambda *_: threads)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    limits = bench_ops(*shape, dtype=dtype, rounds=1)["limits"]
+    limits = bench_ops(*shape, dtype, -1, 1)["limits"]
     assert limits["fake_quantize/clone"]["met"] is met
     assert limits["fake_quantize_/mul_"]["met"] is (None if met is None else False)
 
@@ -103,5 +103,6 @@ def test_rounds_interleave():
     ],
 )
 def test_bad_arguments(arguments, message):
+    good = {"out_features": 8, "in_features": 4096, "dtype": "bfloat16", "group_size": -1}
     with pytest.raises(BitcpmError, match=message):
-        bench_ops(**{"out_features": 8, **arguments})
+        bench_ops(**good | {"rounds": 31} | arguments)

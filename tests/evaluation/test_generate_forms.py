@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -25,6 +26,14 @@ def folders(data, tmp_path_factory):
     return root
 
 
+def change_code(folders, tmp_path, code):
+    """A copy of the latent folder whose modelling file ends with other code."""
+    folder = shutil.copytree(folders / "latent", tmp_path / "changed")
+    with (folder / "modeling_bitcpm.py").open("a") as file:
+        file.write(f"\n{code}\n")
+    return folder
+
+
 def test_text_is_the_same(folders):
     texts = {generate(folders / form, "ab", max_new_tokens=20) for form in ("latent", "pseudo")}
     assert len(texts) == 1
@@ -44,9 +53,7 @@ def test_logits_in_float32_are_those_of_the_stored_values(folders):
 
 
 def test_changed_code_is_not_run(folders, tmp_path):
-    folder = shutil.copytree(folders / "latent", tmp_path / "changed")
-    path = folder / "modeling_bitcpm.py"
-    path.write_text(path.read_text() + "\nraise SystemExit('the code was run')\n")
+    folder = change_code(folders, tmp_path, "raise SystemExit('the code was run')")
     with pytest.raises(CheckpointError, match=r"^model=.*modelling code is not the one that"):
         generate(folder, "ab")
     # Only in name: the same file under another entry of config.json.
@@ -59,14 +66,10 @@ def test_changed_code_is_not_run(folders, tmp_path):
 
 
 def test_code_is_run_when_asked_for(folders, tmp_path, monkeypatch):
-    folder = shutil.copytree(folders / "latent", tmp_path / "asked")
-    path = folder / "modeling_bitcpm.py"
-    path.write_text(path.read_text() + "\nimport os\nos.environ['RUN_FOR_TEST'] = 'yes'\n")
+    folder = change_code(folders, tmp_path, "import os\nos.environ['RUN_FOR_TEST'] = 'yes'")
     monkeypatch.setenv("RUN_FOR_TEST", "no")
     model = load_hf_model(folder, trust_remote_code=True)
     assert type(model).__name__ == "BitCPMForCausalLM"
-    import os
-
     assert os.environ["RUN_FOR_TEST"] == "yes"
 
 
@@ -75,7 +78,5 @@ def test_loading_the_tokenizer_says_nothing(folders, transformers_log, tmp_path)
     for form in ("latent", "pseudo"):
         load_hf_tokenizer(folders / form)
     assert transformers_log == []
-    folder = shutil.copytree(folders / "latent", tmp_path / "changed")
-    path = folder / "modeling_bitcpm.py"
-    path.write_text(path.read_text() + "\nraise SystemExit('the code was run')\n")
+    folder = change_code(folders, tmp_path, "raise SystemExit('the code was run')")
     load_hf_tokenizer(folder)

@@ -54,19 +54,17 @@ def compare_rounded(rank: int, checkpoint: str, folder: str) -> dict[str, float]
     return {name: float((ours - logits).abs().mean()) for name, logits in theirs.items()}
 
 
+def run(comparison, checkpoint, folder):
+    """What a comparison finds in a process of its own."""
+    return run_ranks(1, comparison, str(checkpoint.directory), str(folder), timeout_s=280)[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param("tp1_untied", marks=pytest.mark.slow),
-        pytest.param("tp2_tied_fp32", marks=pytest.mark.slow),
-        pytest.param("tp2_groups_filters", marks=pytest.mark.slow),
-        pytest.param("full_precision", marks=pytest.mark.slow),
-    ],
+    "case", ["tp1_untied", "tp2_tied_fp32", "tp2_groups_filters", "full_precision"]
 )
 def test_logits_and_greedy_tokens(case, trained, exported):
-    (report,) = run_ranks(
-        1, compare, str(trained(case).directory), str(exported(case)), timeout_s=280
-    )
+    report = run(compare, trained(case), exported(case))
     print(case, report)
     # Both compute in float32 but order their sums differently.
     assert report["max_abs_logit_difference"] <= 1e-4
@@ -77,18 +75,14 @@ def test_logits_and_greedy_tokens(case, trained, exported):
 
 @pytest.mark.slow
 def test_activations_are_rounded_as_in_training(trained, exported):
-    case = "tp2_tensor"
-    arguments = (str(trained(case).directory), str(exported(case)))
-    (found,) = run_ranks(1, compare_rounded, *arguments, timeout_s=280)
+    found = run(compare_rounded, trained("tp2_tensor"), exported("tp2_tensor"))
     print(found)
     assert found["sliced"] * 5 < min(found["whole"], found["without"])
 
 
 @pytest.mark.slow
 def test_the_report_names_the_activation(trained, exported):
-    case = "tp2_tensor"
-    arguments = (str(trained(case).directory), str(exported(case)))
-    (report,) = run_ranks(1, compare, *arguments, timeout_s=280)
+    report = run(compare, trained("tp2_tensor"), exported("tp2_tensor"))
     assert report["activation"] == "int8_per_token"
     # The folder rounds nothing; that shows, and changes little.
     assert 1e-4 < report["max_abs_logit_difference"] < 0.05 * report["largest_logit"]
@@ -136,8 +130,7 @@ def write_and_compare(rank: int, data: str, folder: str, names: list[str]) -> di
         model = model.model_copy(update={"rope_scaling": LONGROPE})
         stamp = None if quant is None else make_stamp(tp_size=2, **quant)
         source = make_latent(stamp, model, vocab_size=300, side_files=Path(data) / "tok")
-        layout = Layout(2, 1, None)
-        write_torch_dist(source, Path(folder) / name / "megatron", layout)
+        write_torch_dist(source, Path(folder) / name / "megatron", Layout(2, 1))
         write_folder(source, Path(folder) / name / "hf", form, **options)
         hf = load_hf_model(Path(folder) / name / "hf", torch.float32)
         theirs[name] = {length: hf(tokens_BS[:, :length]).logits for length in (20, 60)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,23 +20,15 @@ def _decode_greedily(
     prompt: list[int],
     new_tokens: int,
     vocab_size: int,
-    forbidden: Sequence[int] = (),
+    forbidden: list[int],
 ) -> list[int]:
-    """Return the most likely continuation, token by token, each from the whole sequence.
-
-    Args:
-        model: from `megatron_model`.
-        prompt: ids, at least one.
-        new_tokens: ids to add.
-        vocab_size: ids of the tokenizer; padding rows are never chosen.
-        forbidden: ids that are never chosen, for example the end token.
-    """
+    """Return the most likely continuation, token by token, each from the whole sequence."""
     ids = list(prompt)
     device = next(model.parameters()).device
     for _ in range(new_tokens):
         logits = megatron_logits(model, torch.tensor([ids], device=device))
         scores_V = logits[0, -1, :vocab_size].clone()
-        scores_V[list(forbidden)] = -torch.inf
+        scores_V[forbidden] = -torch.inf
         ids.append(int(scores_V.argmax()))
     return ids[len(prompt) :]
 
@@ -52,30 +42,16 @@ def _end_ids(model: Any) -> list[int]:
 
 
 @torch.no_grad()
-def compare_with_transformers(
-    checkpoint: str | Path,
-    folder: str | Path,
-    new_tokens: int = 64,
-    seed: int = 0,
-    longest: int = 1024,
-) -> dict[str, Any]:
-    """Compare Megatron's model of a checkpoint with transformers' of an exported folder, float32.
+def compare_with_transformers(checkpoint: str, folder: str, new_tokens: int) -> dict[str, Any]:
+    """Compare logits of a random sequence, and greedy tokens, both in float32.
 
-    Args:
-        checkpoint: a checkpoint, or a run's folder.
-        folder: Hugging Face folder exported from it.
-        new_tokens: ids to decode greedily, at most the model's longest sequence - 1.
-        seed: of the random prompt and the random sequence that is scored.
-        longest: tokens of the sequence that is scored, at most the model's longest.
-    Returns:
-        max_abs_logit_difference over all positions of a random sequence, largest_logit,
-        greedy_tokens, greedy_tokens_equal (length of the common beginning), activation ("none", or
-        "int8_per_token", which Megatron's side alone rounds with).
+    greedy_tokens_equal is the length of the common beginning; an activation of "int8_per_token" is
+    one that Megatron's side alone rounds with.
     """
     source = open_megatron(checkpoint)
     stamp, vocab_size = source.quantizer, source.vocab_size
-    length = min(source.model.max_position_embeddings, longest)
-    generator = torch.Generator().manual_seed(seed)
+    length = min(source.model.max_position_embeddings, 1024)
+    generator = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(vocab_size, (1, length), generator=generator)
     prompt = tokens_BS[0, : max(1, min(8, length - new_tokens))].tolist()
     # Loaded before Megatron's platform is prepared: that changes torch for the whole process.
@@ -100,7 +76,6 @@ def compare_with_transformers(
     return {
         "max_abs_logit_difference": float((ours - theirs).abs().max()),
         "largest_logit": float(ours.abs().max()),
-        "greedy_tokens": new_tokens,
         "greedy_tokens_equal": equal.index(False) if False in equal else new_tokens,
         "activation": "none" if stamp is None else stamp.config.activation,
     }
