@@ -122,7 +122,7 @@ class ModelConfig(Section):
     def _check_architecture(cls, value: str) -> str:
         if value not in FAMILIES:
             known = " or ".join(repr(name) for name in FAMILIES)
-            raise PydanticCustomError("architecture", f"must be {known}")  # type: ignore[arg-type]
+            raise PydanticCustomError("architecture", f"must be {known}")
         return value
 
 

@@ -73,7 +73,7 @@ class QuantConfig(Section):
     def _check_grid(cls, value: str) -> str:
         if value not in GRIDS:
             known = ", ".join(GRIDS)
-            raise PydanticCustomError("grid", f"must be one of {known}")  # type: ignore[arg-type]
+            raise PydanticCustomError("grid", f"must be one of {known}")
         return value
 
     @field_validator("group_size", mode="before")
@@ -83,7 +83,7 @@ class QuantConfig(Section):
         try:
             return parse_group_size(value)
         except ValueError as error:
-            raise PydanticCustomError("group_size", str(error)) from None  # type: ignore[arg-type]
+            raise PydanticCustomError("group_size", str(error)) from None
 
     def excludes(self, name: str, layer: int, num_layers: int) -> bool:
         """Whether a linear stays in full precision by its name or place, in training and exports.
