@@ -209,9 +209,7 @@ class Quantizer:
         if groups is not None and not groups.needs_sum_exchange:
             return ops.abs_sums(w_OI, groups.scale_len), groups.scale_len
         slices = self.tp_size if spec.row_parallel else 1
-        stats_O = self.combine(
-            [self.row_statistics(part) for part in w_OI.split(in_features // slices, 1)]
-        )
+        stats_O = self.combine([self.row_statistics(part) for part in w_OI.chunk(slices, 1)])
         if groups is not None:
             return stats_O.unsqueeze(1), in_features
         stat_11 = self.reduce_rows(stats_O).unsqueeze(1)

@@ -379,7 +379,8 @@ def find_tensor(name: str, format: str = "hf") -> Place | None:
     """
     layer: int | None = None
     prefix, suffix = map(re.escape, LAYER_PREFIXES[format].split("{}"))
-    if match := re.fullmatch(rf"{prefix}(\d{{1,9}}){suffix}(.+)", name):
+    # Python makes no number of more digits.
+    if match := re.fullmatch(rf"{prefix}(\d{{1,4000}}){suffix}(.+)", name):
         layer, name = int(match[1]), match[2]
     for spec in all_specs():
         if spec.in_layer != (layer is not None):

@@ -96,14 +96,14 @@ LONGROPE = RopeScalingConfig(
     original_max_position_embeddings=32,
 )
 CASES = {
-    "llama_latent": ("llama", {}, "latent", {}),
-    "minicpm_latent": ("minicpm", {"group_size": 16}, "latent", {}),
-    "minicpm_pseudo": ("minicpm", {"grid": "five"}, "pseudo", {}),
-    "minicpm_folded": ("minicpm", {}, "pseudo", {"architecture": "llama"}),
-    "llama_half_sym4": ("llama", {"grid": "half_sym4", "group_size": "tensor"}, "pseudo", {}),
-    "llama_asym4": ("llama", {"grid": "asym4"}, "pseudo", {}),
-    "llama_int_sym4": ("llama", {"grid": "int_sym4"}, "latent", {}),
-    "minicpm_plain": ("minicpm", None, "plain", {}),
+    "llama_latent": ("llama", {}, "latent", False),
+    "minicpm_latent": ("minicpm", {"group_size": 16}, "latent", False),
+    "minicpm_pseudo": ("minicpm", {"grid": "five"}, "pseudo", False),
+    "minicpm_folded": ("minicpm", {}, "pseudo", True),
+    "llama_half_sym4": ("llama", {"grid": "half_sym4", "group_size": "tensor"}, "pseudo", False),
+    "llama_asym4": ("llama", {"grid": "asym4"}, "pseudo", False),
+    "llama_int_sym4": ("llama", {"grid": "int_sym4"}, "latent", False),
+    "minicpm_plain": ("minicpm", None, "plain", False),
 }
 
 
@@ -112,6 +112,7 @@ def write_and_compare(rank: int, data: str, folder: str, names: list[str]) -> di
     from pathlib import Path
 
     from megatron_bitcpm.arch.layout import Layout
+    from megatron_bitcpm.conversion.hf.fold import fold
     from megatron_bitcpm.conversion.hf.writer import write_folder
     from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
     from megatron_bitcpm.evaluation.generate import load_hf_model
@@ -125,13 +126,15 @@ def write_and_compare(rank: int, data: str, folder: str, names: list[str]) -> di
     tokens_BS = torch.randint(300, (1, 60), generator=torch.Generator().manual_seed(0))
     theirs, found = {}, {}
     for name in names:
-        architecture, quant, form, options = CASES[name]
+        architecture, quant, form, is_folded = CASES[name]
         model = {"llama": LLAMA, "minicpm": MINICPM}[architecture]
         model = model.model_copy(update={"rope_scaling": LONGROPE})
         stamp = None if quant is None else make_stamp(tp_size=2, **quant)
         source = make_latent(stamp, model, vocab_size=300, side_files=Path(data) / "tok")
-        write_torch_dist(source, Path(folder) / name / "megatron", Layout(2, 1))
-        write_folder(source, Path(folder) / name / "hf", form, **options)
+        layout = Layout(2, 1)
+        write_torch_dist(source, Path(folder) / name / "megatron", layout)
+        source = fold(source) if is_folded else source
+        write_folder(source, Path(folder) / name / "hf", form)
         hf = load_hf_model(Path(folder) / name / "hf", torch.float32)
         theirs[name] = {length: hf(tokens_BS[:, :length]).logits for length in (20, 60)}
         # What a wrong split of a fused weight would make of it.

@@ -19,6 +19,7 @@ from helpers.stock_checkpoints import Payload, build_stock_chunks, stock_args
 
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.conversion import tensor_stream
+from megatron_bitcpm.conversion.convert import convert
 from megatron_bitcpm.conversion.megatron.legacy_writer import write_legacy
 from megatron_bitcpm.conversion.megatron.open import open_megatron
 from megatron_bitcpm.conversion.megatron.torch_dist_writer import write_torch_dist
@@ -149,6 +150,13 @@ def test_layouts_that_do_not_fit(tmp_path, layout, message):
     with pytest.raises(CheckpointError, match=message):
         write_legacy(source, tmp_path / "o", Layout(*layout))
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline", "virtual_pipeline"])
+def test_sizes_that_are_too_small(tmp_path, kind):
+    name = f"{kind}_parallel_size"
+    with pytest.raises(CheckpointError, match=rf"^{name}=0: must be greater than or equal to [12]"):
+        convert(tmp_path, tmp_path / "o", format="legacy", **{name: 0})
 
 
 def test_shared_key_heads(tmp_path):
