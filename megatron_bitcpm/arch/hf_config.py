@@ -235,7 +235,7 @@ def _read_constant(raw: Mapping[str, Any], key: str) -> float:
 
 
 def _show(value: Any) -> str:
-    """Return what is no number as one can tell it from a number: in quotes."""
+    """Return a value, in quotes where it is not a number."""
     return "(absent)" if value is None else repr(value)
 
 

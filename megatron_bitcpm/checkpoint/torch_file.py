@@ -132,7 +132,7 @@ def list_records(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     if len({name.casefold() for name in infos}) != len(archive.infolist()):
         raise zipfile.BadZipFile("has two records of one name")
     if "data.pkl" not in infos:
-        raise zipfile.BadZipFile("is no file of torch.save")
+        raise zipfile.BadZipFile("is not a file of torch.save")
     for name, info in infos.items():
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise zipfile.BadZipFile(f"record {name} is compressed or encrypted")

@@ -24,7 +24,6 @@ from megatron_bitcpm.conversion.convert import convert
 from megatron_bitcpm.conversion.file_source import FileSource
 from megatron_bitcpm.conversion.hf.config import QUANTIZER_FILE, read_origin
 from megatron_bitcpm.conversion.hf.tensor_files import (
-    DTYPES,
     SUFFIXES,
     BinFile,
     TensorFile,
@@ -40,7 +39,12 @@ from megatron_bitcpm.conversion.quantization_error import (
     check_trained,
 )
 from megatron_bitcpm.conversion.source import TensorSource
-from megatron_bitcpm.conversion.tensor_stream import count_bytes, equal_bytes, read_ahead
+from megatron_bitcpm.conversion.tensor_stream import (
+    WEIGHT_DTYPES,
+    count_bytes,
+    equal_bytes,
+    read_ahead,
+)
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.files import read_json
 from megatron_bitcpm.progress import track_tensors
@@ -198,7 +202,7 @@ def _check_projection(
     path: Path, name: str, place: Place, tensor: torch.Tensor, quantizer: Quantizer
 ) -> None:
     """Refuse a projection that cannot be quantised, or has been already."""
-    if tensor.ndim != 2 or not tensor.numel() or tensor.dtype not in DTYPES:
+    if tensor.ndim != 2 or not tensor.numel() or tensor.dtype not in WEIGHT_DTYPES:
         rule = f"{name} is {tensor.dtype} {list(tensor.shape)}, not a matrix of float32, bfloat16"
         raise _error(path, f"{rule} or float16", "Name latent weights")
     try:

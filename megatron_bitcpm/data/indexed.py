@@ -81,8 +81,8 @@ def _read_index(prefix: str, field: str) -> IndexedFiles:
         )
     if code not in _TOKEN_DTYPES:
         raise DataError(
-            f"{field}={idx_path}: dtype code {code} is no token id type (uint16, int32 or int64). "
-            f"{_PREPARE_AGAIN}."
+            f"{field}={idx_path}: dtype code {code} is not a type of token ids (uint16, int32 or "
+            f"int64). {_PREPARE_AGAIN}."
         )
     expected = _HEADER.size + sequences * (4 + 8) + marks * 8
     # a multimodal index has one more byte a sequence: not ours either

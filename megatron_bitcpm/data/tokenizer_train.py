@@ -67,7 +67,7 @@ def train_tokenizer(
 
 def _why_no_tokenizer(output: Path) -> str | None:
     is_ours = (output / export.MARKER_FILE).is_file()
-    return None if is_ours else "is no trained tokenizer, so it is not replaced"
+    return None if is_ours else "is not a trained tokenizer, so it is not replaced"
 
 
 class _TrainingSample:

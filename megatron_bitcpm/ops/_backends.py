@@ -35,7 +35,9 @@ def use_backend(
     """
     global _requested
     if name not in ("auto", "reference", "native"):
-        raise BackendError(f"quant.backend={name}: is no backend. Use auto, reference or native.")
+        raise BackendError(
+            f"quant.backend={name}: is not a backend. Use auto, reference or native."
+        )
     if name == "native":
         _require_native(device_type, grid, activation)
     _requested = name

@@ -15,7 +15,7 @@ from megatron_bitcpm.parallel.site import TernarySite
 
 @torch.no_grad()
 def update_given_scales(sites: list[TernarySite]) -> None:
-    """Set `scales_OG` of the sites that take scales; collective, the same sites on all ranks."""
+    """Set `scales_OG` of the sites that take scales; collective, the same sites in one order."""
     by_group: dict[int, list[TernarySite]] = {}
     for site in sites:
         if site.takes_scales:

@@ -88,5 +88,5 @@ TERNARY = "ternary"
 def find_grid(name: str) -> Grid:
     """Return the grid of this name; raises BitcpmError, naming the grids, where there is none."""
     if name not in GRIDS:
-        raise BitcpmError(f"grid={name}: is no grid. Use {', '.join(GRIDS)}.")
+        raise BitcpmError(f"grid={name}: is not a grid. Use {', '.join(GRIDS)}.")
     return GRIDS[name]

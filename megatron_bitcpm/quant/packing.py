@@ -71,7 +71,7 @@ def describe_bad_field(packed_OP: torch.Tensor, row: int) -> BitcpmError:
     """Return the error for the first byte of `row` with a field of 3, also past the row's end."""
     column = int(_find_bad_fields(packed_OP[row]).nonzero()[0])
     return BitcpmError(
-        f"packed[{row}, {column}]={int(packed_OP[row, column])}: a field of 3 is no code. Pass "
+        f"packed[{row}, {column}]={int(packed_OP[row, column])}: a field of 3 is not a code. Pass "
         "what pack2 returned."
     )
 

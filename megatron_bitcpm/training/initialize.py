@@ -1,7 +1,8 @@
 """Initial weights that do not depend on the parallel layout.
 
-Every matrix has a random stream of its own, seeded by the run's seed and the parameter's global
-name; each rank draws it in full on the host and keeps its shard.
+Megatron draws weights in the order in which a rank builds its modules, so that another pipeline
+size is another model. Here every matrix has a random stream of its own, seeded by the run's seed
+and the parameter's global name; each rank draws it in full on the host and keeps its shard.
 """
 
 from __future__ import annotations

@@ -263,6 +263,6 @@ def test_overwriting_replaces_tokenizers_only(tmp_path):
     assert load_tokenizer(out).vocab_size == 310
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "out"]
     assert len(list(out.iterdir())) == 4
-    with pytest.raises(DataError, match="no trained tokenizer"):
+    with pytest.raises(DataError, match="not a trained tokenizer"):
         train_tokenizer([text], tmp_path, vocab_size=300, overwrite=True)
     assert text.exists()

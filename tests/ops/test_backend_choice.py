@@ -20,7 +20,9 @@ needs_native = pytest.mark.skipif(_cpu.native is None, reason="compiled module n
 
 def test_unknown_backend_and_instruction_set_are_refused():
     for name in ("gpu", "cpu"):
-        with pytest.raises(BackendError, match=rf"quant.backend={name}: is no backend. Use auto"):
+        with pytest.raises(
+            BackendError, match=rf"quant.backend={name}: is not a backend. Use auto"
+        ):
             ops.use_backend(name)
     if _cpu.native is not None:
         with pytest.raises(BackendError) as caught:

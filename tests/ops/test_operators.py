@@ -209,11 +209,11 @@ def test_empty_weights(torch_backend, shape, grid):
         ),
         (
             lambda: ops.fake_quantize(torch.ones(2, 4), grid="six"),
-            "grid=six: is no grid. Use ternary, asym4, half_sym4, int_sym4, five.",
+            "grid=six: is not a grid. Use ternary, asym4, half_sym4, int_sym4, five.",
         ),
         (
             lambda: ops.fake_quantize_with_scales_(torch.ones(2, 4), torch.ones(2, 1), "six"),
-            "grid=six: is no grid. Use ternary, asym4, half_sym4, int_sym4, five.",
+            "grid=six: is not a grid. Use ternary, asym4, half_sym4, int_sym4, five.",
         ),
         (
             lambda: ops.pack2(torch.ones(2, 4)),
@@ -229,7 +229,7 @@ def test_empty_weights(torch_backend, shape, grid):
         ),
         (
             lambda: ops.unpack2(torch.full((2, 32), 7, dtype=torch.uint8), 128),
-            "packed[0, 0]=7: a field of 3 is no code. Pass what pack2 returned.",
+            "packed[0, 0]=7: a field of 3 is not a code. Pass what pack2 returned.",
         ),
         (
             lambda: ops.unpack2(torch.ones(2, 32, dtype=torch.int8), 128),

@@ -94,7 +94,7 @@ def open_weights(folder: Path) -> dict[str, TensorFile]:
         # Transformers would load them on top of the weights.
         raise _folder_error(
             folder,
-            f"holds an adapter ({adapters[0]}), which is no part of the weights",
+            f"holds an adapter ({adapters[0]}), which is not part of the weights",
             "Merge it (merge_and_unload of PEFT), or convert a folder without it",
         )
     kinds = WEIGHT_KINDS.values()

@@ -21,10 +21,9 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_bitcpm.arch.tensors import Shape
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
+from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES
 from megatron_bitcpm.errors import CheckpointError, describe
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Types of weights; all others (integers, fp8, float64) are of models this package cannot hold."""
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """What files of tensors end in."""
@@ -70,9 +69,9 @@ class TensorFile(ABC):
         return self.raw_tensor(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor; CheckpointError where it is none of `DTYPES`."""
+        """Type of a tensor; CheckpointError where it is none of `WEIGHT_DTYPES`."""
         known = self.torch_dtype_name(name)
-        dtype = next((d for d in DTYPES if str(d) == f"torch.{known}"), None)
+        dtype = next((d for d in WEIGHT_DTYPES if str(d) == f"torch.{known}"), None)
         if dtype is None:
             raise file_error(
                 self.path,
@@ -144,7 +143,7 @@ def open_tensor_file(path: str | Path) -> TensorFile:
         return SafetensorsFile(path)
     if path.suffix in SUFFIXES:
         return BinFile(path)
-    raise file_error(path, "is no file of tensors by its name", fix)
+    raise file_error(path, "is not a file of tensors by its name", fix)
 
 
 def _name_type(value: Any) -> str:

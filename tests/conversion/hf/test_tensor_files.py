@@ -204,7 +204,7 @@ def test_single_files(tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         open_tensor_file(tmp_path / "absent.bin")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="is no file of tensors by its name"):
+    with pytest.raises(CheckpointError, match="is not a file of tensors by its name"):
         open_tensor_file(tmp_path / "x.gguf")
 
 
