@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_bitcpm.errors import CheckpointError, one_line
 
+# In the order of their hash.
 TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -45,11 +45,12 @@ def write_json(path: Path, content: Any, indent: int = 2) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def hash_files(folder: Path, names: Sequence[str]) -> str:
-    """Return the sha256 over names and bytes of those files that a folder has."""
+def tokenizer_sha256(folder: str | Path) -> str:
+    """Return the sha256 over names and bytes of `TOKENIZER_FILES`; no other files count."""
     digest = hashlib.sha256()
-    for name in sorted(names):
-        if (folder / name).is_file():
-            content = (folder / name).read_bytes()
+    for name in TOKENIZER_FILES:
+        path = Path(folder) / name
+        if path.is_file():
+            content = path.read_bytes()
             digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

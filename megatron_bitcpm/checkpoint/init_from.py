@@ -14,9 +14,8 @@ from megatron_bitcpm.checkpoint.store import (
     read_state,
 )
 from megatron_bitcpm.config import RunConfig
-from megatron_bitcpm.data.tokenizer_ids import tokenizer_sha256
 from megatron_bitcpm.errors import CheckpointError, ConfigError
-from megatron_bitcpm.files import TOKENIZER_FILES
+from megatron_bitcpm.files import TOKENIZER_FILES, tokenizer_sha256
 
 _MAY_DIFFER = {
     "init_method_std",  # there is nothing to initialise

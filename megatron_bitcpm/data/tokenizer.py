@@ -11,9 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_bitcpm.data.tokenizer_export import MARKER_FILE, Marker
-from megatron_bitcpm.data.tokenizer_ids import tokenizer_sha256
 from megatron_bitcpm.errors import DataError
-from megatron_bitcpm.files import TOKENIZER_FILES
+from megatron_bitcpm.files import TOKENIZER_FILES, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
 

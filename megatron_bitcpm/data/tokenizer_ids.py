@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field, ValidationError
 
 from megatron_bitcpm.errors import CheckpointError, describe
-from megatron_bitcpm.files import TOKENIZER_FILES, hash_files, read_json
+from megatron_bitcpm.files import read_json, tokenizer_sha256
 from megatron_bitcpm.records import Record, explain
 
 VOCABULARY_FILES = (
@@ -37,11 +37,6 @@ class TokenizerIds:
 def has_vocabulary(folder: Path | None) -> bool:
     """Whether there is a folder, with a tokenizer's vocabulary in it."""
     return folder is not None and any((folder / name).is_file() for name in VOCABULARY_FILES)
-
-
-def tokenizer_sha256(folder: str | Path) -> str:
-    """Return the sha256 over names and bytes of `TOKENIZER_FILES`; no other files count."""
-    return hash_files(Path(folder), TOKENIZER_FILES)
 
 
 def check_tokenizer_folder(folder: str | Path) -> Path:

@@ -14,9 +14,8 @@ from typing import Any
 
 from megatron_bitcpm.data import text as text_source
 from megatron_bitcpm.data import tokenizer_export as export
-from megatron_bitcpm.data.tokenizer_ids import tokenizer_sha256
 from megatron_bitcpm.errors import DataError
-from megatron_bitcpm.files import write_json
+from megatron_bitcpm.files import tokenizer_sha256, write_json
 from megatron_bitcpm.publish import Output
 
 # unknown, bos, eos and 256 bytes

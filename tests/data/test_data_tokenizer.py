@@ -15,9 +15,9 @@ from megatron_bitcpm.data.tokenizer import (
     SentencePieceTokenizer,
     load_tokenizer,
 )
-from megatron_bitcpm.data.tokenizer_ids import tokenizer_sha256
 from megatron_bitcpm.data.tokenizer_train import train_tokenizer
 from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.files import tokenizer_sha256
 
 NASTY = [
     "",

@@ -20,9 +20,9 @@ from megatron_bitcpm.arch.hf_config import (
 from megatron_bitcpm.arch.hf_rope import HfProblem, locate_problems
 from megatron_bitcpm.arch.model import Form, ModelConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import check_quantizer_block
-from megatron_bitcpm.data.tokenizer_ids import has_vocabulary, tokenizer_sha256
+from megatron_bitcpm.data.tokenizer_ids import has_vocabulary
 from megatron_bitcpm.errors import CheckpointError
-from megatron_bitcpm.files import read_json
+from megatron_bitcpm.files import read_json, tokenizer_sha256
 from megatron_bitcpm.quantizer import Quantizer
 from megatron_bitcpm.records import explain
 
