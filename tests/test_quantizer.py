@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.model_factory import MemorySource, tensor_shapes, tiny_model
 
-from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.arch.tensors import find_projection
 from megatron_bitcpm.config import QuantConfig
-from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.quant.grids import GRIDS
 from megatron_bitcpm.quantizer import BF16_RECIPROCAL, FP32, Quantizer
@@ -23,27 +21,7 @@ GROUP_SIZES = (16, -1, "tensor")
 ROWS, INPUTS = 24, 96
 COLUMN = find_projection("model.layers.0.mlp.up_proj.weight").spec
 ROW = find_projection("model.layers.0.mlp.down_proj.weight").spec
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    num_query_groups=2,
-    max_position_embeddings=32,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory(ModelSource):
-    """A model whose tensors are in a dictionary."""
-
-    tensors: dict[str, torch.Tensor]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+MODEL = tiny_model("grid", ffn_hidden_size=96)
 
 
 def random_weight(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -122,17 +100,19 @@ def test_codes_of_a_pseudo_quantised_model_are_those_of_the_latent_one(
     quantizer = make_quantizer(
         grid, numerics, tp_size, group_size=group_size, exclude=("*.1.mlp.linear_fc1",)
     )
-    latent = Memory(
+    shapes = tensor_shapes(MODEL, 40).items()
+    latent = MemorySource(
         path=Path("latent"),
         kind="torch_dist",
         form="latent",
         model=MODEL,
         vocab_size=40,
         quantizer=quantizer,
-        tensors={},
+        tensors={
+            name: random_weight(torch.bfloat16, *shape, seed=seed)
+            for seed, (name, shape) in enumerate(shapes)
+        },
     )
-    for seed, (name, shape) in enumerate(latent.shapes().items()):
-        latent.tensors[name] = random_weight(torch.bfloat16, *shape, seed=seed)
     values = {name: latent.forward_tensor(name) for name in latent.tensors}
     pseudo = dataclasses.replace(latent, form="pseudo", tensors=values)
     names = list(latent.quantized_tensors())

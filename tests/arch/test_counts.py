@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.model_factory import TIED, tiny_model
 
 from megatron_bitcpm.arch.counts import count_parameters, count_ternary_linears
 from megatron_bitcpm.arch.layout import Layout, pad_rows
-from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.config import ParallelConfig, QuantConfig, load_config
 
 pytestmark = pytest.mark.both_versions
@@ -69,38 +69,28 @@ def test_the_program_prints_the_table():
         assert int(count.replace(",", "")) == pytest.approx(published, rel=1e-3)
 
 
-def tiny(**changes) -> ModelConfig:
-    values = {
-        "num_layers": 8,
-        "hidden_size": 8,
-        "ffn_hidden_size": 16,
-        "num_attention_heads": 2,
-        "num_query_groups": 1,
-        "max_position_embeddings": 8,
-    }
-    return ModelConfig(**{**values, **changes})
-
-
 def test_counts_by_hand():
     # Layer: qkv 8 x (8 + 2 * 4) = 128, out 8 x 8 = 64, mlp 3 * 8 * 16 = 384, norms 16: 592.
-    assert count_parameters(tiny(num_layers=1), 10) == 592 + 8 + 2 * 80
-    assert count_parameters(tiny(share_embeddings_and_output_weights=True), 10) == 8 * 592 + 8 + 80
+    assert count_parameters(tiny_model("deep", num_layers=1), 10) == 592 + 8 + 2 * 80
+    assert count_parameters(tiny_model("deep", **TIED), 10) == 8 * 592 + 8 + 80
     # Heads of 6 channels: qkv 8 x (12 + 12) = 192, out 12 x 8 = 96.
-    assert count_parameters(tiny(num_layers=1, kv_channels=6), 10) == 592 + 96 + 8 + 160
+    wide = tiny_model("deep", num_layers=1, kv_channels=6)
+    assert count_parameters(wide, 10) == 592 + 96 + 8 + 160
 
 
 def test_layers_and_ternary_linears_of_stages_by_hand():
+    model = tiny_model("deep")
     rounds = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
-    assert Layout().layers_of_stage(tiny(), 0) == list(range(8))
-    assert Layout(pp=2).layers_of_stage(tiny(), 1) == [4, 5, 6, 7]
-    assert rounds.layout.layers_of_stage(tiny(), 0) == [0, 1, 4, 5]
-    assert rounds.layout.layers_of_stage(tiny(), 1) == [2, 3, 6, 7]
+    assert Layout().layers_of_stage(model, 0) == list(range(8))
+    assert Layout(pp=2).layers_of_stage(model, 1) == [4, 5, 6, 7]
+    assert rounds.layout.layers_of_stage(model, 0) == [0, 1, 4, 5]
+    assert rounds.layout.layers_of_stage(model, 1) == [2, 3, 6, 7]
     quant = QuantConfig(full_precision_last_layers=1, exclude=("decoder.layers.2.mlp.*",))
-    assert count_ternary_linears(tiny(), quant.excludes) == 4 * 7 - 2
-    assert count_ternary_linears(tiny(), quant.excludes, [0, 1, 4, 5]) == 16
-    assert count_ternary_linears(tiny(), quant.excludes, [2, 3, 6, 7]) == 16 - 4 - 2
+    assert count_ternary_linears(model, quant.excludes) == 4 * 7 - 2
+    assert count_ternary_linears(model, quant.excludes, [0, 1, 4, 5]) == 16
+    assert count_ternary_linears(model, quant.excludes, [2, 3, 6, 7]) == 16 - 4 - 2
 
 
 def test_the_vocabulary_is_padded_to_the_multiple():
-    assert pad_rows(VOCAB, tiny().make_vocab_size_divisible_by) == 73472
+    assert pad_rows(VOCAB, tiny_model("deep").make_vocab_size_divisible_by) == 73472
     assert pad_rows(128, 128) == 128

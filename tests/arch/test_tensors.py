@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 from safetensors.torch import load_file, save_file
 
 from megatron_bitcpm.arch import tensors
 from megatron_bitcpm.arch.counts import count_parameters
 from megatron_bitcpm.arch.hf_config import hf_config
-from megatron_bitcpm.arch.model import ModelConfig, megatron_shapes, shapes_of
+from megatron_bitcpm.arch.model import megatron_shapes, shapes_of
 from megatron_bitcpm.arch.tensors import (
     FAMILIES,
     LAYER_PREFIXES,
@@ -210,14 +211,7 @@ WOVEN = TensorSpec(
     "rows",
     interleaved=True,
 )
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=16,
-    ffn_hidden_size=24,
-    num_attention_heads=4,
-    num_query_groups=2,
-    max_position_embeddings=32,
-)
+MODEL = tiny_model("map")
 VOCAB = 40
 # gain 16; mix (24 + 16) x 16; woven (16 + 8) x 16
 ADDED = 2 * (16 + 640 + 384)

@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 import yaml
+from helpers.model_factory import tiny_fields
 from torch.distributed.checkpoint import save
 
 from megatron_bitcpm.checkpoint import store
@@ -15,14 +16,7 @@ from megatron_bitcpm.config import parse_config
 from megatron_bitcpm.errors import CheckpointError
 
 CONFIG = {
-    "model": {
-        "num_layers": 1,
-        "hidden_size": 64,
-        "ffn_hidden_size": 64,
-        "num_attention_heads": 2,
-        "num_query_groups": 1,
-        "max_position_embeddings": 8,
-    },
+    "model": tiny_fields("store"),
     "parallel": {"tensor_model_parallel_size": 1},
     "data": {"prefix": "d", "tokenizer": "t", "seq_length": 8},
     "optimizer": {"lr": 1e-3},

@@ -17,8 +17,8 @@ from helpers.checkpoint_cases import (
     refused_load,
     train_and_save,
 )
+from helpers.model_factory import tiny_model
 from helpers.ranks import run_ranks
-from helpers.tiny_models import tiny_model_config
 
 from megatron_bitcpm.checkpoint.safe_load import restricted_unpickling
 
@@ -109,7 +109,7 @@ def test_a_damaged_file(copy):
 
 
 def test_another_model(saved):
-    layout = {"tp": 2, "model": tiny_model_config(num_layers=4, ffn_hidden_size=128)}
+    layout = {"tp": 2, "model": tiny_model(num_layers=4, ffn_hidden_size=128)}
     message = refuse(saved, layout)
     assert "linear_fc1.weight has shape [4, 512, 64], the model's has [4, 256, 64]" in message
 
@@ -163,11 +163,11 @@ def test_weights_of_another_layout_type_and_quantiser(saved, tmp_path):
 
 
 def test_weights_of_another_architecture(saved):
-    layout = {"model": tiny_model_config(num_layers=2)}
+    layout = {"model": tiny_model(num_layers=2)}
     error, _ = run_ranks(1, load_weights_of, str(saved), layout)[0]
     assert "has shape [4, " in error
     assert "the model's has [2, " in error
-    layout = {"model": tiny_model_config(num_layers=4, share_embeddings_and_output_weights=True)}
+    layout = {"model": tiny_model(num_layers=4, share_embeddings_and_output_weights=True)}
     assert run_ranks(1, load_weights_of, str(saved), layout)[0][0] == ""
 
 

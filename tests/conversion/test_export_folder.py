@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from helpers.model_factory import MUP
 from helpers.numpy_ternary import fake_quantize
 from helpers.trained_checkpoints import SEQ, open_tensors, read_tensor
 from safetensors import safe_open
@@ -205,12 +206,9 @@ LONGROPE = {
     "long_factor": [2.0] * 16,
     "original_max_position_embeddings": 40,
 }
-MINICPM = {"architecture": "minicpm", "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
 
 
-@pytest.mark.parametrize(
-    "model", [MINICPM, {"rope_scaling": LONGROPE}], ids=["minicpm", "longrope"]
-)
+@pytest.mark.parametrize("model", [MUP, {"rope_scaling": LONGROPE}], ids=["minicpm", "longrope"])
 def test_other_architectures(model, changed, tmp_path):
     report = convert(changed(model=model), tmp_path / "out")
     assert report["verify"]["differing_codes"] == 0

@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 import torch
+from helpers.model_factory import random_tensors, tiny_model
 from helpers.tiny_folders import make_folder
 from helpers.trained_checkpoints import BASE
 from safetensors.torch import load_file, save_file
@@ -33,18 +34,6 @@ def one_thread():
     torch.set_num_threads(1)  # restored after each test
 
 
-# The shapes of the released 1B divided by 16, two layers; heads of 16 channels.
-TENSORS = {
-    "self_attn.q_proj": (256, 128),
-    "self_attn.k_proj": (32, 128),
-    "self_attn.v_proj": (32, 128),
-    "self_attn.o_proj": (128, 256),
-    "mlp.gate_proj": (384, 128),
-    "mlp.up_proj": (384, 128),
-    "mlp.down_proj": (128, 384),
-    "input_layernorm": (128,),
-    "post_attention_layernorm": (128,),
-}
 RIGHT = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -71,22 +60,14 @@ WRONG = {
 
 def make_tensors(group_size=None, grid="ternary", seed=0):
     """Return the tensors of RIGHT; group_size None leaves latents, else an int or by projection."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "model.embed_tokens.weight": (100, 128),
-        "model.norm.weight": (128,),
-        "lm_head.weight": (100, 128),
-    }
-    for layer in range(2):
-        shapes |= {f"model.layers.{layer}.{n}.weight": shape for n, shape in TENSORS.items()}
-    tensors = {}
-    for name, shape in shapes.items():
-        tensor = (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+    model = tiny_model("1B/16")
+    tensors = random_tensors(model, 100, scale=0.02, seed=seed, order="layers_last")
+    for name, tensor in tensors.items():
         short = name.split(".")[-2]
         if short.endswith("proj") and group_size is not None:
             size = group_size.get(short, -1) if isinstance(group_size, dict) else group_size
-            tensor = ops.fake_quantize(tensor, shape[1] if size == -1 else size, 1e-5, grid)
-        tensors[name] = tensor
+            size = tensor.shape[1] if size == -1 else size
+            tensors[name] = ops.fake_quantize(tensor, size, 1e-5, grid)
     return tensors
 
 

@@ -12,19 +12,13 @@ import torch
 import yaml
 from torch.distributed.checkpoint import save
 
+from helpers.model_factory import tiny_fields, tiny_model
 from helpers.tiny_models import tiny_run
 from megatron_bitcpm.config import QuantConfig, RunConfig, parse_config
 from megatron_bitcpm.errors import BitcpmError
 
 CONFIG = {
-    "model": {
-        "num_layers": 4,
-        "hidden_size": 64,
-        "ffn_hidden_size": 256,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "max_position_embeddings": 16,
-    },
+    "model": tiny_fields(num_layers=4),
     "parallel": {"tensor_model_parallel_size": 1},
     "data": {"prefix": "d", "tokenizer": "t", "seq_length": 16},
     "optimizer": {"lr": 1e-3},
@@ -61,12 +55,10 @@ class Schedule:
 
 def build(layout: dict[str, Any], **changes: Any) -> Any:
     """A tiny fp32 run at a layout; the global batch is the same for all."""
-    from helpers.tiny_models import tiny_model_config
-
     settings = {
         "quant": None,
         "dtype": torch.float32,
-        "model": tiny_model_config(num_layers=4),
+        "model": tiny_model(num_layers=4),
         **layout,
         **changes,
     }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from helpers.model_factory import random_tensors, tiny_model
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.errors import CheckpointError
 
@@ -22,27 +23,12 @@ CONFIG = {
     "vocab_size": 50,
     "max_position_embeddings": 64,
 }
-LAYER = {
-    "self_attn.q_proj": (64, 32),
-    "self_attn.k_proj": (32, 32),
-    "self_attn.v_proj": (32, 32),
-    "self_attn.o_proj": (32, 64),
-    "mlp.gate_proj": (48, 32),
-    "mlp.up_proj": (48, 32),
-    "mlp.down_proj": (32, 48),
-    "input_layernorm": (32,),
-    "post_attention_layernorm": (32,),
-}
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def make_tensors(dtype=torch.bfloat16):
-    """Return the tensors of CONFIG, written out by hand."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {EMBEDDING: (50, 32), "model.norm.weight": (32,), OUTPUT: (50, 32)}
-    for layer in range(2):
-        shapes |= {f"model.layers.{layer}.{n}.weight": shape for n, shape in LAYER.items()}
-    return {n: torch.randn(shape, generator=generator).to(dtype) for n, shape in shapes.items()}
+    """Return the tensors of CONFIG, drawn by hand-written shapes."""
+    return random_tensors(tiny_model("by_hand"), 50, dtype, order="layers_last")
 
 
 def write(folder, tensors, kind="safetensors", shards=1, config=CONFIG):

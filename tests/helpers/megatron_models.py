@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 
-from megatron_bitcpm.arch.model import ModelConfig
-from megatron_bitcpm.conversion.source import ModelSource
+from helpers.model_factory import MUP, TIED, MemorySource, layer_shapes, random_tensors, tiny_model
 
-BASE = {
-    "num_layers": 4,
-    "hidden_size": 32,
-    "ffn_hidden_size": 48,
-    "num_attention_heads": 12,
-    "num_query_groups": 4,
-    "kv_channels": 6,
-    "max_position_embeddings": 64,
-    "rotary_base": 5000,
-    "layernorm_epsilon": 1e-5,
-    "make_vocab_size_divisible_by": 8,
-}
 LONG_ROPE = {
     "short_factor": (1.0, 1.5, 2.5),
     "long_factor": (1.0, 3.0, 7.0),
@@ -28,67 +13,31 @@ LONG_ROPE = {
 }
 MODELS = {
     "untied": {},
-    "tied": {"share_embeddings_and_output_weights": True},
-    "minicpm": {
-        "architecture": "minicpm",
-        "scale_emb": 12.0,
-        "scale_depth": 1.4,
-        "dim_model_base": 8,
-        "rope_scaling": LONG_ROPE,
-        "share_embeddings_and_output_weights": True,
-    },
+    "tied": TIED,
+    "minicpm": {**MUP, **TIED, "dim_model_base": 8, "rope_scaling": LONG_ROPE},
 }
 VOCAB = 61
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemorySource(ModelSource):
-    """A model whose tensors are given."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def dtype(self, name):
-        return self.tensors[name].dtype
-
-    def tensor(self, name):
-        return self.tensors[name]
-
-
 def make_source(tmp_path, case="untied", norm_dtype=torch.float32, **changes):
     """Return a model of one of `MODELS` with random bfloat16 weights."""
-    model = ModelConfig(**{**BASE, **MODELS[case], **changes})
-    generator = torch.Generator().manual_seed(1)
-    source = MemorySource(
+    model = tiny_model("megatron", **{**MODELS[case], **changes})
+    drawn = random_tensors(model, VOCAB, torch.float32, seed=1)
+    return MemorySource(
         path=tmp_path,
         kind="hf",
         form="plain",
         model=model,
         vocab_size=VOCAB,
         facts={"iteration": 7, "seq_length": 32},
+        tensors={n: t.to(norm_dtype if "norm" in n else torch.bfloat16) for n, t in drawn.items()},
     )
-    for name, shape in source.shapes().items():
-        dtype = norm_dtype if "norm" in name else torch.bfloat16
-        source.tensors[name] = torch.randn(shape, generator=generator).to(dtype)
-    return source
 
 
 def cut_layer(source, layer, tp_size, tp_rank):
     """Return one rank's tensors of a layer, cut by hand; local names of Megatron 0.12.1."""
     model, prefix = source.model, f"model.layers.{layer}."
-    get = {
-        key: source.tensors[f"{prefix}{key}.weight"]
-        for key in (
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
-            "mlp.gate_proj",
-            "mlp.up_proj",
-            "mlp.down_proj",
-            "input_layernorm",
-            "post_attention_layernorm",
-        )
-    }
+    get = {key: source.tensors[f"{prefix}{key}.weight"] for key in layer_shapes(model)}
     d, groups = model.head_dim, model.num_query_groups
     per_group = model.num_attention_heads // groups
     fused = torch.cat(

@@ -8,49 +8,16 @@ from pathlib import Path
 
 import torch
 
+from helpers.model_factory import MUP, TIED, MemorySource, random_tensors, tiny_model
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.arch.tensors import TensorSpec
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.megatron.source import MegatronSource, MegatronTensors
-from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.quantizer import Quantizer
 
-LAYERS, HIDDEN, FFN, VOCAB = 3, 64, 96, 50
-LLAMA = ModelConfig(
-    num_layers=LAYERS,
-    hidden_size=HIDDEN,
-    ffn_hidden_size=FFN,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=24,
-    max_position_embeddings=64,
-)
-MINICPM = LLAMA.model_copy(
-    update={
-        "architecture": "minicpm",
-        "scale_emb": 12.0,
-        "scale_depth": 1.4,
-        "dim_model_base": 24,
-        "share_embeddings_and_output_weights": True,
-    }
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemorySource(ModelSource):
-    """A model whose tensors are in a dictionary.
-
-    Attributes:
-        tensors: Hugging Face name -> tensor.
-    """
-
-    tensors: dict[str, torch.Tensor]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+VOCAB = 50
+LLAMA = tiny_model("memory")
+MINICPM = tiny_model("memory", **{**MUP, **TIED, "dim_model_base": 24})
 
 
 @dataclass(frozen=True)
@@ -86,22 +53,17 @@ def make_latent(
 ) -> MemorySource:
     """A model with random weights; without a stamp it is a plain one."""
     form = "plain" if stamp is None else "latent"
-    source = MemorySource(
+    # Norms near 1 and weights that keep a token's length, so that every layer matters.
+    return MemorySource(
         path=Path(form),
         kind="torch_dist",
         form=form,
         model=model,
         vocab_size=vocab_size,
         quantizer=stamp,
-        tensors={},
+        tensors=random_tensors(model, vocab_size, dtype, scale=0.15, norm_mean=1.0),
         side_files=side_files,
     )
-    generator = torch.Generator().manual_seed(0)
-    for name, shape in source.shapes().items():
-        # Norms near 1 and weights that keep a token's length, so that every layer matters.
-        noise = torch.randn(shape, generator=generator) * 0.15
-        source.tensors[name] = (noise if len(shape) > 1 else noise + 1).to(dtype)
-    return source
 
 
 def make_pseudo(latent: MemorySource) -> MemorySource:
@@ -148,7 +110,8 @@ def make_megatron(latent: MemorySource, rows: int) -> MegatronSource:
     for name, hf_name in outside.items():
         if hf_name in latent.tensors:
             found = latent.tensors[hf_name]
-            tensors[name] = torch.cat([found, found.new_full((rows - len(found), HIDDEN), 7.0)])
+            padding = found.new_full((rows - len(found), model.hidden_size), 7.0)
+            tensors[name] = torch.cat([found, padding])
     tensors["decoder.final_layernorm.weight"] = latent.tensors["model.norm.weight"].clone()
     return MegatronSource(
         path=Path("megatron"),

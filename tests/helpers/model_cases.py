@@ -9,7 +9,6 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from helpers.tiny_models import model_parallel  # noqa: F401  prepares the platform
-from megatron_bitcpm.arch.model import ModelConfig
 
 VOCAB = 96
 SHORT = (1.0, 1.1, 1.3, 1.7, 2.0, 2.5, 3.0, 4.0)
@@ -20,21 +19,6 @@ LONGROPE = {
     "long_factor": LONG,
     "original_max_position_embeddings": 16,
 }
-MUP = {"architecture": "minicpm", "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16}
-
-
-def model_config(**changes) -> ModelConfig:
-    """4 layers; 4 heads of 16 channels over a hidden size of 48, 2 key heads."""
-    values = {
-        "num_layers": 4,
-        "hidden_size": 48,
-        "ffn_hidden_size": 80,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "kv_channels": 16,
-        "max_position_embeddings": 64,
-    }
-    return ModelConfig(**{**values, **changes})
 
 
 def global_name(model: torch.nn.Module, name: str) -> str:

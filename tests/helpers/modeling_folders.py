@@ -10,40 +10,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_bitcpm.arch.model import ModelConfig, shapes_of
+from helpers.model_factory import MUP, random_tensors
+from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.arch.tensors import find_projection
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
 from megatron_bitcpm.quantizer import Quantizer
 
 VOCAB = 96
-MUP = {"architecture": "minicpm", "scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16}
-
-
-def tiny_model(**changes) -> ModelConfig:
-    fields = {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "ffn_hidden_size": 160,  # no multiple of 64
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "max_position_embeddings": 64,
-        "rotary_base": 5000,
-        "layernorm_epsilon": 1e-5,
-    }
-    return ModelConfig(**fields | changes)
 
 
 def quantizer(tp_size: int = 1, numerics: str = "fp32", **quant) -> Quantizer:
     return Quantizer(QuantConfig(**quant), tp_size, numerics)
 
 
-def random_tensors(model: ModelConfig, dtype: torch.dtype, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: (torch.randn(shape, generator=generator) * 0.1 + (len(shape) == 1)).to(dtype)
-        for name, shape in shapes_of(model, VOCAB).items()
-    }
+def make_tensors(model: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return random_tensors(model, VOCAB, dtype, scale=0.1, norm_mean=1.0)
 
 
 def forward_tensors(tensors: dict, stamp: Quantizer, num_layers: int) -> dict:

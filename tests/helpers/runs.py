@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
+from helpers.model_factory import tiny_fields
 from helpers.ranks import CONTEXT, run_one_rank, run_ranks
 from megatron_bitcpm.cli import main
 
@@ -27,14 +28,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 def tiny_config(corpus, directory, **overrides) -> dict:
     """The YAML tree of a tiny run; overrides are ``section__key=value``."""
     tree = {
-        "model": {
-            "num_layers": 2,
-            "hidden_size": 64,
-            "ffn_hidden_size": 128,
-            "num_attention_heads": 4,
-            "num_query_groups": 2,
-            "max_position_embeddings": 32,
-        },
+        "model": tiny_fields("run"),
         "quant": {"requantize": "every_step"},
         "parallel": {"tensor_model_parallel_size": 1},
         "data": {

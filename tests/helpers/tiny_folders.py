@@ -8,36 +8,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-HIDDEN, FFN, LAYERS, HEADS, GROUPS, HEAD_DIM, VOCAB = 64, 96, 2, 4, 2, 16, 40
+from helpers.model_factory import layer_shapes, random_tensors, tiny_model
+
+LAYERS, HIDDEN, VOCAB = 2, 64, 40
 MUP = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 32}
-PROJECTIONS = {
-    "self_attn.q_proj": (HEADS * HEAD_DIM, HIDDEN),
-    "self_attn.k_proj": (GROUPS * HEAD_DIM, HIDDEN),
-    "self_attn.v_proj": (GROUPS * HEAD_DIM, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HEADS * HEAD_DIM),
-    "mlp.gate_proj": (FFN, HIDDEN),
-    "mlp.up_proj": (FFN, HIDDEN),
-    "mlp.down_proj": (HIDDEN, FFN),
-}
+MODEL = tiny_model("hf")
+PROJECTIONS = {name: shape for name, shape in layer_shapes(MODEL).items() if "proj" in name}
 
 
 def make_state(tied: bool = False, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict:
     """All tensors of a model, Gaussian."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(*shape):
-        return (torch.randn(*shape, generator=generator) * 0.02).to(dtype)
-
-    state = {"model.embed_tokens.weight": make(VOCAB, HIDDEN), "model.norm.weight": make(HIDDEN)}
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}."
-        for name, shape in PROJECTIONS.items():
-            state[f"{prefix}{name}.weight"] = make(*shape)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            state[f"{prefix}{name}.weight"] = make(HIDDEN)
-    if not tied:
-        state["lm_head.weight"] = make(VOCAB, HIDDEN)
-    return state
+    model = tiny_model("hf", share_embeddings_and_output_weights=tied)
+    return random_tensors(model, VOCAB, dtype, scale=0.02, seed=seed, order="norm_second")
 
 
 def make_folder(folder: Path, state: dict | None = None, minicpm: bool = False) -> Path:
@@ -49,12 +31,12 @@ def make_folder(folder: Path, state: dict | None = None, minicpm: bool = False) 
     config = {
         "architectures": ["MiniCPMForCausalLM" if minicpm else "LlamaForCausalLM"],
         "model_type": "minicpm" if minicpm else "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": GROUPS,
-        "head_dim": HEAD_DIM,
+        "hidden_size": MODEL.hidden_size,
+        "intermediate_size": MODEL.ffn_hidden_size,
+        "num_hidden_layers": MODEL.num_layers,
+        "num_attention_heads": MODEL.num_attention_heads,
+        "num_key_value_heads": MODEL.num_query_groups,
+        "head_dim": MODEL.head_dim,
         "vocab_size": VOCAB,
         "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from helpers.model_factory import tiny_model
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.platforms import current_platform
@@ -41,19 +42,6 @@ from megatron_bitcpm.parallel.megatron_api import (  # noqa: E402
 )
 
 VOCAB, SEQ = 128, 16
-
-
-def tiny_model_config(**changes: Any) -> ModelConfig:
-    """A 2-layer model, 256 inputs in the longest row."""
-    values = {
-        "num_layers": 2,
-        "hidden_size": 64,
-        "ffn_hidden_size": 256,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "max_position_embeddings": SEQ,
-    }
-    return ModelConfig(**{**values, **changes})
 
 
 @contextmanager
@@ -207,6 +195,19 @@ class TinyRun:
         return float(loss).hex(), float(norm or 0.0).hex(), bool(updated)
 
 
+def let_schedule_overlap_(
+    transformer: TransformerConfig, chunks: list[DistributedDataParallel]
+) -> None:
+    """Give Megatron's schedule the functions that start the communication of the chunks."""
+    several = len(chunks) > 1
+    no_sync = [chunk.no_sync for chunk in chunks]
+    transformer.no_sync_func = no_sync if several else no_sync[0]
+    if several:
+        # The schedule starts each chunk's reduction and gather itself.
+        transformer.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+        transformer.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+
+
 @contextmanager
 def tiny_run(
     quant: QuantConfig | None,
@@ -238,7 +239,7 @@ def tiny_run(
         checked: refuse pipeline settings that train wrongly.
         changes: fields of TransformerConfig.
     """
-    model = model or tiny_model_config()
+    model = model or tiny_model()
     with model_parallel(tp, pp, vpp, seed=seed):
         pipeline = {
             "tensor_model_parallel_size": tp,
@@ -302,11 +303,5 @@ def tiny_run(
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = optimizer.scale_loss
         if overlap:
-            several = len(chunks) > 1
-            no_sync = [chunk.no_sync for chunk in chunks]
-            transformer.no_sync_func = no_sync if several else no_sync[0]
-            if several:
-                # The schedule starts each chunk's reduction and gather itself.
-                transformer.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
-                transformer.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+            let_schedule_overlap_(transformer, chunks)
         yield TinyRun(chunks, optimizer, ternary, micro_batches)

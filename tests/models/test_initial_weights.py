@@ -6,7 +6,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers.model_cases import MUP, VOCAB, global_name, model_config, shard
+from helpers.model_cases import VOCAB, global_name, shard
+from helpers.model_factory import MUP, TIED, tiny_model
 from helpers.ranks import run_ranks
 
 from megatron_bitcpm.config import ParallelConfig
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.both_versions
 
 EMBEDDING = "embedding.word_embeddings.weight"
 MODELS = {
-    "tied": {**MUP, "share_embeddings_and_output_weights": True},
+    "tied": {**MUP, **TIED},
     "untied": {"init_method_std": 0.05},
 }
 
@@ -29,7 +30,7 @@ def initial_weights(rank: int, name: str, layout: dict, seed: int = 5) -> tuple[
     from megatron_bitcpm.training.initialize import initialize_weights_
     from megatron_bitcpm.training.runtime import start_runtime
 
-    model, parallel = model_config(**MODELS[name]), ParallelConfig(**layout)
+    model, parallel = tiny_model("decoder", **MODELS[name]), ParallelConfig(**layout)
     # The seed from which Megatron draws is another on each rank.
     with start_runtime(parallel, 100 + rank):
         config = build_transformer_config(model, parallel, torch.float32)

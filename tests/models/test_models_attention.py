@@ -7,7 +7,8 @@ import resource
 
 import pytest
 import torch
-from helpers.model_cases import VOCAB, model_config
+from helpers.model_cases import VOCAB
+from helpers.model_factory import tiny_model
 from helpers.ranks import run_ranks
 
 from megatron_bitcpm.config import ParallelConfig
@@ -82,8 +83,12 @@ LONG = 32768
 def peak_of_long_sequence(rank: int, cp_size: int, documents: list[int] | None):
     """MiB by which the peak of this process grows in one forward and backward pass."""
     parallel = ParallelConfig(context_parallel_size=cp_size)
-    model = model_config(
-        num_layers=1, num_attention_heads=2, num_query_groups=1, max_position_embeddings=LONG
+    model = tiny_model(
+        "decoder",
+        num_layers=1,
+        num_attention_heads=2,
+        num_query_groups=1,
+        max_position_embeddings=LONG,
     )
     with start_runtime(parallel, 0):
         config = build_transformer_config(model, parallel, torch.float32)

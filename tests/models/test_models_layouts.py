@@ -6,14 +6,13 @@ import pytest
 import torch
 from helpers.model_cases import (
     LONGROPE,
-    MUP,
     VOCAB,
     batch,
     fill_by_name_,
     global_name,
-    model_config,
     shard,
 )
+from helpers.model_factory import MUP, TIED, tiny_model
 from helpers.ranks import run_ranks
 
 from megatron_bitcpm.arch.counts import count_ternary_linears
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.both_versions
 SEQ = 24
 MICRO_BATCHES = [batch([[5, 11, 8], [1, 20, 3]], seed=1), batch([[13, 11], [2, 22]], seed=2)]
 MODELS = {
-    "minicpm": {**MUP, "rope_scaling": LONGROPE, "share_embeddings_and_output_weights": True},
+    "minicpm": {**MUP, "rope_scaling": LONGROPE, **TIED},
     "llama": {},
 }
 
@@ -63,7 +62,7 @@ def loss_and_gradients(rank: int, name: str, layout: dict, recompute: str, mutan
         double_the_gathered_gradient()
     parallel = ParallelConfig(**layout)
     with start_runtime(parallel, 0):
-        model = model_config(**MODELS[name])
+        model = tiny_model("decoder", **MODELS[name])
         config, built = build_chunks(model, parallel, recompute)
         config.finalize_model_grads_func = finalize_model_grads
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
@@ -201,7 +200,7 @@ def test_key_heads_shared_by_tensor_ranks_are_refused_by_the_older_megatron(monk
     monkeypatch.setattr("megatron_bitcpm.models.decoder.megatron_version", lambda: (0, 12))
     parallel = ParallelConfig(tensor_model_parallel_size=4)
     with pytest.raises(ModelError) as error:
-        build_transformer_config(model_config(), parallel, torch.float32)
+        build_transformer_config(tiny_model("decoder"), parallel, torch.float32)
     assert str(error.value).startswith("model.num_query_groups=2: is not a multiple of parallel.")
     assert "\n" not in str(error.value)
 
@@ -212,7 +211,7 @@ def layers_and_checkpoint(rank: int, layout: dict):
     from megatron_bitcpm.training.runtime import start_runtime
 
     parallel = ParallelConfig(**layout)
-    model, quant = model_config(), QuantConfig(full_precision_first_layers=1)
+    model, quant = tiny_model("decoder"), QuantConfig(full_precision_first_layers=1)
     with start_runtime(parallel, 0) as runtime:
         _, chunks = build_chunks(model, parallel)
         stage = parallel.layout.layers_of_stage(model, runtime.pp_rank)
@@ -245,7 +244,7 @@ def stock_names(rank: int) -> list[str]:
     from megatron_bitcpm.training.runtime import start_runtime
 
     with start_runtime(ParallelConfig(), 0):
-        config = build_transformer_config(model_config(), ParallelConfig(), torch.float32)
+        config = build_transformer_config(tiny_model("decoder"), ParallelConfig(), torch.float32)
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         return [
             name

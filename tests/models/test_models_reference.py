@@ -10,13 +10,12 @@ from helpers import plain_decoder
 from helpers.model_cases import (
     LONG,
     LONGROPE,
-    MUP,
     SHORT,
     VOCAB,
     batch,
     fill_by_name_,
-    model_config,
 )
+from helpers.model_factory import MUP, TIED, tiny_model
 from helpers.plain_decoder import Shape
 
 from megatron_bitcpm.config import ParallelConfig
@@ -37,12 +36,12 @@ MUP_SHAPE = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16}
 
 CASES = {
     "llama": ({}, {}, ONE),
-    "llama-tied": ({"share_embeddings_and_output_weights": True}, {}, ONE),
+    "llama-tied": (TIED, {}, ONE),
     "llama-documents": ({}, {}, PACKED),
     "llama-positions": ({}, {}, POSITIONS),
     "minicpm": (MUP, MUP_SHAPE, ONE),
     "minicpm-tied-documents": (
-        {**MUP, "share_embeddings_and_output_weights": True},
+        {**MUP, **TIED},
         MUP_SHAPE,
         PACKED,
     ),
@@ -65,7 +64,7 @@ CASES = {
 
 
 def build(changes: dict, seq_length: int, recompute: str = "none"):
-    model = model_config(**changes)
+    model = tiny_model("decoder", **changes)
     config = build_transformer_config(model, ParallelConfig(), torch.float32, recompute)
     built = Decoder(config, model, VOCAB, seq_length)
     fill_by_name_(built)
@@ -209,7 +208,7 @@ def test_half_precision_norm_is_the_one_of_transformers():
     modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
     from megatron_bitcpm.models.norm import RMSNorm
 
-    config = build_transformer_config(model_config(), ParallelConfig(), torch.bfloat16)
+    config = build_transformer_config(tiny_model("decoder"), ParallelConfig(), torch.bfloat16)
     mine, theirs = RMSNorm(config, 48, eps=1e-6), modeling.LlamaRMSNorm(48, eps=1e-6)
     assert mine.weight.dtype == torch.bfloat16 and not mine.weight.sequence_parallel
     weight = 1 + 0.3 * torch.randn(48, dtype=torch.bfloat16)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 from helpers.ranks import run_ranks
-from helpers.tiny_models import tiny_model_config, tiny_run
+from helpers.tiny_models import tiny_run
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.config import ParallelConfig, QuantConfig
@@ -85,7 +86,7 @@ def megatron_mlp(rank: int, tp: int, sequence: bool, mutant: str | None) -> dict
         ops.int8_per_token = do_nothing
     parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence)
     with start_runtime(parallel, 0):
-        model = tiny_model_config(num_layers=1, num_query_groups=4)
+        model = tiny_model(num_layers=1, num_query_groups=4)
         config = build_transformer_config(model, parallel, torch.float32)
         built = Decoder(config, model, 128, 16)
         ternarize_(built, QuantConfig(**INT8))
@@ -240,7 +241,7 @@ def compare_with_transformers(rank: int) -> dict:
 
     results, theirs = {}, {}
     quant = QuantConfig(group_size="tensor", **INT8)
-    with tiny_run(quant, model=tiny_model_config(num_layers=1), dtype=torch.float32) as run:
+    with tiny_run(quant, model=tiny_model(num_layers=1), dtype=torch.float32) as run:
         for number, site in enumerate(run.ternary.sites):
             rows, inputs = site.weight.shape
             order = site.fused[0].split(torch.arange(rows), site.fused[1])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 from helpers.ranks import run_ranks
-from helpers.tiny_models import TinyRun, tiny_model_config, tiny_run
+from helpers.tiny_models import TinyRun, tiny_run
 
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import CheckpointError
@@ -52,7 +53,7 @@ def load(run: TinyRun, folder: str) -> None:
 def layout(options: dict, world: int) -> dict:
     dp = world // (options.get("tp", 1) * options.get("pp", 1))
     return {
-        "model": tiny_model_config(num_layers=4),
+        "model": tiny_model(num_layers=4),
         "micro_batches": GLOBAL_MICRO_BATCHES // dp,
         **options,
     }

@@ -8,8 +8,9 @@ from datetime import timedelta
 
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 from helpers.ranks import run_ranks
-from helpers.tiny_models import model_parallel, tiny_model_config, tiny_run
+from helpers.tiny_models import model_parallel, tiny_run
 
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.errors import ModelError
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.both_versions
 def first_norms(rank: int, options: dict) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the first steps from the same weights in every layout."""
     quant = QuantConfig(requantize="every_step")
-    model = tiny_model_config(num_layers=4)
+    model = tiny_model(num_layers=4)
     trace = []
     with tiny_run(quant, model=model, micro_batches=4, fill=True, **options) as run:
         for step in range(3):
@@ -86,7 +87,7 @@ def train_with_empty_first_stage(rank: int, requantize: str, overlap: bool, hold
     first_layers = 1 if holds_layer else 0
     if not holds_layer:
         options |= {
-            "model": tiny_model_config(num_layers=1),
+            "model": tiny_model(num_layers=1),
             "account_for_embedding_in_pipeline_split": True,
         }
     quant = QuantConfig(requantize=requantize, full_precision_first_layers=first_layers)
@@ -150,7 +151,7 @@ def test_the_stamp_is_the_same_on_stages_without_ternary_linears():
 
 def numbers_of_layers(rank: int) -> list[str]:
     quant = QuantConfig()
-    with tiny_run(quant, pp=2, vpp=2, model=tiny_model_config(num_layers=4)) as run:
+    with tiny_run(quant, pp=2, vpp=2, model=tiny_model(num_layers=4)) as run:
         return sorted({".".join(site.name.split(".")[:3]) for site in run.ternary.sites})
 
 

@@ -6,8 +6,9 @@ import hashlib
 
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 from helpers.ranks import run_ranks
-from helpers.tiny_models import TinyRun, tiny_model_config, tiny_run
+from helpers.tiny_models import TinyRun, tiny_run
 
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.parallel.requantize.base import Requantizer
@@ -158,7 +159,7 @@ def test_virtual_pipeline_with_distributed_optimizer(overlap):
         pp=2,
         vpp=2,
         micro_batches=4,
-        model=tiny_model_config(num_layers=4),
+        model=tiny_model(num_layers=4),
         distributed_optimizer=True,
         overlap=overlap,
         bucket_size=20_000 if overlap else None,
@@ -175,7 +176,7 @@ def test_pp2_vpp2_dp2_with_overlap():
         pp=2,
         vpp=2,
         micro_batches=4,
-        model=tiny_model_config(num_layers=4),
+        model=tiny_model(num_layers=4),
         distributed_optimizer=True,
         overlap=True,
         bucket_size=20_000,
@@ -248,7 +249,7 @@ def test_latents_are_the_main_parameters_and_quantised_values_return():
 def scales_after_an_edit(rank: int, changes: dict, by: str) -> tuple[bool, bool]:
     """Whether the next forward has the scales of weights that were tripled, and those before."""
     quant = QuantConfig(requantize="every_forward", **changes)
-    model = tiny_model_config(num_layers=1)
+    model = tiny_model(num_layers=1)
     tp = torch.distributed.get_world_size()
     with tiny_run(quant, tp=tp, model=model) as run:
         run.train_step(0)

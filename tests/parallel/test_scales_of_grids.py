@@ -7,9 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 from helpers.numpy_sums import row_sums
 from helpers.ranks import run_ranks
-from helpers.tiny_models import SEQ, VOCAB, model_parallel, tiny_model_config, tiny_run
+from helpers.tiny_models import SEQ, VOCAB, model_parallel, tiny_run
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.config import QuantConfig
@@ -100,7 +101,7 @@ def local_part(full: torch.Tensor, site, rank: int) -> torch.Tensor:
 def weights_of_forward(rank: int, changes: dict, tp: int, dtype, groups: int) -> dict:
     """(is row parallel, latent shard, quantised shard, local scales) of every linear."""
     found = {}
-    model = tiny_model_config(num_layers=1, num_query_groups=groups)
+    model = tiny_model(num_layers=1, num_query_groups=groups)
     with tiny_run(QuantConfig(**changes), tp=tp, model=model, dtype=dtype) as run:
         for site in run.ternary.sites:
             rows, columns = site.weight.shape
@@ -216,7 +217,7 @@ def test_fewer_query_groups_than_tensor_ranks():
 def scales_of_one_large_slice(rank: int) -> dict:
     """Scales of the row-parallel linears whose first slice sums to 2**24, the others to 1."""
     quant = QuantConfig(requantize="every_forward")
-    model = tiny_model_config(num_layers=1, num_query_groups=4)
+    model = tiny_model(num_layers=1, num_query_groups=4)
     with tiny_run(quant, tp=4, model=model, dtype=torch.float32) as run:
         rows = [site for site in run.ternary.sites if site.row_parallel]
         for site in rows:
@@ -235,7 +236,7 @@ def test_sums_of_the_ranks_are_added_from_the_first():
 def scales_beside_a_nan(rank: int, grid: str) -> dict:
     """Whether each row's scale is NaN, by kind, after rank 1 got one NaN in two of its weights."""
     quant = QuantConfig(group_size="tensor", grid=grid, requantize="every_forward")
-    with tiny_run(quant, tp=2, model=tiny_model_config(num_layers=1)) as run:
+    with tiny_run(quant, tp=2, model=tiny_model(num_layers=1)) as run:
         for site in run.ternary.sites:
             if rank == 1 and site.name.endswith(("linear_qkv", "linear_fc2")):
                 # Of linear_qkv the last row, which is one of v.

@@ -7,9 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 from helpers.numpy_sums import row_sums
 from helpers.ranks import run_ranks
-from helpers.tiny_models import tiny_model_config, tiny_run
+from helpers.tiny_models import tiny_run
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from megatron_bitcpm import ops
@@ -141,7 +142,7 @@ def test_a_ternary_linear_is_not_copied():
 
 
 def filtered_names(rank: int, changes: dict) -> tuple:
-    with tiny_run(QuantConfig(**changes), model=tiny_model_config(num_layers=4)) as run:
+    with tiny_run(QuantConfig(**changes), model=tiny_model(num_layers=4)) as run:
         return [s.name for s in run.ternary.sites], run.ternary.excluded
 
 

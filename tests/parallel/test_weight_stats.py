@@ -8,8 +8,9 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 from helpers.ranks import run_ranks
-from helpers.tiny_models import tiny_model_config, tiny_run
+from helpers.tiny_models import tiny_run
 from megatron.core import parallel_state
 
 from megatron_bitcpm.config import QuantConfig
@@ -117,7 +118,7 @@ FAST = {
 def test_statistics_are_those_of_the_weights_in_the_forward(layout, mode):
     world, options = LAYOUTS[layout]
     group_size = 32 if layout == "dp2-overlap" else -1
-    model = tiny_model_config(num_layers=4 if "pp2" in layout else 2)
+    model = tiny_model(num_layers=4 if "pp2" in layout else 2)
     ranks = run_ranks(world, watch, mode, {"group_size": group_size}, {**options, "model": model})
     before = None
     for look in range(STEPS):

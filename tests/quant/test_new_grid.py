@@ -7,11 +7,11 @@ import json
 
 import pytest
 import torch
+from helpers.model_factory import random_tensors, tiny_model
 from safetensors.torch import load_file, save_file
 
 from megatron_bitcpm import ops
 from megatron_bitcpm.arch.hf_config import hf_config
-from megatron_bitcpm.arch.model import ModelConfig, shapes_of
 from megatron_bitcpm.arch.tensors import find_projection
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.convert import convert
@@ -25,14 +25,7 @@ from megatron_bitcpm.quant.grids import GRIDS, Grid
 from megatron_bitcpm.quantizer import Quantizer
 
 WIDE = Grid("wide", (-4, -1, 0, 1, 4), 1.0, "abs_max", 4.0)
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=32,
-    ffn_hidden_size=64,
-    num_attention_heads=4,
-    num_query_groups=2,
-    max_position_embeddings=32,
-)
+MODEL = tiny_model("grid")
 VOCAB = 40
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -54,13 +47,9 @@ def random_weight(*shape: int) -> torch.Tensor:
 @pytest.fixture
 def latent(tmp_path):
     """A checkpoint of Megatron whose latents a quantiser with the new grid trained."""
-    generator = torch.Generator().manual_seed(0)
     plain = tmp_path / "plain"
     plain.mkdir()
-    tensors = {
-        name: (torch.randn(shape, generator=generator) * 0.1).bfloat16()
-        for name, shape in shapes_of(MODEL, VOCAB).items()
-    }
+    tensors = random_tensors(MODEL, VOCAB, scale=0.1)
     save_file(tensors, plain / "model.safetensors")
     (plain / "config.json").write_text(json.dumps(hf_config(MODEL, "bfloat16", VOCAB)))
     quantizer = Quantizer(QuantConfig(grid="wide", group_size=16), tp_size=2)

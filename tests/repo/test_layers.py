@@ -1,4 +1,7 @@
-"""A module imports from its own folder and from lower layers only, and no two import each other."""
+"""A module imports from its own folder and from lower layers only, and no two import each other.
+
+No test imports another, and no file or function of the repository is too long to read.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "megatron_bitcpm"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_bitcpm"
+FOLDERS = ("megatron_bitcpm", "tools", "tests")
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+TESTS = [path for path in FILES if path.name.startswith("test_")]
+FILE_LINES, FUNCTION_LINES = 500, 100
 
 # Each folder (or top-level module) and its height; equal heights do not see each other.
 LAYERS = {
@@ -37,6 +45,10 @@ LAYERS = {
     "__init__": 14,
     "__main__": 14,
 }
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def part_of(path: Path) -> str:
@@ -187,6 +199,48 @@ def test_environment_is_read_in_config_only():
     assert readers <= {"config/environment.py"}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.name))
-def test_files_stay_readable(path):
-    assert len(path.read_text().splitlines()) <= 500
+def imported_tests(source: str) -> list[str]:
+    """Names of the test files that a file imports, at any depth of its code."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names += [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return [name for name in names if any(part.startswith("test_") for part in name.split("."))]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=relative)
+def test_no_test_imports_another(path):
+    assert imported_tests(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["import conversion.test_x", "from test_x import f", "from . import test_x"]
+)
+def test_the_walk_sees_an_imported_test(line):
+    assert len(imported_tests(f"import torch\ndef f():\n    {line}\n")) == 1
+
+
+def too_long(source: str) -> list[str]:
+    """Return 'file' and the names of the functions that are longer than a reader likes."""
+    functions = [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno >= FUNCTION_LINES
+    ]
+    return ["file"] * (len(source.splitlines()) > FILE_LINES) + functions
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_files_and_functions_stay_readable(path):
+    assert too_long(path.read_text()) == []
+
+
+def test_what_is_too_long_is_seen():
+    body = "        x = 1\n" * (FUNCTION_LINES - 1)
+    method = f"class A:\n    @staticmethod\n    async def f():\n{body}"
+    assert (too_long(method), too_long(f"{method}        x = 1\n")) == ([], ["f"])
+    assert too_long("x = 1\n" * FILE_LINES) == []
+    assert too_long("x = 1\n" * (FILE_LINES + 1)) == ["file"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 from helpers.ranks import run_ranks
-from helpers.tiny_models import SEQ, VOCAB, tiny_model_config, tiny_run
+from helpers.tiny_models import SEQ, VOCAB, tiny_run
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_bitcpm.arch.counts import tflops_per_device, training_flops_per_token
@@ -36,7 +37,7 @@ def counted_flops(rank: int, model, changes: dict) -> tuple[int, int]:
     ids=["gqa", "mha", "wide-heads"],
 )
 def test_formula_equals_the_count_of_torch(changes):
-    model = tiny_model_config(**changes)
+    model = tiny_model(**changes)
     megatron = {"kv_channels": model.head_dim}
     counted, tokens = run_ranks(1, counted_flops, model, megatron)[0]
     # The counter sees the whole square of scores, twice (scores, values), forward and backward.
@@ -45,7 +46,7 @@ def test_formula_equals_the_count_of_torch(changes):
 
 
 def test_formula_on_numbers_worked_by_hand():
-    model = tiny_model_config(
+    model = tiny_model(
         num_layers=1, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=1
     )
     # qkv 8x(8+4+4), proj 8x8, gate/up/down 3x8x16: 576 weights; output 8x32; scores 2x8x10/2 x2.

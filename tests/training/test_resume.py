@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.model_factory import tiny_fields
 
 from megatron_bitcpm.config import RunConfig, parse_config
 from megatron_bitcpm.errors import ConfigError
@@ -17,14 +18,7 @@ FOLDER = Path("run/iter_0000004")
 def run_config(**changes) -> RunConfig:
     """A run on four ranks; changes are ``section__key=value``."""
     tree: dict = {
-        "model": {
-            "num_layers": 4,
-            "hidden_size": 64,
-            "ffn_hidden_size": 128,
-            "num_attention_heads": 4,
-            "num_query_groups": 4,
-            "max_position_embeddings": 32,
-        },
+        "model": tiny_fields("run", num_layers=4, num_query_groups=4),
         "quant": {},
         "parallel": {"tensor_model_parallel_size": 1},
         "data": {"prefix": "d", "tokenizer": "t", "seq_length": 32},

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.model_factory import MUP, TIED, tiny_model
 
 from megatron_bitcpm.arch.hf_config import hf_config, parse_architecture
 from megatron_bitcpm.arch.model import ModelConfig, attention_factor
@@ -66,16 +67,7 @@ def longrope_model(**changes) -> ModelConfig:
         "original_max_position_embeddings": 128,
         **changes,
     }
-    return ModelConfig(
-        num_layers=2,
-        hidden_size=64,
-        ffn_hidden_size=96,
-        num_attention_heads=4,
-        num_query_groups=2,
-        max_position_embeddings=512,
-        rotary_base=10000,
-        rope_scaling=rope,
-    )
+    return tiny_model("hf", max_position_embeddings=512, rope_scaling=rope)
 
 
 @pytest.mark.both_transformers
@@ -244,42 +236,17 @@ def test_minicpm_needs_its_constants(changes, message):
 
 
 MODELS = {
-    "llama": ModelConfig(
-        num_layers=2,
-        hidden_size=64,
-        ffn_hidden_size=96,
-        num_attention_heads=4,
-        num_query_groups=2,
-        max_position_embeddings=64,
-        layernorm_epsilon=1e-5,
-    ),
+    "llama": tiny_model("hf", layernorm_epsilon=1e-5),
     # the 3B's: head_dim is not hidden / heads
-    "wide": ModelConfig(
-        num_layers=2,
-        hidden_size=80,
-        ffn_hidden_size=96,
-        num_attention_heads=4,
-        num_query_groups=1,
-        kv_channels=32,
-        max_position_embeddings=64,
-        rotary_base=500000,
-        share_embeddings_and_output_weights=True,
+    "wide": tiny_model(
+        "hf", hidden_size=80, num_query_groups=1, kv_channels=32, rotary_base=500000, **TIED
     ),
     "longrope": longrope_model(),
     "factor": longrope_model(attention_factor=1.25),
     "released": longrope_model(original_max_position_embeddings=512),
-    "minicpm": ModelConfig(
-        architecture="minicpm",
-        num_layers=2,
-        hidden_size=64,
-        ffn_hidden_size=96,
-        num_attention_heads=4,
-        num_query_groups=2,
-        max_position_embeddings=64,
-        scale_emb=12,
-        scale_depth=1.4,
-        dim_model_base=256,
-        share_embeddings_and_output_weights=True,
+    "minicpm": tiny_model(
+        "hf",
+        **{**MUP, **TIED, "dim_model_base": 256},
         rope_scaling=longrope_model(original_max_position_embeddings=64).rope_scaling,
     ),
 }

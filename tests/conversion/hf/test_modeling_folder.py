@@ -11,16 +11,15 @@ import warnings
 
 import pytest
 import torch
+from helpers.model_factory import MUP, tiny_model
 from helpers.modeling_folders import (  # noqa: F401
-    MUP,
     VOCAB,
     forward_tensors,
     llama_json,
     load,
+    make_tensors,
     modules_cache,
     quantizer,
-    random_tensors,
-    tiny_model,
     transformers_log,
     weights_of_forward,
     write_folder,
@@ -43,26 +42,26 @@ pytestmark = pytest.mark.both_transformers
 
 IDS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
 CASES = {
-    "rows": (tiny_model(kv_channels=32), quantizer()),
-    "tied_tp2": (tiny_model(share_embeddings_and_output_weights=True), quantizer(2)),
-    "groups": (tiny_model(), quantizer(2, group_size=16, grid="five")),
-    "local": (tiny_model(), quantizer(2, scale_sync="local")),
+    "rows": (tiny_model("modeling", kv_channels=32), quantizer()),
+    "tied_tp2": (tiny_model("modeling", share_embeddings_and_output_weights=True), quantizer(2)),
+    "groups": (tiny_model("modeling"), quantizer(2, group_size=16, grid="five")),
+    "local": (tiny_model("modeling"), quantizer(2, scale_sync="local")),
     "tensor_int8": (
-        tiny_model(),
+        tiny_model("modeling"),
         quantizer(2, group_size="tensor", activation="int8_per_token", grid="half_sym4"),
     ),
     "filters": (
-        tiny_model(num_layers=4),
+        tiny_model("modeling", num_layers=4),
         quantizer(
             full_precision_first_layers=1,
             full_precision_last_layers=1,
             exclude=("decoder.layers.1.mlp.*", "*.2.self_attention.linear_proj"),
         ),
     ),
-    "reciprocal": (tiny_model(), quantizer(1, "bf16_reciprocal")),
-    "minicpm": (tiny_model(**MUP), quantizer(2, eps=0.08)),
+    "reciprocal": (tiny_model("modeling"), quantizer(1, "bf16_reciprocal")),
+    "minicpm": (tiny_model("modeling", **MUP), quantizer(2, eps=0.08)),
     "minicpm_tied": (
-        tiny_model(**MUP, share_embeddings_and_output_weights=True),
+        tiny_model("modeling", **MUP, share_embeddings_and_output_weights=True),
         quantizer(grid="asym4", group_size=32),
     ),
 }
@@ -74,7 +73,7 @@ def latent(tmp_path):
 
     def make(name, dtype=torch.bfloat16):
         model, stamp = CASES[name]
-        tensors = random_tensors(model, dtype)
+        tensors = make_tensors(model, dtype)
         folder = write_folder(tmp_path / name, model, "latent", stamp, tensors)
         return folder, tensors, stamp, model
 
@@ -112,9 +111,9 @@ def test_logits_are_those_of_a_plain_llama_with_these_values(name, latent, tmp_p
 @pytest.mark.parametrize("form", ["latent", "pseudo", "plain"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_minicpm_is_a_llama_with_its_constants_multiplied_in(form, tied, tmp_path):
-    model = tiny_model(**MUP, share_embeddings_and_output_weights=tied)
+    model = tiny_model("modeling", **MUP, share_embeddings_and_output_weights=tied)
     stamp = quantizer()
-    latents = random_tensors(model, torch.float32)
+    latents = make_tensors(model, torch.float32)
     values = latents if form == "plain" else forward_tensors(latents, stamp, model.num_layers)
     stored = latents if form == "latent" else values
     folder = write_folder(tmp_path / "minicpm", model, form, stamp, stored)
@@ -130,7 +129,7 @@ def test_minicpm_is_a_llama_with_its_constants_multiplied_in(form, tied, tmp_pat
             folded[name] = value * residual_scale(model)
         elif name != "lm_head.weight":
             folded[name] = value
-    untied = tiny_model()
+    untied = tiny_model("modeling")
     plain = write_folder(tmp_path / "plain", untied, "plain", None, folded)
     with torch.no_grad():
         got, wanted = load(folder)(IDS).logits, load(plain, trust_remote_code=False)(IDS).logits
@@ -232,7 +231,8 @@ def rope_section(max_positions, original, factor=None):
         "original_max_position_embeddings": original,
         "attention_factor": factor,
     }
-    return tiny_model(**MUP, max_position_embeddings=max_positions, rope_scaling=section)
+    changes = {"max_position_embeddings": max_positions, "rope_scaling": section}
+    return tiny_model("modeling", **MUP, **changes)
 
 
 @pytest.mark.parametrize(("original", "factor"), [(64, None), (32, None), (32, 1.25)])
@@ -251,7 +251,7 @@ def test_longrope_is_that_of_training(length, original, factor, tmp_path):
     keys = {"rope_scaling": rope | ({"attention_factor": factor} if factor else {})}
     if original != 64:
         keys["original_max_position_embeddings"] = original
-    tensors = random_tensors(model, torch.float32)
+    tensors = make_tensors(model, torch.float32)
     folder = write_folder(tmp_path / "rope", model, "latent", quantizer(), tensors, **keys)
     rotary = load(folder).model.rotary_emb
     positions = torch.arange(length)[None]
@@ -301,7 +301,7 @@ def test_a_plain_llama_loads_as_such_beside_a_latent_one(latent, tmp_path):
 def test_groups_and_slices_of_each_projection(group_size, scale_sync, attention, output, down):
     """Tensor parallelism cuts the inputs of o_proj and down_proj, and nobody else's."""
     stamp = quantizer(2, group_size=group_size, scale_sync=scale_sync)
-    block = describe_quantizer(tiny_model(kv_channels=32), stamp)
+    block = describe_quantizer(tiny_model("modeling", kv_channels=32), stamp)
     wanted = {f"self_attn.{name}_proj": (attention, 1) for name in "qkv"}
     wanted |= {f"mlp.{name}_proj": (attention, 1) for name in ("gate", "up")}
     wanted |= {"self_attn.o_proj": (output, 2), "mlp.down_proj": (down, 2)}

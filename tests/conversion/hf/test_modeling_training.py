@@ -7,14 +7,13 @@ import logging
 
 import pytest
 import torch
+from helpers.model_factory import MUP, TIED, tiny_model
 from helpers.modeling_folders import (  # noqa: F401
-    MUP,
     VOCAB,
     load,
+    make_tensors,
     modules_cache,
     quantizer,
-    random_tensors,
-    tiny_model,
     weights_of_forward,
     write_folder,
 )
@@ -27,7 +26,6 @@ from megatron_bitcpm.conversion.open import open_source
 pytestmark = pytest.mark.both_transformers
 
 LENGTH = 32
-TIED = {"share_embeddings_and_output_weights": True}
 
 
 class Sentences(torch.utils.data.Dataset):
@@ -100,8 +98,8 @@ SLOW = ("fp32", "autocast", "checkpointing")
 )
 def test_fine_tuning_learns_on_the_grid(name, tmp_path, monkeypatch):
     dtype, arguments, changes, stamp = CASES[name]
-    architecture = tiny_model(**changes)
-    before = random_tensors(architecture, dtype)
+    architecture = tiny_model("modeling", **changes)
+    before = make_tensors(architecture, dtype)
     folder = write_folder(tmp_path / "folder", architecture, "latent", stamp, before)
     model, losses = fine_tune(folder, tmp_path / "out", dtype, 16, **arguments)
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4]), losses
@@ -127,8 +125,8 @@ def test_fine_tuning_learns_on_the_grid(name, tmp_path, monkeypatch):
 def test_saved_latents_convert_to_the_codes_of_the_trained_forward(tmp_path, monkeypatch):
     from megatron_bitcpm.conversion.qat_convert import qat_convert
 
-    architecture, stamp = tiny_model(), quantizer(group_size=16)
-    before = random_tensors(architecture, torch.bfloat16)
+    architecture, stamp = tiny_model("modeling"), quantizer(group_size=16)
+    before = make_tensors(architecture, torch.bfloat16)
     folder = write_folder(tmp_path / "folder", architecture, "latent", stamp, before)
     model, _ = fine_tune(folder, tmp_path / "out", torch.bfloat16, 3)
     output = tmp_path / "wq.safetensors"
@@ -150,8 +148,8 @@ def test_saved_latents_convert_to_the_codes_of_the_trained_forward(tmp_path, mon
 def test_the_trainer_saves_checkpoints_that_resume(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    architecture, stamp = tiny_model(**TIED), quantizer()
-    tensors = random_tensors(architecture, torch.float32)
+    architecture, stamp = tiny_model("modeling", **TIED), quantizer()
+    tensors = make_tensors(architecture, torch.float32)
     folder = write_folder(tmp_path / "folder", architecture, "latent", stamp, tensors)
     results = []
     for steps, resume in ((4, None), (6, tmp_path / "out" / "checkpoint-4"), (6, None)):

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.model_factory import tiny_model
 
 from megatron_bitcpm import ops
-from megatron_bitcpm.arch.model import ModelConfig, shapes_of
+from megatron_bitcpm.arch.model import shapes_of
 from megatron_bitcpm.arch.tensors import LLAMA, find_projection
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.megatron.torch_dist_reader import TorchDistTensors
@@ -19,22 +20,9 @@ from megatron_bitcpm.quantizer import Quantizer
 PROJECTIONS = {spec.module: spec for spec in LLAMA if spec.role == "projection"}
 
 
-def model_config(**changes):
-    values = {
-        "num_layers": 4,
-        "hidden_size": 8,
-        "ffn_hidden_size": 8,
-        "num_attention_heads": 6,
-        "num_query_groups": 3,
-        "kv_channels": 4,
-        "max_position_embeddings": 8,
-    }
-    return ModelConfig(**{**values, **changes})
-
-
 @pytest.mark.parametrize(("heads", "groups"), [(6, 3), (6, 6), (6, 1), (8, 2)])
 def test_qkv_rows(heads, groups):
-    model = model_config(num_attention_heads=heads, num_query_groups=groups)
+    model = tiny_model("flat", num_attention_heads=heads, num_query_groups=groups)
     per_group = heads // groups
     rows = groups * (per_group + 2) * 4
     fused = torch.arange(rows * 8).view(rows, 8)
@@ -56,8 +44,8 @@ def test_qkv_rows(heads, groups):
 
 @pytest.mark.parametrize(("heads", "groups"), [(6, 3), (6, 6), (8, 2)])
 def test_counted_rows_are_those_of_the_split(heads, groups):
-    model = model_config(num_attention_heads=heads, num_query_groups=groups, ffn_hidden_size=10)
-    dims = model.dimensions()
+    changes = {"num_attention_heads": heads, "num_query_groups": groups, "ffn_hidden_size": 10}
+    dims = tiny_model("flat", **changes).dimensions()
     for spec in PROJECTIONS.values():
         parts = spec.split(torch.zeros(spec.shape(dims)), dims)
         for number, part in enumerate(parts):
@@ -65,7 +53,7 @@ def test_counted_rows_are_those_of_the_split(heads, groups):
 
 
 def test_counting_rows_needs_no_memory():
-    large = model_config(ffn_hidden_size=2**60, num_layers=1)
+    large = tiny_model("flat", ffn_hidden_size=2**60, num_layers=1)
     assert shapes_of(large, 9)["model.layers.0.mlp.up_proj.weight"] == (2**60, 8)
 
 
@@ -73,13 +61,13 @@ def test_more_layers_than_can_be_named():
     tensors = object.__new__(TorchDistTensors)
     tensors.folder = Path("checkpoint")
     with pytest.raises(CheckpointError, match=r"num_layers=1000000000: no model has more than"):
-        tensors.check(model_config(num_layers=10**9))
+        tensors.check(tiny_model("flat", num_layers=10**9))
 
 
 def test_gate_is_the_first_half():
     fused = torch.arange(16 * 8).view(16, 8)
     fc1 = PROJECTIONS["mlp.linear_fc1"]
-    gate, up = fc1.split(fused, model_config().dimensions())
+    gate, up = fc1.split(fused, tiny_model("flat").dimensions())
     assert [part.names["hf"] for part in fc1.parts] == [
         "mlp.gate_proj.weight",
         "mlp.up_proj.weight",
@@ -157,7 +145,7 @@ def test_one_scale_of_whole_rows_does_not_depend_on_the_layout():
 
 def test_filters():
     quant = QuantConfig(full_precision_last_layers=1, exclude=("*.0.mlp.*",))
-    names = Quantizer(quant).tensors(shapes_of(model_config(), 300), 4)
+    names = Quantizer(quant).tensors(shapes_of(tiny_model("flat"), 300), 4)
     assert len(names) == 4 + 7 + 7
     assert "model.layers.0.self_attn.q_proj.weight" in names
     assert "model.layers.0.mlp.up_proj.weight" not in names

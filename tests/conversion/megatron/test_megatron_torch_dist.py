@@ -213,7 +213,8 @@ def test_full_disk(tmp_path, monkeypatch, write, call):
 KILLED = """
 import sys, time, pathlib, os
 sys.path[:0] = {paths!r}
-from helpers.megatron_models import MemorySource, make_source
+from helpers.megatron_models import make_source
+from helpers.model_factory import MemorySource
 from {module} import {write}
 class Slow(MemorySource):
     def tensor(self, name):
@@ -235,7 +236,7 @@ def test_killed(tmp_path, write):
     write(source, tmp_path / "o")
     sign = tmp_path / "sign"
     program = KILLED.format(
-        paths=[str(Path(__file__).parent)],
+        paths=[str(Path(__file__).parents[2])],
         module=write.__module__,
         write=write.__name__,
         sign=str(sign),
