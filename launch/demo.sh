@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a text to a ternary model that writes, by the commands a user would type. Run again, it continues
-# from the last checkpoint; another TEXT or ITERS needs another OUT. Nothing is ever deleted.
+# from the last checkpoint; another TEXT or ITERS needs another OUT. Only the Hugging Face folder is written anew.
 set -euo pipefail
 TEXT="${TEXT:-stdlib:}"
 OUT="${OUT:-demo-output}"
@@ -30,7 +30,7 @@ export OMP_NUM_THREADS=$(( cores / RANKS > 0 ? cores / RANKS : 1 ))
 # Libraries' notes about absent accelerators would bury the demo.
 export PYTHONWARNINGS=ignore
 
-trap 'echo "Stopped. The same command goes on from the last checkpoint (every 200 steps)." >&2' INT
+trap 'echo "Stopped. The same command continues from the last checkpoint." >&2' INT
 
 say "1. tokenizer (SentencePiece) from $TEXT"
 if [ ! -d "$OUT/tokenizer" ]; then
@@ -50,7 +50,7 @@ print(min(40, (tokens - 1) // 256 // 8))
 PY
 )
 if [ "$eval_iters" -lt 1 ]; then
-  echo "TEXT=$TEXT: too little text to validate on (8 windows of 256 tokens in 3 % of it). Give about 300 kB or more." >&2
+  echo "TEXT=$TEXT: too little text to validate on (8 windows of 256 tokens in 3 % of it). Give about 300 kB or more, and another OUT." >&2
   exit 2
 fi
 

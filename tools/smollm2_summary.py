@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -63,7 +64,9 @@ def list_rows(folder: Path) -> list[tuple[str, int, int]]:
 
 def main() -> int:
     """Print the table of a finished `launch/smollm2.sh`; 1 if anything differs."""
-    rows = list_rows(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="OUT of launch/smollm2.sh")
+    rows = list_rows(parser.parse_args().folder)
     print("| SmolLM2-135M-Instruct | compared | differ |\n|---|---|---|")
     for what, compared, differ in rows:
         print(f"| {what} | {compared:,} | {differ:,} |")

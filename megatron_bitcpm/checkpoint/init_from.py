@@ -47,7 +47,7 @@ def find_origin(path: str | Path) -> Origin:
     if not (folder / ".metadata").is_file():
         raise CheckpointError(
             f"checkpoint.init_from={folder}: is not in the torch_dist format. Convert it with "
-            "bitcpm convert --to torch_dist."
+            "bitcpm convert --format torch_dist."
         )
     side_files = folder / SIDE_FOLDER
     has_tokenizer = any((side_files / name).is_file() for name in TOKENIZER_FILES)

@@ -151,7 +151,7 @@ def load_common(folder: Path) -> dict[str, Any]:
     try:
         common: Any = TorchFile(map_file(path)).content
         if not isinstance(common, dict):
-            raise pickle.UnpicklingError("holds no dictionary")
+            raise pickle.UnpicklingError("does not hold a dictionary")
     except Exception as error:
         raise _unsafe(path, describe(error)) from error
     return common

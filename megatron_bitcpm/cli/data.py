@@ -16,7 +16,7 @@ _Input = Annotated[
     typer.Option("--input", help="File or folder of text or JSONL, or stdlib: ; repeatable."),
 ]
 _JsonlKey = Annotated[str, typer.Option(help="Key of the text in JSONL lines.")]
-_MaxBadLines = Annotated[int, typer.Option(help="Stop after so many bad lines.")]
+_MaxBadLines = Annotated[int, typer.Option(help="Stop after this many bad lines.")]
 
 
 @data_app.command("tokenizer")
@@ -54,7 +54,7 @@ def prepare_command(
     ] = 0.03,
     jsonl_key: _JsonlKey = "text",
     document_chars: Annotated[
-        int, typer.Option(help="Text files are cut into documents of at most so many characters.")
+        int, typer.Option(help="Text files are cut into documents of at most this many characters.")
     ] = 4096,
     max_bad_lines: _MaxBadLines = 100,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files.")] = False,

@@ -10,7 +10,7 @@ import typer
 from megatron_bitcpm.cli.output import AsJson, print_json
 
 _TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run modelling code of others.")
+    bool, typer.Option("--trust-remote-code", help="Run modelling code that came with the folder.")
 ]
 
 
@@ -84,7 +84,7 @@ def generate_command(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0 among all.")] = 50,
+    top_k: Annotated[int, typer.Option(help="Sample among this many tokens; 0: among all.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:

@@ -116,8 +116,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = _known_keys(path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
-        fix = f"Did you mean {near[0]}" if near else f"Known keys: {', '.join(known)}"
-        return f"{field}={value}: unknown key. {fix}."
+        fix = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
+        return f"{field}={value}: unknown key. {fix}"
     if error["type"] == "missing":
         return f"{field}=(absent): is required. Add the key."
     rule = error["msg"].replace("Input should be", "must be").rstrip(".")

@@ -242,7 +242,7 @@ class TrainConfig(Section):
     eval_iters: int = Field(10, ge=1, description="Global batches per validation.")
     log_interval: int = Field(10, ge=1, description="Steps between log lines.")
     exit_duration_in_mins: float | None = Field(
-        None, gt=0, description="Save and exit at the first step after so many minutes."
+        None, gt=0, description="Save and exit at the first step after this many minutes."
     )
 
 
@@ -261,7 +261,7 @@ class GuardConfig(Section):
     loss_spike_threshold: float | None = Field(
         None,
         gt=0,
-        description="A spike is a loss so many nats above the median of the window; default off.",
+        description="A spike is a loss this many nats above the median of the window; default off.",
     )
     loss_spike_window: int = Field(
         64, ge=2, description="Losses in the window; no spike is seen before it is full."

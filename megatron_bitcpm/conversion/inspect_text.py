@@ -99,7 +99,9 @@ def _render_quantizer(report: dict[str, Any]) -> list[str]:
         )
     latents = report["latents"]
     if latents:
-        lines.append(f"  {latents['tensors']} projections are on no grid, first {latents['first']}")
+        lines.append(
+            f"  {latents['tensors']} projections are not on a grid, first {latents['first']}"
+        )
         lines.append(f"  {latents['description']}")
     return lines
 

@@ -195,19 +195,19 @@ class ConvertOptions(QuantizerOptions):
     output: PathOption = Field(
         description="Folder to write; of a Megatron format the folder above release."
     )
-    format: Format = Field("hf", description="hf, torch_dist or legacy.")
+    format: Format = Field("hf", description="hf (default), torch_dist or legacy.")
     form: Form | None = Field(
         None,
         description="latent, pseudo or plain; default pseudo for a quantised model in hf, "
         "otherwise that of the input.",
     )
-    tensor_parallel_size: _Size = Field(1, description="Megatron: shards of each layer.")
-    pipeline_parallel_size: _Size = Field(1, description="Megatron: pipeline stages.")
+    tensor_parallel_size: _Size = Field(1, description="Megatron: shards of each layer; default 1.")
+    pipeline_parallel_size: _Size = Field(1, description="Megatron: pipeline stages; default 1.")
     virtual_pipeline_parallel_size: Annotated[int, Field(ge=2)] | None = Field(
         None, description="Megatron: chunks on each stage (interleaved)."
     )
     transformer_impl: Literal["local", "transformer_engine"] = Field(
-        "local", description="legacy: names of the norms; local or transformer_engine."
+        "local", description="legacy: names of the norms; local (default) or transformer_engine."
     )
     architecture: Literal["llama", "minicpm"] | None = Field(
         None, description="hf, of a MiniCPM: minicpm (default) or llama, which folds its constants."
@@ -216,15 +216,15 @@ class ConvertOptions(QuantizerOptions):
         None, description="Tokenizer folder, where the input has none."
     )
     max_shard_size: Annotated[int, BeforeValidator(_to_bytes)] = Field(
-        MAX_SHARD_BYTES, description="hf: largest weight file, for example 5GB or 500MB."
+        MAX_SHARD_BYTES, description="hf: largest weight file, default 5GB."
     )
     weights: Literal["safetensors", "bin"] = Field(
-        "safetensors", description="hf: safetensors or bin."
+        "safetensors", description="hf: safetensors (default) or bin."
     )
-    force: bool = Field(False, description="Continue with latents that look untrained.")
+    force: bool = Field(False, description="Convert weights that look untrained on that grid.")
     overwrite: bool = Field(False, description="Replace the output, if it is a model.")
     to: Literal["torch_dist", "legacy", "plain", "latent", "pseudo"] | None = Field(
-        None, description="Old name of --format and --form; goes with the next release."
+        None, description="Old name of --format and --form; removed in the next release."
     )
 
     @property
@@ -269,7 +269,7 @@ class ConvertOptions(QuantizerOptions):
         if self.to is None:
             return []
         new = f"--format {self.to}" if self.to in MEGATRON else f"--form {self.to}"
-        return [f"--to {self.to} is now {new}; --to goes with the next release"]
+        return [f"--to {self.to} is now {new}; --to is removed in the next release"]
 
 
 def choose_form(options: ConvertOptions, source: TensorSource, folds: bool) -> Form:

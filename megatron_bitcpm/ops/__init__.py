@@ -1,4 +1,4 @@
-"""Layer 3: the quantisers as torch operators, one contract and a backend per device.
+"""The quantisers as torch operators, one contract and a backend per device.
 
     fake_quantize(w)   -> wq               what a ternary linear multiplies with; straight-through
     quantize(w)        -> codes, scales    what exports store

@@ -1,5 +1,6 @@
 """The ternary linears and what keeps them right in parallel runs.
 
 Start with `linear`, then `convert` (`ternarize_`) and `requantize` (when weights are quantised).
-Only this folder, `patching` and `checkpoint.writer` touch names of Megatron that are not public.
+Only this folder, `patching`, `platforms` and, for its files, `checkpoint.writer` and
+`checkpoint.safe_load` touch names of Megatron that are not public.
 """

@@ -1,4 +1,4 @@
-"""Layer 2: the reference mathematics of the quantisers, in pure torch.
+"""The reference mathematics of the quantisers, in pure torch.
 
 `groups` (how groups lie in full and in sharded shapes), `sums` (the one defined order of
 summation), `grids` (the levels), `scales`, `fake_quant` (codes and values), `packing` (two bits per

@@ -72,7 +72,7 @@ def test_a_published_checkpoint_is_found_and_read(run):
 )
 def test_a_damaged_tracker(content, run):
     (run / store.TRACKER).write_bytes(content)
-    refuse(lambda: store.find_checkpoint(run), f"{store.TRACKER}: names no checkpoint")
+    refuse(lambda: store.find_checkpoint(run), f"{store.TRACKER}: does not name a checkpoint")
 
 
 def test_a_tracker_of_an_absent_checkpoint(run):

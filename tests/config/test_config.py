@@ -63,7 +63,7 @@ def test_one_scale_per_projection_and_other_grids_survive_the_round_trip():
 
 def test_unknown_keys_name_the_nearest():
     assert problems(["quant.groupsize=64"]) == [
-        "quant.groupsize=64: unknown key. Did you mean group_size."
+        "quant.groupsize=64: unknown key. Did you mean group_size?"
     ]
     assert "Did you mean training" in problems(["trainning={}"])[0]
 
@@ -131,7 +131,7 @@ def test_all_problems_at_once():
         ("quant.eps=.inf", "quant.eps=inf: must be a finite number"),
         ("data.prefix=2026-13-45", "--set=data.prefix=2026-13-45: the value is not YAML"),
         ('training.precision="a\\nb"', "training.precision=a b: must be 'bf16', 'fp16' or 'fp32'"),
-        ('data.prefx="a\\nb"', "data.prefx=a b: unknown key. Did you mean prefix."),
+        ('data.prefx="a\\nb"', "data.prefx=a b: unknown key. Did you mean prefix?"),
         (
             "optimizer.lr_warmup_iters=9",
             "optimizer.lr_warmup_iters=9: with the default decay of 2 steps exceeds "

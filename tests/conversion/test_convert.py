@@ -210,7 +210,7 @@ def test_the_old_option_still_works_and_names_the_new_ones(to, models, tmp_path)
     source = "latent" if to in ("latent", "pseudo") else "plain"
     report = convert(models[source], tmp_path / "out", to=to)
     new = f"--format {to}" if to in ("torch_dist", "legacy") else f"--form {to}"
-    assert report["warnings"] == [f"--to {to} is now {new}; --to goes with the next release"]
+    assert report["warnings"] == [f"--to {to} is now {new}; --to is removed in the next release"]
     assert to in (report["format"], report["form"])
     assert report["format"] in ("hf", to)
 

@@ -401,7 +401,7 @@ def test_latents_say_their_quantisation_error(tmp_path):
             lost, total = lost + float((w - wq).square().sum()), total + float(w.square().sum())
     assert report["latents"]["tensors"] == 14
     assert report["latents"]["relative_quantization_error"] == pytest.approx(lost / total, rel=1e-3)
-    assert "on no grid, first model.layers.0" in render(report)
+    assert "not on a grid, first model.layers.0" in render(report)
     assert "relative quantisation error" in render(report)
 
 

@@ -40,10 +40,10 @@ LAYERS = {
     "training": 10,
     "evaluation": 11,
     "doctor": 11,
-    "bench": 12,
-    "cli": 13,
-    "__init__": 14,
-    "__main__": 14,
+    "bench": 11,
+    "cli": 12,
+    "__init__": 13,
+    "__main__": 13,
 }
 
 
