@@ -164,8 +164,8 @@ def find_tracked_folder(run_dir: Path) -> Path | None:
     if re.fullmatch("iter_[0-9]{1,18}|release", name):
         return run_dir / name
     raise CheckpointError(
-        f"checkpoint={path}: does not name a checkpoint ({name[:20]!r}). Write the number of an iter_* "
-        "folder into it."
+        f"checkpoint={path}: does not name a checkpoint ({name[:20]!r}). Write the number of an "
+        "iter_* folder into it."
     )
 
 
