@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
@@ -149,10 +150,14 @@ def iter_tensors(
 
 
 def iter_places(model: ModelConfig) -> Iterator[Place]:
-    """Yield every tensor as formats that do not fuse have it."""
-    for spec, layer in iter_tensors(model):
-        for part in range(len(spec.parts)):
-            yield Place(spec, part, layer)
+    """Yield every tensor as formats that do not fuse have it; of a layer its norms last."""
+    for layer, found in itertools.groupby(iter_tensors(model), lambda entry: entry[1]):
+        specs = [spec for spec, _ in found]
+        if layer is not None:
+            specs.sort(key=lambda spec: spec.role == "norm")
+        for spec in specs:
+            for part in range(len(spec.parts)):
+                yield Place(spec, part, layer)
 
 
 def shapes_of(model: ModelConfig, vocab_size: int, format: str = "hf") -> dict[str, Shape]:

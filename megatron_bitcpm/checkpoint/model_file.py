@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from megatron_bitcpm.arch.folding import Folding
 from megatron_bitcpm.arch.model import Form, ModelConfig
@@ -39,6 +39,19 @@ class ModelFile(Record):
     folding: Folding | None = None
     facts: dict[str, Any] = Field(default_factory=dict)
     layout: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelFile:
+        if self.form != "plain" and self.quantizer is None:
+            raise ValueError(f"form {self.form} needs a quantizer")
+        rope = self.model.rope_scaling
+        if rope is not None and rope.original_max_position_embeddings is None:
+            raise ValueError("model.rope_scaling needs original_max_position_embeddings")
+        for name in ("iteration", "tokens", "seq_length", "valid_loss"):
+            value = self.facts.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise ValueError(f"facts.{name} must be a number")
+        return self
 
     def to_json(self) -> str:
         """Return the text of the file."""

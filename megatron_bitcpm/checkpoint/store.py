@@ -223,6 +223,7 @@ def _damaged(path: Path, rule: str) -> BitcpmError:
 class _Numbers(Record):
     iteration: Annotated[int, Field(ge=0)]
     world_size: Annotated[int, Field(ge=1)]
+    consumed_samples: Annotated[int, Field(ge=0)] = 0
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def parse_config(
     try:
         tree = yaml.safe_load(text)
     # ValueError: a date that is none, or an integer of thousands of digits.
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = _one_line(error)
         raise ConfigError(f"--config={source}: {where}. Correct the YAML.") from error
     if not isinstance(tree, dict):
@@ -72,7 +72,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[name] = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set={override}: the value is not YAML. Quote it.") from error
 
 

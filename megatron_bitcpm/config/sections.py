@@ -32,7 +32,7 @@ class QuantConfig(Section):
         "ternary is a mean of absolute values, that of the others follows the largest one "
         "(BitCPM-CANN report, section 3.1).",
     )
-    group_size: int | Literal["tensor"] = Field(
+    group_size: Annotated[int, Field(ge=-1)] | Literal["tensor"] = Field(
         -1,
         description="Inputs per scale; must divide the row; -1 is the whole row, tensor a whole "
         "Hugging Face projection (q, k, v, o, gate, up or down), as in BitNet b1.58.",

@@ -69,7 +69,10 @@ REFUSALS: dict[tuple[str, str], tuple[str, str, str]] = {
     ),
 }
 REFUSALS["plain", "hf pseudo"] = REFUSALS["plain", "hf latent"]
-REFUSALS[_PLAIN, "Megatron"] = REFUSALS[_PLAIN, "hf plain"]
+REFUSALS[_PLAIN, "Megatron"] = (
+    *REFUSALS[_PLAIN, "hf plain"][:2],
+    "Leave it out, or use --format hf with --form latent or --form pseudo",
+)
 """(input, output) -> the option, its rule and the fix; every other pair is possible."""
 
 
@@ -238,7 +241,7 @@ class ConvertOptions(QuantizerOptions):
         """Check options, of which `to` stands for `format` or `form`; see `Options.read`."""
         to = given.get("to")
         if to is not None:
-            if given.get("format") or given.get("form"):
+            if given.get("format") is not None or given.get("form") is not None:
                 raise CheckpointError(
                     f"to={to}: is the old name of format and form. Use only those."
                 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 import yaml
+from helpers.model_factory import tiny_model
 from helpers.ranks import run_ranks
 from helpers.trained_checkpoints import BASE
 
 from megatron_bitcpm.checkpoint.init_from import check_init_from, find_origin
+from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, ModelFile, read_model_file
 from megatron_bitcpm.checkpoint.store import find_checkpoint
 from megatron_bitcpm.config import parse_config
 from megatron_bitcpm.conversion.convert import convert
@@ -95,3 +98,18 @@ def test_a_damaged_description_is_named(converted, tmp_path):
         CheckpointError, match=r"bitcpm_model\.json: cannot be read: model is missing"
     ):
         find_origin(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"form": "latent"}, "form latent needs a quantizer"),
+        ({"facts": {"iteration": [1]}}, "facts.iteration must be a number"),
+        ({"facts": {"valid_loss": True}}, "facts.valid_loss must be a number"),
+    ],
+)
+def test_a_description_that_contradicts_itself(tmp_path, changes, rule):
+    described = ModelFile(form="plain", model=tiny_model(), vocab_size=9, padded_vocab_size=9)
+    (tmp_path / MODEL_FILE).write_text(json.dumps(json.loads(described.to_json()) | changes))
+    with pytest.raises(CheckpointError, match=rule):
+        read_model_file(tmp_path)

@@ -132,7 +132,7 @@ def test_missing_and_unknown_tensors(tmp_path):
     for name in list(tensors):
         if ".layers.1." in name:
             tensors[name.replace("layers.1", "layers.10")] = tensors.pop(name)
-    message = refused(write(tmp_path / "m", tensors), "9 missing tensors: model.layers.1.input")
+    message = refused(write(tmp_path / "m", tensors), "9 missing tensors: model.layers.1.self")
     assert "9 unknown tensors: model.layers.10.input_layernorm.weight" in message
     assert message.count("model.layers") == 10  # five of each
     assert "--fix-config" in message
