@@ -8,7 +8,7 @@ from megatron_bitcpm.arch.hf_config import CONFIG_FILE
 from megatron_bitcpm.checkpoint.store import TRACKER
 from megatron_bitcpm.conversion.hf.source import BIN_INDEX_FILE, INDEX_FILE, open_hf
 from megatron_bitcpm.conversion.source import Kind, ModelSource
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import CheckpointError, describe, one_line
 
 _HF_WEIGHTS = ("*.safetensors", INDEX_FILE, "pytorch_model*.bin", BIN_INDEX_FILE)
 
@@ -23,6 +23,12 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> ModelS
         CheckpointError: no model, an unknown architecture, or damaged files.
     """
     path = Path(path)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass  # `detect_kind` says so
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL
+        raise _unknown(path, describe(error)) from error
     if path.is_file() and (path.parent / CONFIG_FILE).is_file():
         path = path.parent
     kind = detect_kind(path)
@@ -54,6 +60,6 @@ def detect_kind(path: Path) -> Kind:
 
 def _unknown(path: Path, rule: str) -> CheckpointError:
     return CheckpointError(
-        f"model={path}: {rule}. Name a folder with config.json and weights, a run, or an iter_* or "
-        "release folder."
+        f"model={one_line(path)}: {rule}. Name a folder with config.json and weights, a run, or an "
+        "iter_* or release folder."
     )

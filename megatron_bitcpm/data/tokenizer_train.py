@@ -45,6 +45,8 @@ def train_tokenizer(
     output = Path(output_dir)
     if vocab_size < _RESERVED_PIECES + 41:
         raise DataError(f"vocab_size={vocab_size}: 259 ids are reserved. Use 300 or more.")
+    if not 0 < sample_mb < 1e9:
+        raise DataError(f"sample_mb={sample_mb}: must be above 0. Use 50.")
     files = text_source.list_input_files(inputs)
     texts = text_source.iter_documents(files, jsonl_key=jsonl_key, max_bad_lines=max_bad_lines)
     sample = _TrainingSample(files, texts, int(sample_mb * 1e6))

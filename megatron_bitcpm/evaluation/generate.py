@@ -35,6 +35,8 @@ def generate(
         raise BitcpmError(f"temperature={temperature}: is negative. Use 0 for greedy decoding.")
     if max_new_tokens < 1:
         raise BitcpmError(f"max_new_tokens={max_new_tokens}: must be at least 1. Use 64.")
+    if top_k < 0:
+        raise BitcpmError(f"top_k={top_k}: is negative. Use 0 to sample among all tokens.")
     model = load_hf_model(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_hf_tokenizer(folder)
     # In training an end token stands before every document but the first.

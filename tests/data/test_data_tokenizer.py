@@ -266,3 +266,9 @@ def test_overwriting_replaces_tokenizers_only(tmp_path):
     with pytest.raises(DataError, match="not a trained tokenizer"):
         train_tokenizer([text], tmp_path, vocab_size=300, overwrite=True)
     assert text.exists()
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_sample_has_a_size(size, tmp_path):
+    with pytest.raises(DataError, match=r"^sample_mb=.*: must be above 0"):
+        train_tokenizer(["stdlib:"], tmp_path / "t", vocab_size=300, sample_mb=size)

@@ -12,7 +12,7 @@ from helpers.memory_source import MINICPM, make_latent, make_stamp
 from helpers.modeling_folders import transformers_log  # noqa: F401
 
 from megatron_bitcpm.conversion.hf.writer import write_folder
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import BitcpmError, CheckpointError
 from megatron_bitcpm.evaluation.generate import generate, load_hf_model, load_hf_tokenizer
 
 
@@ -80,3 +80,8 @@ def test_loading_the_tokenizer_says_nothing(folders, transformers_log, tmp_path)
     assert transformers_log == []
     folder = change_code(folders, tmp_path, "raise SystemExit('the code was run')")
     load_hf_tokenizer(folder)
+
+
+def test_a_negative_number_of_tokens_to_sample_among(tmp_path):
+    with pytest.raises(BitcpmError, match=r"^top_k=-1: is negative"):
+        generate(tmp_path, "a", top_k=-1)
