@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 LAYER_PREFIXES = {"megatron": "decoder.layers.{}.", "hf": "model.layers.{}."}
 """Format -> what precedes the name of a layer's tensor."""
+STACKED_PREFIX = LAYER_PREFIXES["megatron"].replace("{}.", "")
+"""What precedes it where Megatron stacks the layers in dimension 0."""
 
 
 @dataclass(frozen=True)
@@ -351,20 +353,29 @@ class Place:
 
     def name(self, format: str) -> str:
         """Return the name of this part in a format that does not fuse."""
-        return _prefix(format, self.layer) + self.spec.parts[self.part].names[format]
+        return layer_prefix(self.layer, format) + self.spec.parts[self.part].names[format]
 
     def shape(self, dims: Dimensions) -> Shape:
         """Return the shape of this part."""
         return self.spec.part_shape(self.part, dims)
 
 
-def _prefix(format: str, layer: int | None) -> str:
+def layer_prefix(layer: int | None, format: str = "megatron") -> str:
+    """Return what precedes the name of a tensor, '' outside the layers."""
     return "" if layer is None else LAYER_PREFIXES[format].format(layer)
+
+
+def split_layer(name: str, format: str = "megatron") -> tuple[int | None, str]:
+    """Return the number of the layer in a name, None outside the layers, and the rest."""
+    prefix, suffix = map(re.escape, LAYER_PREFIXES[format].split("{}"))
+    # Python makes no number of more digits.
+    match = re.fullmatch(rf"{prefix}(\d{{1,4000}}){suffix}(.+)", name)
+    return (int(match[1]), match[2]) if match else (None, name)
 
 
 def name_of(spec: TensorSpec, layer: int | None) -> str:
     """Return Megatron's name of a tensor; `layer` is its global number, None outside the layers."""
-    return _prefix("megatron", layer) + spec.name
+    return layer_prefix(layer) + spec.name
 
 
 def all_specs() -> tuple[TensorSpec, ...]:
@@ -377,11 +388,7 @@ def find_tensor(name: str, format: str = "hf") -> Place | None:
 
     Formats are keys of `LAYER_PREFIXES`; for megatron the part is 0.
     """
-    layer: int | None = None
-    prefix, suffix = map(re.escape, LAYER_PREFIXES[format].split("{}"))
-    # Python makes no number of more digits.
-    if match := re.fullmatch(rf"{prefix}(\d{{1,4000}}){suffix}(.+)", name):
-        layer, name = int(match[1]), match[2]
+    layer, name = split_layer(name, format)
     for spec in all_specs():
         if spec.in_layer != (layer is not None):
             continue
@@ -399,12 +406,6 @@ def find_projection(name: str, format: str = "hf") -> Place | None:
     """Return which projection of a layer a tensor is, None for all others."""
     place = find_tensor(name, format)
     return place if place is not None and place.spec.role == "projection" else None
-
-
-def layer_of(place: Place) -> int:
-    """Return the layer of a layer's tensor."""
-    assert place.layer is not None
-    return place.layer
 
 
 def iter_specs(

@@ -24,7 +24,7 @@ from megatron_bitcpm.arch.hf_config import (
     parse_architecture,
 )
 from megatron_bitcpm.arch.model import ModelConfig, shapes_of
-from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Shape, find_tensor
+from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Shape, find_tensor, split_layer
 from megatron_bitcpm.conversion.codes import count_not_finite
 from megatron_bitcpm.conversion.derive_architecture import (
     DerivedArchitecture,
@@ -236,8 +236,10 @@ def _correct(
 def _compare_names(shapes: Mapping[str, Shape], derived: DerivedArchitecture) -> Iterator[str]:
     """Yield what layers of this architecture have and the tensors lack, and the reverse."""
     sizes, strays = derived.sizes, derived.strays
-    for layer in sorted({name.split(".")[2] for name in strays}, key=int):
-        held = [name for name in strays if name.split(".")[2] == layer]
+    by_layer: dict[int | None, list[str]] = {}
+    for name in strays:
+        by_layer.setdefault(split_layer(name, "hf")[0], []).append(name)
+    for layer, held in sorted(by_layer.items(), key=lambda entry: entry[0] or 0):
         yield f"layer {layer} is incomplete, it holds only {list_first(held, 'tensors')}"
     if "head_dim" not in sizes:
         return

@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_bitcpm import ops
-from megatron_bitcpm.arch.tensors import Dimensions, TensorSpec, all_specs
+from megatron_bitcpm.arch.tensors import Dimensions, TensorSpec, all_specs, layer_prefix
 from megatron_bitcpm.config import QuantConfig, RunConfig
 from megatron_bitcpm.errors import ModelError
 from megatron_bitcpm.parallel.agree import first_reason
@@ -164,7 +164,7 @@ def _matrices(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, in
             has_matrix = any(p.ndim >= 2 for p in module.parameters(recurse=False))
             if not has_matrix or isinstance(module, Router):
                 continue
-            name = f"decoder.layers.{number}.{local_name}"
+            name = layer_prefix(number) + local_name
             if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
                 raise ModelError(
                     f"model={name}: {type(module).__name__} cannot be made ternary. Build the "

@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_bitcpm import ops
+from megatron_bitcpm.arch.tensors import split_layer
 from megatron_bitcpm.parallel.convert import TernaryModel
 from megatron_bitcpm.parallel.scale_sync import update_given_scales
 from megatron_bitcpm.parallel.site import TernarySite
@@ -148,8 +149,9 @@ def _gather_from_model_parallel_ranks(
 
 
 def _layer_of(site: TernarySite) -> int:
-    # decoder.layers.3.mlp.linear_fc2, counted over the whole model
-    return int(site.name.split(".")[2])
+    layer, _ = split_layer(site.name)
+    assert layer is not None, site.name
+    return layer
 
 
 def _spread_rows(site: TernarySite, max_weights: int) -> torch.Tensor:

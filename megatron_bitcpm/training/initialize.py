@@ -15,14 +15,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, find_tensor
+from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, find_tensor, layer_prefix
 
 
 def _named_matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield (global name, parameter) of every matrix of one model chunk."""
     names = {id(module): name for name, module in model.named_modules()}
     layers = {
-        names[id(module)] + ".": f"decoder.layers.{module.layer_number - 1}."
+        names[id(module)] + ".": layer_prefix(module.layer_number - 1)
         for module in model.modules()
         if isinstance(module, TransformerLayer)
     }

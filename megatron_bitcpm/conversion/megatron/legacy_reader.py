@@ -25,7 +25,9 @@ from megatron_bitcpm.arch.tensors import (
     Shape,
     TensorSpec,
     find_tensor,
+    layer_prefix,
     name_of,
+    split_layer,
 )
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.conversion.difference import list_first
@@ -36,7 +38,6 @@ from megatron_bitcpm.conversion.tensor_stream import dtype_name, equal_bytes
 from megatron_bitcpm.errors import CheckpointError, describe
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _IGNORED = ("_extra_state", "rotary_pos_emb.inv_freq")
 _LEAST_VERSION = 3.0
 
@@ -254,7 +255,8 @@ class LegacyTensors(MegatronTensors):
             for ranks in self._shards:
                 _check_same_tensors(ranks, chunk)
                 names = ranks[0].chunks[chunk]
-                layers = sorted({int(m[1]) for m in map(_LAYER.fullmatch, names) if m})
+                numbers = {layer for layer, _ in map(split_layer, names) if layer is not None}
+                layers = sorted(numbers)
                 if layers != list(range(len(layers))):
                     rule = f"holds layers {layers}, not the first ones of its stage"
                     raise refusal(ranks[0].path, rule)
@@ -269,11 +271,10 @@ class LegacyTensors(MegatronTensors):
 
 def _full_name(name: str, first_layer: int) -> str:
     """Return the global name of a tensor whose layer is numbered within its stage."""
-    match, place = _LAYER.fullmatch(name), find_tensor(name, "megatron")
-    if match is None:
+    (layer, rest), place = split_layer(name), find_tensor(name, "megatron")
+    if layer is None:
         return name
-    layer = first_layer + int(match[1])
-    return f"decoder.layers.{layer}.{match[2]}" if place is None else name_of(place.spec, layer)
+    return layer_prefix(first_layer + layer) + (rest if place is None else place.spec.name)
 
 
 def _full_shape(name: str, parts: list[_Part]) -> Shape:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_bitcpm.arch.layout import Layout, pad_rows
-from megatron_bitcpm.arch.tensors import LAYER_PREFIXES
+from megatron_bitcpm.arch.tensors import layer_prefix
 from megatron_bitcpm.conversion.megatron.folder import SHARD_FILE
 from megatron_bitcpm.conversion.megatron.output import Check, run_args, write_megatron
 from megatron_bitcpm.conversion.megatron.shards import Piece, Shards
@@ -105,7 +105,7 @@ def _chunk_tensors(
     for piece in shards.pieces(tp_rank, pp_rank, chunk):
         name = (piece.spec.local_name if local else None) or piece.spec.name
         if piece.layer is not None:
-            name = LAYER_PREFIXES["megatron"].format(piece.layer - layers.start) + name
+            name = layer_prefix(piece.layer - layers.start) + name
         parts.setdefault(name, []).append(piece)
     tensors = {name: _join(pieces) for name, pieces in parts.items()}
     output = shards.tied_output(tp_rank, pp_rank, chunk)

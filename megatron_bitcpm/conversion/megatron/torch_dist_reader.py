@@ -15,15 +15,20 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_bitcpm.arch.tensors import Shape, TensorSpec, name_of
+from megatron_bitcpm.arch.tensors import (
+    STACKED_PREFIX,
+    Shape,
+    TensorSpec,
+    layer_prefix,
+    name_of,
+    split_layer,
+)
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, load_common, read_metadata
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL, refusal
 from megatron_bitcpm.conversion.megatron.source import MegatronTensors, refuse_dtype
 from megatron_bitcpm.conversion.megatron.stock_args import StockModel, read_args
 from megatron_bitcpm.errors import describe
-
-_LAYERS = "decoder.layers."
 
 
 class TorchDistTensors(MegatronTensors):
@@ -79,17 +84,17 @@ class TorchDistTensors(MegatronTensors):
                 continue
             shape = tuple(entry.size)
             refuse_dtype(entry.properties.dtype, name, self.folder)
-            number, _, rest = name.removeprefix(_LAYERS).partition(".")
-            if not name.startswith(_LAYERS) or number.isdigit():
+            if not name.startswith(STACKED_PREFIX) or split_layer(name)[0] is not None:
                 found[name] = shape
-            else:
-                found |= {f"{_LAYERS}{n}.{number}.{rest}": shape[1:] for n in range(shape[0])}
+                continue
+            local = name.removeprefix(STACKED_PREFIX)
+            found |= {layer_prefix(n) + local: shape[1:] for n in range(shape[0])}
         return found
 
     def _stored_name(self, spec: TensorSpec, layer: int | None) -> str:
         """Return the name of a tensor, layers numbered where the checkpoint numbers them."""
         name = name_of(spec, layer)
-        return name if layer is None or name in self._entries else _LAYERS + spec.name
+        return name if layer is None or name in self._entries else STACKED_PREFIX + spec.name
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self._entries:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_bitcpm.arch.layout import Layout, pad_rows
 from megatron_bitcpm.arch.model import ModelConfig, iter_tensors
+from megatron_bitcpm.arch.tensors import STACKED_PREFIX
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, METADATA_FILE
 from megatron_bitcpm.conversion.megatron.output import Check, run_args, write_megatron
 from megatron_bitcpm.conversion.megatron.shards import Piece, Shards
@@ -40,7 +41,6 @@ _CONFIG = """{"sharded_backend": "torch_dist", "sharded_backend_version": 1, \
 "common_backend": "torch", "common_backend_version": 1}"""
 _COMMON = {"checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0}
 _ALIGNMENT = 64
-_LAYERS = "decoder.layers."
 
 
 def write_torch_dist(
@@ -118,7 +118,7 @@ class _Index:
         for spec, layer in iter_tensors(model):
             if spec.role != "projection":
                 continue
-            name = f"{_LAYERS}{spec.module}._extra_state/shard_{layer}_{model.num_layers}"
+            name = f"{STACKED_PREFIX}{spec.module}._extra_state/shard_{layer}_{model.num_layers}"
             self._entries[name] = BytesStorageMetadata()
             self._places[MetadataIndex(name)] = _append(file, file_name, [None])
 
@@ -126,7 +126,7 @@ class _Index:
         tensor = piece.tensor
         name, full, start = piece.spec.name, piece.full, piece.start
         if piece.layer is not None:
-            name, full = _LAYERS + name, (num_layers, *full)
+            name, full = STACKED_PREFIX + name, (num_layers, *full)
             start = (piece.layer, *start)
             tensor = LateTensor(
                 (1, *tensor.shape), tensor.dtype, lambda: piece.tensor.read().unsqueeze(0)
