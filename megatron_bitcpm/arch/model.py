@@ -105,6 +105,11 @@ class ModelConfig(Section):
         """Its row of `FAMILIES`."""
         return FAMILIES[self.architecture]
 
+    @property
+    def has_constants(self) -> bool:
+        """Whether it is a Llama with constants, which can be folded into its weights."""
+        return bool(self.family.constants)
+
     def dimensions(self, vocab_size: int = 1) -> Dimensions:
         """Return the sizes that the shapes of its tensors are made of."""
         return Dimensions(

@@ -303,12 +303,13 @@ LLAMA = (
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model: its rows of the map, in the order of the forward pass, and its class.
+    """A kind of model: its rows of the map, in the order of the forward pass, and its classes.
 
     `tied_by_default` is what an absent tie_word_embeddings means; `constants` are further fields of
     `ModelConfig` that it needs, keys of config.json too.
     """
 
+    title: str
     tensors: tuple[TensorSpec, ...]
     hf_class: str
     tied_by_default: bool = False
@@ -316,10 +317,14 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family(LLAMA, "LlamaForCausalLM"),
+    "llama": Family("Llama", LLAMA, "LlamaForCausalLM"),
     # Tied by default in OpenBMB's configuration class.
     "minicpm": Family(
-        LLAMA, "MiniCPMForCausalLM", True, ("scale_emb", "scale_depth", "dim_model_base")
+        "MiniCPM",
+        LLAMA,
+        "MiniCPMForCausalLM",
+        tied_by_default=True,
+        constants=("scale_emb", "scale_depth", "dim_model_base"),
     ),
 }
 

@@ -136,7 +136,7 @@ def fold_alike(found: ModelSource, wanted: ModelSource) -> tuple[ModelSource, Mo
 
 
 def _can_fold(source: ModelSource) -> bool:
-    return source.folding is None and source.model.architecture == "minicpm"
+    return source.folding is None and source.model.has_constants
 
 
 def compare_architectures(found: ModelSource, wanted: ModelSource) -> list[str]:

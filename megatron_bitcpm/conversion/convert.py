@@ -113,9 +113,9 @@ def prepare(
 def _folds(options: ConvertOptions, source: ModelSource) -> bool:
     """Whether the constants of a MiniCPM are to be multiplied into its weights."""
     wanted = options.architecture
-    if wanted is None or wanted == source.model.architecture == "minicpm":
+    if wanted is None or (wanted == source.model.architecture and source.model.has_constants):
         return False
-    if source.model.architecture != "minicpm":
+    if not source.model.has_constants:
         rule = "has an effect on a MiniCPM only, and the input is a Llama"
         if source.folding is not None:
             rule = "the input is a folded MiniCPM, and folding cannot be undone"

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter, 
 
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.model import Form
+from megatron_bitcpm.arch.tensors import FAMILIES
 from megatron_bitcpm.config import QuantConfig
 from megatron_bitcpm.conversion.difference import markdown_table
 from megatron_bitcpm.errors import CheckpointError
@@ -212,7 +213,7 @@ class ConvertOptions(QuantizerOptions):
     transformer_impl: Literal["local", "transformer_engine"] = Field(
         "local", description="legacy: names of the norms; local (default) or transformer_engine."
     )
-    architecture: Literal["llama", "minicpm"] | None = Field(
+    architecture: Literal[tuple(FAMILIES)] | None = Field(  # type: ignore[valid-type]
         None, description="hf, of a MiniCPM: minicpm (default) or llama, which folds its constants."
     )
     tokenizer: PathOption | None = Field(

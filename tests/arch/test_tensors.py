@@ -225,7 +225,7 @@ def longer_map(monkeypatch):
         for part in spec.parts:
             monkeypatch.setitem(part.names, "toy", f"toy {part.names['hf']}")
     llama = (*LLAMA[:3], GAIN, MIX, WOVEN, *LLAMA[3:])
-    monkeypatch.setitem(FAMILIES, "llama", Family(llama, "LlamaForCausalLM"))
+    monkeypatch.setitem(FAMILIES, "llama", Family("Llama", llama, "LlamaForCausalLM"))
 
 
 def make_folder(folder: Path) -> dict[str, torch.Tensor]:

@@ -61,7 +61,7 @@ class FoldedSource(ModelSource):
 
 def fold(source: ModelSource) -> FoldedSource:
     """Return a MiniCPM as a plain Llama."""
-    assert source.model.architecture == "minicpm", source.path
+    assert source.model.has_constants, source.path
     inherited = {f.name: getattr(source, f.name) for f in fields(ModelSource)}
     changed = {
         "form": "pseudo" if source.form == "latent" else source.form,

@@ -133,7 +133,7 @@ def write_model_card(
     """
     quantizer = source.quantizer if form != "plain" else None
     tags = [source.model.architecture, "megatron-bitcpm"]
-    title = {"llama": "Llama", "minicpm": "MiniCPM"}[source.model.architecture]
+    title = source.model.family.title
     if quantizer is not None:
         ternary = quantizer.grid.is_ternary
         tags += ["ternary", "1.58-bit"] if ternary else [quantizer.grid.name]
@@ -166,8 +166,8 @@ def _describe(
     report: Mapping[str, Any],
     quantizer: Quantizer | None,
 ) -> str:
-    minicpm = source.model.architecture == "minicpm"
-    loads = "a MiniCPM" if minicpm else "a plain Llama"
+    model = source.model
+    loads = f"a {model.family.title}" if model.has_constants else f"a plain {model.family.title}"
     if quantizer is None:
         return _FULL_PRECISION.format(dtype=config["torch_dtype"], loads=loads, version=__version__)
     projections = sum(place.spec.role == "projection" for place in iter_places(source.model))
@@ -205,7 +205,7 @@ def _describe_use(source: ModelSource, form: Form, quantizer: Quantizer | None) 
             group_size=quantizer.config.group_size,
             numerics=f" --numerics {quantizer.numerics}" if other else "",
         )
-    minicpm = source.model.architecture == "minicpm"
+    minicpm = source.model.has_constants
     return _USE.format(
         trust=", trust_remote_code=True" if minicpm else "",
         serve=_SERVE_MINICPM if minicpm else _SERVE_LLAMA,

@@ -69,7 +69,7 @@ def write_folder(
 def _warn_of_head_size(source: ModelSource, form: Form) -> list[str]:
     model = source.model
     standard = model.head_dim * model.num_attention_heads == model.hidden_size
-    if form == "latent" or model.architecture != "minicpm" or standard:
+    if form == "latent" or not model.has_constants or standard:
         return []
     return [
         f"vLLM takes hidden / heads for the head size of a minicpm, this one has {model.head_dim}: "
