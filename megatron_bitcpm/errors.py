@@ -37,6 +37,14 @@ class CheckpointError(BitcpmError):
     """A checkpoint that is absent, incomplete, damaged or of another model."""
 
 
+DAMAGED = "The checkpoint is damaged; use another one"
+
+
+def refusal(path: object, rule: str, fix: str = DAMAGED) -> CheckpointError:
+    """Build the error of a checkpoint that cannot be used."""
+    return CheckpointError(f"checkpoint={path}: {rule}. {fix}.")
+
+
 class TrainingError(BitcpmError):
     """A run that had to stop, for example after repeated non-finite gradients."""
 

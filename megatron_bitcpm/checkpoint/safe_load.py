@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_bitcpm.checkpoint.pickle_names import PATH_NAMES, make_container, refused, stand_ins
 from megatron_bitcpm.checkpoint.strict_pickle import StrictUnpickler
 from megatron_bitcpm.checkpoint.torch_file import TorchFile, check_pickle, map_file
-from megatron_bitcpm.errors import CheckpointError, describe
+from megatron_bitcpm.errors import describe, refusal
 from megatron_bitcpm.patching.patch import Patch, PatchSet
 
 METADATA_FILE = ".metadata"
@@ -186,10 +186,8 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _unsafe(path: Path, reason: str) -> Exception:
-    return CheckpointError(
-        f"checkpoint={path}: cannot be loaded: {reason}. The checkpoint is damaged or not of this "
-        "package; use another one."
-    )
+    fix = "The checkpoint is damaged or not of this package; use another one"
+    return refusal(path, f"cannot be loaded: {reason}", fix)
 
 
 def _shorten(error: BaseException) -> str:

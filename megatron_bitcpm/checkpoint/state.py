@@ -34,7 +34,7 @@ from megatron_bitcpm.checkpoint.safe_load import (
     read_metadata,
 )
 from megatron_bitcpm.checkpoint.writer import PlannedSave, plan_save
-from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.errors import refusal
 from megatron_bitcpm.parallel.agree import on_all_ranks
 from megatron_bitcpm.parallel.megatron_api import sharded_state_dict_of_chunks
 from megatron_bitcpm.parallel.optimizer_state import optimizer_sharded_state_dict
@@ -200,12 +200,12 @@ def _check_files(folder: Path) -> Metadata:
     def check() -> Metadata:
         metadata = read_metadata(folder)
         if damage := find_damage(folder):
-            raise _refusal(folder, f"is incomplete: {damage}", "Use another checkpoint")
+            raise refusal(folder, f"is incomplete: {damage}", "Use another checkpoint")
         load_common(folder)
         return metadata
 
     metadata = on_all_ranks(
-        check, lambda reason: _refusal(folder, f"cannot be read: {reason}", "Name another folder")
+        check, lambda reason: refusal(folder, f"cannot be read: {reason}", "Name another folder")
     )
     assert metadata is not None
     return metadata
@@ -220,20 +220,20 @@ def _check_entries(folder: Path, state: dict[str, Any], metadata: Metadata) -> N
         for key, tensor in wanted.items():
             kind = "optimizer" if key.startswith("optimizer.") else "model"
             if key not in metadata.state_dict_metadata:
-                raise _refusal(folder, f"has no tensor {key}", _FIXES[kind])
+                raise refusal(folder, f"has no tensor {key}", _FIXES[kind])
             found, shape = _stored_shape(metadata, tensor), list(tensor.global_shape)
             if found is None:
-                raise _refusal(folder, f"{key} is stored in another form", _FIXES[kind])
+                raise refusal(folder, f"{key} is stored in another form", _FIXES[kind])
             if found != shape:
-                raise _refusal(
+                raise refusal(
                     folder, f"{key} has shape {found}, the {kind}'s has {shape}", _FIXES[kind]
                 )
         kinds = {_optimizer_part(key) for key in wanted}
         for key in metadata.state_dict_metadata if len(kinds) > 1 else ():
             if _optimizer_part(key) not in kinds:
-                raise _refusal(folder, f"has {key} of another optimizer", _FIXES["optimizer"])
+                raise refusal(folder, f"has {key} of another optimizer", _FIXES["optimizer"])
 
-    on_all_ranks(check, lambda reason: _refusal(folder, reason, "Use another checkpoint"))
+    on_all_ranks(check, lambda reason: refusal(folder, reason, "Use another checkpoint"))
 
 
 _FIXES = {
@@ -264,7 +264,3 @@ def _tensors(state: dict[str, Any]) -> Iterator[ShardedTensor]:
     for value in nested_values(state):
         parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
         yield from (part for part in parts if isinstance(part, ShardedTensor))
-
-
-def _refusal(folder: Path, rule: str, fix: str) -> BitcpmError:
-    return CheckpointError(f"checkpoint={folder}: {rule}. {fix}.")

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE
 from megatron_bitcpm.config import RunConfig, parse_config
-from megatron_bitcpm.errors import BitcpmError, CheckpointError
+from megatron_bitcpm.errors import CheckpointError, refusal
 from megatron_bitcpm.publish import set_aside, sync, sync_tree, write_text
 from megatron_bitcpm.records import Record, explain
 
@@ -87,7 +87,7 @@ def replaced_folder(target: Path) -> Path:
     return target.with_name(OLD_PREFIX + target.name)
 
 
-def write_error(run_dir: Path, reason: str) -> BitcpmError:
+def write_error(run_dir: Path, reason: str) -> CheckpointError:
     """Return the error of a checkpoint that could not be written."""
     return CheckpointError(
         f"checkpoint.directory={run_dir}: cannot be written: {reason}. Free space or name another "
@@ -211,13 +211,7 @@ def _read(folder: Path, name: str, parse: Callable[[str], Any]) -> Any:
         return parse((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        raise _damaged(folder / name, lines[0].rstrip(".")) from error
-
-
-def _damaged(path: Path, rule: str) -> BitcpmError:
-    return CheckpointError(
-        f"checkpoint={path}: {rule}. The checkpoint is damaged; use another one."
-    )
+        raise refusal(folder / name, lines[0].rstrip(".")) from error
 
 
 class _Numbers(Record):
@@ -230,7 +224,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Return ``bitcpm_state.json`` of a checkpoint."""
     state = _read(folder, STATE_FILE, json.loads)
     if not isinstance(state, dict):
-        raise _damaged(folder / STATE_FILE, "holds no JSON object")
+        raise refusal(folder / STATE_FILE, "holds no JSON object")
     version = state.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -240,7 +234,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         _Numbers.model_validate(state)
     except ValidationError as error:
-        raise _damaged(folder / STATE_FILE, explain(error)) from error
+        raise refusal(folder / STATE_FILE, explain(error)) from error
     return state
 
 

@@ -40,7 +40,7 @@ from megatron_bitcpm.conversion.hf.config import Origin, read_origin
 from megatron_bitcpm.conversion.hf.source import open_weights
 from megatron_bitcpm.conversion.hf.tensor_files import SUFFIXES, TensorFile, open_tensor_file
 from megatron_bitcpm.conversion.infer_grid import is_zero
-from megatron_bitcpm.conversion.open import detect_kind, open_source
+from megatron_bitcpm.conversion.open import detect_kind, find_model, open_source
 from megatron_bitcpm.conversion.projection_totals import ProjectionTotals
 from megatron_bitcpm.conversion.source import Kind, ModelSource, TensorSource
 from megatron_bitcpm.conversion.tensor_stream import dtype_name
@@ -101,7 +101,7 @@ def inspect(
     """
     if tokenizer is not None:
         check_tokenizer_folder(tokenizer)
-    model = _open(Path(path), tokenizer)
+    model = _open(find_model(path), tokenizer)
     source, shapes = model.source, model.source.shapes()
     sizes = {n: math.prod(s) * _BYTES.get(model.dtype_name(n), 1) for n, s in shapes.items()}
     found, tied, dtypes = _read_tensors(model, shapes, sizes)

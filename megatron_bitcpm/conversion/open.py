@@ -22,13 +22,7 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> ModelS
     Raises:
         CheckpointError: no model, an unknown architecture, or damaged files.
     """
-    path = Path(path)
-    try:
-        path.stat()
-    except FileNotFoundError:
-        pass  # `detect_kind` says so
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL
-        raise _unknown(path, describe(error)) from error
+    path = find_model(path)
     if path.is_file() and (path.parent / CONFIG_FILE).is_file():
         path = path.parent
     kind = detect_kind(path)
@@ -40,10 +34,20 @@ def open_source(path: str | Path, tokenizer: str | Path | None = None) -> ModelS
     return open_megatron(path, tokenizer)
 
 
+def find_model(path: str | Path) -> Path:
+    """Return the path of a model that a user named; there must be something."""
+    path = Path(path)
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _unknown(path, "no such file or folder") from error
+    except (OSError, ValueError) as error:  # too long a name, or one with a NUL
+        raise _unknown(path, describe(error)) from error
+    return path
+
+
 def detect_kind(path: Path) -> Kind:
     """Return which format a folder has, by the names in it; raise a CheckpointError for none."""
-    if not path.exists():
-        raise _unknown(path, "no such file or folder")
     if path.is_file():
         raise _unknown(path, "is a file, not a model")
     if any(next(path.glob(pattern), None) for pattern in _HF_WEIGHTS):

@@ -14,6 +14,7 @@ from helpers.trained_checkpoints import LAYERS, open_tensors
 from safetensors.torch import load_file, save_file
 
 from megatron_bitcpm.arch.tensors import LLAMA, TensorSpec, find_tensor, iter_specs
+from megatron_bitcpm.conversion.inspect import inspect
 from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.conversion.verify import verify
 from megatron_bitcpm.errors import CheckpointError
@@ -379,6 +380,7 @@ def test_another_grid_of_the_same_values_needs_the_checkpoint(damaged, trained):
 
 def test_a_name_that_no_system_has_is_one_line():
     for name in ("x" * 5000, "a\0b"):
-        with pytest.raises(CheckpointError, match=r"^model=.*\. Name a folder") as caught:
-            open_source(name)
-        assert "\n" not in str(caught.value)
+        for read in (open_source, inspect):
+            with pytest.raises(CheckpointError, match=r"^model=.*\. Name a folder") as caught:
+                read(name)
+            assert "\n" not in str(caught.value)

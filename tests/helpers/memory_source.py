@@ -26,9 +26,6 @@ class FusedTensors(MegatronTensors):
 
     tensors: dict[str, torch.Tensor]
 
-    def read_args(self):
-        raise NotImplementedError
-
     def shapes(self):
         return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 

@@ -13,20 +13,14 @@ from megatron_bitcpm.checkpoint.store import (
     find_tracked_folder,
     replaced_folder,
 )
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import CheckpointError, refusal
 
 SHARD_FILE = "model_optim_rng.pt"
 RELEASE = "release"
 """Megatron's name for weights alone: it then looks for no optimizer and no random state."""
-DAMAGED = "The checkpoint is damaged; use another one"
 MAX_LAYERS = 10_000
 """Far above any model, and few enough to name every tensor of one."""
 OTHER_MODEL = "Only Llama and MiniCPM decoders are converted"
-
-
-def refusal(path: Path, rule: str, fix: str = DAMAGED) -> CheckpointError:
-    """Build the error of a checkpoint that cannot be used."""
-    return CheckpointError(f"checkpoint={path}: {rule}. {fix}.")
 
 
 def kind_of_folder(folder: Path) -> Literal["torch_dist", "legacy"] | None:

@@ -31,11 +31,11 @@ from megatron_bitcpm.arch.tensors import (
 )
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
 from megatron_bitcpm.conversion.difference import list_first
-from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL, SHARD_FILE, refusal
+from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL, SHARD_FILE
 from megatron_bitcpm.conversion.megatron.source import MegatronTensors, refuse_dtype
 from megatron_bitcpm.conversion.megatron.stock_args import StockModel, read_args
 from megatron_bitcpm.conversion.tensor_stream import dtype_name, equal_bytes
-from megatron_bitcpm.errors import CheckpointError, describe
+from megatron_bitcpm.errors import CheckpointError, describe, refusal
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(_\d{3,})?")
 _IGNORED = ("_extra_state", "rotary_pos_emb.inv_freq")

@@ -8,7 +8,6 @@ from typing import Any
 from megatron_bitcpm.checkpoint.model_file import MODEL_FILE, SIDE_FOLDER, read_model_file
 from megatron_bitcpm.checkpoint.store import STATE_FILE, read_config, read_state
 from megatron_bitcpm.conversion.megatron.folder import (
-    DAMAGED,
     find_megatron_folder,
     kind_of_folder,
     unknown_format,
@@ -17,7 +16,7 @@ from megatron_bitcpm.conversion.megatron.legacy_reader import LegacyTensors
 from megatron_bitcpm.conversion.megatron.source import MegatronSource
 from megatron_bitcpm.conversion.megatron.torch_dist_reader import TorchDistTensors
 from megatron_bitcpm.data.tokenizer_ids import read_run_tokenizer, read_tokenizer_ids
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import DAMAGED, CheckpointError
 from megatron_bitcpm.quantizer import Quantizer
 
 
@@ -35,6 +34,7 @@ def open_megatron(path: str | Path, tokenizer: str | Path | None = None) -> Mega
     kind = kind_of_folder(folder)
     if kind is None:
         raise unknown_format(folder)
+    tensors: LegacyTensors | TorchDistTensors
     tensors = LegacyTensors(folder) if kind == "legacy" else TorchDistTensors(folder)
     is_stock = False
     if (folder / MODEL_FILE).is_file():

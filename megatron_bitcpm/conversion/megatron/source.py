@@ -14,11 +14,10 @@ import torch
 from megatron_bitcpm.arch.model import ModelConfig, megatron_shapes
 from megatron_bitcpm.arch.tensors import EMBEDDING, OUTPUT, Place, Shape, TensorSpec, find_tensor
 from megatron_bitcpm.conversion.difference import compare_shapes
-from megatron_bitcpm.conversion.megatron.folder import DAMAGED, MAX_LAYERS, OTHER_MODEL, refusal
-from megatron_bitcpm.conversion.megatron.stock_args import StockModel
+from megatron_bitcpm.conversion.megatron.folder import MAX_LAYERS, OTHER_MODEL
 from megatron_bitcpm.conversion.source import ModelSource, find_mixed_types
 from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES, dtype_name
-from megatron_bitcpm.errors import CheckpointError
+from megatron_bitcpm.errors import DAMAGED, CheckpointError, refusal
 
 
 class MegatronTensors(ABC):
@@ -28,10 +27,6 @@ class MegatronTensors(ABC):
     """
 
     folder: Path
-
-    @abstractmethod
-    def read_args(self) -> StockModel:
-        """Return what the arguments of `pretrain_gpt.py` say."""
 
     @abstractmethod
     def shapes(self) -> dict[str, Shape]:

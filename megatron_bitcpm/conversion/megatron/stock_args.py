@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from megatron_bitcpm.arch.layout import Layout
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.arch.tensors import FAMILIES
-from megatron_bitcpm.conversion.megatron.folder import MAX_LAYERS, OTHER_MODEL, refusal
+from megatron_bitcpm.conversion.megatron.folder import MAX_LAYERS, OTHER_MODEL
+from megatron_bitcpm.errors import refusal
 from megatron_bitcpm.records import explain
 
 _REQUIRED = {

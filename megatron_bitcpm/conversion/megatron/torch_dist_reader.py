@@ -25,10 +25,10 @@ from megatron_bitcpm.arch.tensors import (
 )
 from megatron_bitcpm.checkpoint.safe_load import COMMON_FILE, load_common, read_metadata
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
-from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL, refusal
+from megatron_bitcpm.conversion.megatron.folder import OTHER_MODEL
 from megatron_bitcpm.conversion.megatron.source import MegatronTensors, refuse_dtype
 from megatron_bitcpm.conversion.megatron.stock_args import StockModel, read_args
-from megatron_bitcpm.errors import describe
+from megatron_bitcpm.errors import describe, refusal
 
 
 class TorchDistTensors(MegatronTensors):
