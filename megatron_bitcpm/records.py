@@ -69,9 +69,14 @@ def _explain_field(entry: Any) -> str:
         return f"{field} is missing"
     if entry["type"] == "extra_forbidden":
         return f"{field} is not a known field"
-    rule = one_line(entry["msg"]).replace("Input should be", "must be")
-    rule = rule.removeprefix("Value error, ")
-    if entry["type"] in ("model_type", "dict_type"):
-        rule = "must be an object"  # pydantic names the class here
+    rule = rule_of(entry)
     # Without a field the value is the whole record.
     return f"{field}={one_line(repr(entry['input']), _VALUE_CHARS)}: {rule}" if field else rule
+
+
+def rule_of(entry: Any) -> str:
+    """Return the rule that an entry of `ValidationError.errors` breaks, without a full stop."""
+    if entry["type"] in ("model_type", "dict_type"):
+        return "must be an object"  # pydantic names the class here
+    rule = one_line(entry["msg"]).replace("Input should be", "must be")
+    return rule.removeprefix("Value error, ")

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from megatron_bitcpm.arch.hf_rope import HfProblem, locate_problems, read_rope, write_rope
 from megatron_bitcpm.arch.model import ModelConfig
 from megatron_bitcpm.arch.tensors import FAMILIES
+from megatron_bitcpm.records import rule_of
 
 CONFIG_FILE = "config.json"
 QUANTIZER_KEY = "bitcpm_quantizer"
@@ -142,7 +143,7 @@ def _parse(raw: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     except ValidationError as error:
         first = error.errors()[0]
         key = {"layernorm_epsilon": "rms_norm_eps"}.get(str(first["loc"][0]), first["loc"][0])
-        raise HfProblem(str(key), repr(first["input"]), f"{first['msg']}. Correct it.") from error
+        raise HfProblem(str(key), repr(first["input"]), f"{rule_of(first)}. Correct it.") from error
 
 
 def _check_volume(fields: Mapping[str, Any], channels: int) -> None:

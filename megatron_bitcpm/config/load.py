@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_bitcpm.config.rules import cross_field_problems
 from megatron_bitcpm.config.sections import RunConfig
 from megatron_bitcpm.errors import ConfigError, describe
+from megatron_bitcpm.records import rule_of
 
 
 def load_config(
@@ -120,8 +121,7 @@ def _explain(error: Any) -> str:
         return f"{field}={value}: unknown key. {fix}"
     if error["type"] == "missing":
         return f"{field}=(absent): is required. Add the key."
-    rule = error["msg"].replace("Input should be", "must be").rstrip(".")
-    return f"{field}={value}: {rule}. Correct the value."
+    return f"{field}={value}: {rule_of(error)}. Correct the value."
 
 
 def _one_line(value: Any) -> str:

@@ -137,7 +137,7 @@ def test_all_problems_at_once():
             "optimizer.lr_warmup_iters=9: with the default decay of 2 steps exceeds "
             "training.train_iters 10. Use at most 8, or set optimizer.lr_wsd_decay_iters.",
         ),
-        ("model=3", "model=3: must be a valid dictionary"),
+        ("model=3", "model=3: must be an object. Correct the value."),
         ("a.b", "--set=a.b: is not key=value. Write --set a.b=1."),
     ],
 )
