@@ -6,6 +6,7 @@ import random
 
 import pytest
 import yaml
+from helpers.corpora import prepare_corpus
 from helpers.runs import tiny_config
 
 WORDS = [
@@ -31,22 +32,11 @@ WORDS = [
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder with text, tokenizer and dataset."""
-    from megatron_bitcpm.data.prepare import prepare
-    from megatron_bitcpm.data.tokenizer_train import train_tokenizer
-
     folder = tmp_path_factory.mktemp("corpus")
     chooser = random.Random(0)
     text = "\n\n".join(" ".join(chooser.choices(WORDS, k=40)) + "." for _ in range(400))
     (folder / "text.txt").write_text(text)
-    train_tokenizer([folder / "text.txt"], folder / "tokenizer", vocab_size=300)
-    prepare(
-        [folder / "text.txt"],
-        folder / "tokenizer",
-        folder / "data" / "text",
-        valid_fraction=0.1,
-        document_chars=400,
-        show_progress=False,
-    )
+    prepare_corpus(folder / "text.txt", folder / "tokenizer", folder / "data" / "text", 0.1, 400)
     return folder
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import yaml
+from helpers.corpora import prepare_corpus
 from helpers.runs import metrics, numbers, tensors, tiny_config, tracked, train, train_well
 
 pytestmark = pytest.mark.both_versions
@@ -72,23 +73,12 @@ def test_init_from_needs_the_same_model(write_config, tmp_path):
 
 
 def test_init_from_needs_the_same_tokenizer(write_config, corpus, tmp_path):
-    from megatron_bitcpm.data.prepare import prepare
-    from megatron_bitcpm.data.tokenizer_train import train_tokenizer
-
     one_step = {"training__train_iters": 1, "optimizer__lr_warmup_iters": 0}
     train_well(1, write_config("source", **one_step))
     # As many ids, so that every weight would fit; but they mean other pieces.
     text = (corpus / "text.txt").read_text()
     (tmp_path / "text.txt").write_text(text.translate(str.maketrans("aeio", "oiea")))
-    train_tokenizer([tmp_path / "text.txt"], tmp_path / "tokenizer", vocab_size=300)
-    prepare(
-        [tmp_path / "text.txt"],
-        tmp_path / "tokenizer",
-        tmp_path / "other",
-        valid_fraction=0.1,
-        document_chars=400,
-        show_progress=False,
-    )
+    prepare_corpus(tmp_path / "text.txt", tmp_path / "tokenizer", tmp_path / "other", 0.1, 400)
     config = write_config(
         "begun",
         checkpoint__init_from=str(tmp_path / "source"),

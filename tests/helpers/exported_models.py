@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from helpers.corpora import prepare_corpus
 from helpers.trained_checkpoints import train_case
 
 # Torch remembers its factories at the first use of a device context. Let that be before a CPU
@@ -19,23 +20,12 @@ with torch.device("cpu"):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A folder with a tokenizer (`tok`, 300 ids) and prepared data (`d`)."""
-    from megatron_bitcpm.data.prepare import prepare
-    from megatron_bitcpm.data.tokenizer_train import train_tokenizer
-
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(1, 5))) for _ in range(60)]
     lines = [" ".join(rng.choices(words, k=12)) for _ in range(3000)]
     (folder / "a.txt").write_text("\n".join(lines), encoding="utf-8")
-    train_tokenizer([folder / "a.txt"], folder / "tok", vocab_size=300)
-    prepare(
-        [folder / "a.txt"],
-        folder / "tok",
-        folder / "d",
-        valid_fraction=0.2,
-        document_chars=2000,
-        show_progress=False,
-    )
+    prepare_corpus(folder / "a.txt", folder / "tok", folder / "d", 0.2, 2000)
     return folder
 
 
