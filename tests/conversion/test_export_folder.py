@@ -47,6 +47,7 @@ def test_transformers_loads_it(exported, trained):
     assert load_tokenizer(exported(CASE)).sha256 == ours.sha256
 
 
+@pytest.mark.slow
 def test_generate(exported):
     folder = exported(CASE)
     greedy = generate(folder, "abc", max_new_tokens=8)

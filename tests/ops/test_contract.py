@@ -1,5 +1,7 @@
 """The one contract: every backend gives the bits of `numpy_ternary`, for every grid and type."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -30,7 +32,6 @@ LAYOUTS = [
 ]
 
 grids = pytest.mark.parametrize("grid", expected.GRIDS)
-layouts = pytest.mark.parametrize(("in_features", "group_size"), LAYOUTS)
 
 
 def assert_same(actual: torch.Tensor, want_bits: np.ndarray) -> None:
@@ -92,11 +93,28 @@ def check_values(run, in_features, group_size, dtype, grid, rows=24):
     assert np.array_equal(expected.bits_of(w), before)
 
 
+@contextmanager
+def naming(layout: tuple[int, int]) -> Iterator[None]:
+    """Let a failure inside say at which of the layouts of a loop it happened."""
+    try:
+        yield
+    except AssertionError as error:
+        error.add_note(f"(in_features, group_size) = {layout}")
+        raise
+
+
 @dtypes
 @grids
-@layouts
-def test_values_codes_and_scales(run, in_features, group_size, dtype, grid):
-    check_values(run, in_features, group_size, dtype, grid)
+def test_values_codes_and_scales(run, dtype, grid):
+    for layout in LAYOUTS:
+        with naming(layout):
+            check_values(run, *layout, dtype, grid)
+
+
+def test_a_failure_names_its_layout():
+    with pytest.raises(AssertionError) as caught, naming((66, 3)):
+        raise AssertionError("other bits")
+    assert caught.value.__notes__ == ["(in_features, group_size) = (66, 3)"]
 
 
 @dtypes
@@ -105,15 +123,17 @@ def test_lengths_up_to_130(backend, run, dtype, grid):
     # Runners take a process call per operator, so they see the telling lengths only.
     every = grid == "ternary" and not backend.make
     for length in range(1, 131) if every else LENGTHS:
-        check_values(run, length, -1, dtype, grid, rows=12)
+        with naming((length, -1)):
+            check_values(run, length, -1, dtype, grid, rows=12)
 
 
 @dtypes
-@layouts
-def test_sums(run, in_features, group_size, dtype):
-    w = case(in_features, group_size, dtype, "ternary")[0]
-    want = expected.abs_sums(w.float().numpy(), resolve(in_features, group_size))
-    assert_same(run.abs_sums(w, group_size), expected.float32_bits(want))
+def test_sums(run, dtype):
+    for in_features, group_size in LAYOUTS:
+        w = case(in_features, group_size, dtype, "ternary")[0]
+        want = expected.abs_sums(w.float().numpy(), resolve(in_features, group_size))
+        with naming((in_features, group_size)):
+            assert_same(run.abs_sums(w, group_size), expected.float32_bits(want))
 
 
 @dtypes

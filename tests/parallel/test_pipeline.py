@@ -37,7 +37,11 @@ def one_rank():
     return run_ranks(1, first_norms, {})[0]
 
 
-@pytest.mark.parametrize("options", [{"pp": 2}, {"pp": 2, "vpp": 2}], ids=["pp2", "pp2-vpp2"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"pp": 2}, marks=pytest.mark.slow), {"pp": 2, "vpp": 2}],
+    ids=["pp2", "pp2-vpp2"],
+)
 def test_pipeline_layouts_train_like_one_rank(one_rank, options):
     traces = run_ranks(2, first_norms, options)
     assert traces[0] == traces[1]

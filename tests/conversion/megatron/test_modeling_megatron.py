@@ -19,10 +19,10 @@ from megatron_bitcpm.conversion.open import open_source
 from megatron_bitcpm.evaluation.generate import generate
 from megatron_bitcpm.evaluation.logits import megatron_logits, megatron_model
 
-SLOW = ("tp2_bf16", "tp2_local", "tp2_groups_filters")
+SLOW = ("tp2_bf16", "tp2_local", "tp2_groups_filters", "tp2_tied_fp32")
 CASES = [
     pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW))
-    for n in ("tp1_untied", "tp2_tied_fp32", "tp2_tensor", *SLOW)
+    for n in ("tp1_untied", "tp2_tensor", *SLOW)
 ]
 IDS = torch.randint(300, (1, 80), generator=torch.Generator().manual_seed(1))
 
