@@ -196,9 +196,7 @@ def losses(rank: int, looking: bool, options: dict) -> list[tuple]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", ["tp2", pytest.param("dp2-distributed", marks=pytest.mark.slow), "dp2-overlap"]
-)
+@pytest.mark.parametrize("layout", ["tp2", "dp2-distributed", "dp2-overlap"])
 def test_looking_does_not_change_the_training(layout):
     world, options = LAYOUTS[layout]
     assert run_ranks(world, losses, True, options) == run_ranks(world, losses, False, options)
