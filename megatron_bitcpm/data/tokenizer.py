@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_bitcpm.data.tokenizer_export import MARKER_FILE, Marker
-from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.errors import DataError, one_line
 from megatron_bitcpm.files import TOKENIZER_FILES, tokenizer_sha256
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class HuggingFaceTokenizer(TextTokenizer):
                 str(folder), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # transformers raises many kinds, from OSError to TypeError
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise DataError(
                 f"tokenizer={folder}: transformers cannot load it ({type(error).__name__}: "
                 f"{reason}). Give a folder with tokenizer.json and tokenizer_config.json."

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_bitcpm.data import text as text_source
 from megatron_bitcpm.data import tokenizer_export as export
-from megatron_bitcpm.errors import DataError
+from megatron_bitcpm.errors import DataError, one_line
 from megatron_bitcpm.files import tokenizer_sha256, write_json
 from megatron_bitcpm.publish import Output
 
@@ -139,7 +139,7 @@ def _train_model(sample: _TrainingSample, vocab_size: int, coverage: float) -> b
             f"input={sample.files[0]}: no text in {len(sample.files)} files. Give more text."
         )
     if failure is not None:
-        reason = " ".join(str(failure).split()).rsplit("] ", 1)[-1].rstrip(".")
+        reason = one_line(str(failure).rsplit("] ", 1)[-1])
         raise DataError(
             f"vocab_size={vocab_size}: SentencePiece cannot train on {sample.chars} characters "
             f"({reason}). Lower vocab_size, or give more text."

@@ -16,6 +16,7 @@ from megatron_bitcpm.conversion.hf.config import GENERATION_FILE, QUANTIZER_FILE
 from megatron_bitcpm.conversion.hf.fold import FoldedSource
 from megatron_bitcpm.conversion.hf.modeling.writer import write_modeling_files
 from megatron_bitcpm.conversion.source import ModelSource
+from megatron_bitcpm.conversion.tensor_stream import dtype_name
 from megatron_bitcpm.data.tokenizer_ids import (
     TokenizerIds,
     has_vocabulary,
@@ -94,9 +95,8 @@ def write_side_files(
     original = None if path is None else read_json(path)
     # Values on the grid must not be rounded in loading; see `verify`.
     dtype = source.dtype(next(iter(source.quantized_tensors()), EMBEDDING.hf))
-    dtype_name = str(dtype).removeprefix("torch.")
     special_ids = None if ids is None else dataclasses.asdict(ids)
-    config = hf_config(source.model, dtype_name, source.vocab_size, special_ids, original)
+    config = hf_config(source.model, dtype_name(dtype), source.vocab_size, special_ids, original)
     config |= write_modeling_files(folder, source.model, form, source.quantizer)
     folding = describe_folding(source)
     if form == "plain" and folding is not None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_bitcpm.arch.tensors import Shape
 from megatron_bitcpm.checkpoint.torch_file import StoredTensor, TorchFile, map_file
-from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES
+from megatron_bitcpm.conversion.tensor_stream import WEIGHT_DTYPES, dtype_name
 from megatron_bitcpm.errors import CheckpointError, describe
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -122,7 +122,7 @@ class BinFile(TensorFile):
             if not isinstance(name, str) or not isinstance(stored, StoredTensor):
                 rule = f"{name!r:.80} is {_name_type(stored)}, not a tensor with a name"
                 raise file_error(path, rule, fix)
-            self._entries[name] = stored.shape, str(stored.dtype).removeprefix("torch.")
+            self._entries[name] = stored.shape, dtype_name(stored.dtype)
         self._stored: dict[str, StoredTensor] = dict(content)
 
     def raw_tensor(self, name: str) -> torch.Tensor:

@@ -34,13 +34,13 @@ TYPE_NAMES = {
     torch.bool: "BOOL",
 }
 """Types that both kinds of weight files are written with -> their name in safetensors."""
-Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Entries = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Name -> (shape, dtype) of the tensors of a file, in their order."""
 _ALIGNMENT = 8
 
 
 def write_safetensors(
-    path: Path, layout: Layout, tensors: Iterable[tuple[str, torch.Tensor]]
+    path: Path, layout: Entries, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> int:
     """Write a safetensors file."""
     expected = iter(layout.items())
@@ -54,7 +54,7 @@ def write_safetensors(
     return file.size
 
 
-def _make_header(layout: Layout) -> bytes:
+def _make_header(layout: Entries) -> bytes:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (shape, dtype) in layout.items():
@@ -73,7 +73,7 @@ def _make_header(layout: Layout) -> bytes:
 
 def write_bin(
     path: Path,
-    layout: Layout,
+    layout: Entries,
     tensors: Iterable[tuple[str, torch.Tensor]],
     aliases: Mapping[str, str] | None = None,
 ) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_bitcpm.arch.model import Form
 from megatron_bitcpm.conversion.hf.source import WEIGHT_KINDS
-from megatron_bitcpm.conversion.hf.tensor_writers import Layout, write_bin, write_safetensors
+from megatron_bitcpm.conversion.hf.tensor_writers import Entries, write_bin, write_safetensors
 from megatron_bitcpm.conversion.quantization_error import check_finite
 from megatron_bitcpm.conversion.source import ModelSource
 from megatron_bitcpm.conversion.tensor_stream import count_bytes, cut_shards, read_ahead
@@ -36,7 +36,7 @@ def write_weight_files(
         OSError: a file cannot be written; a part of it is left.
     """
     single, index_name, _ = WEIGHT_KINDS[weights]
-    layout: Layout = {name: (shape, source.dtype(name)) for name, shape in source.shapes().items()}
+    layout: Entries = {name: (shape, source.dtype(name)) for name, shape in source.shapes().items()}
     sizes = {name: count_bytes(*entry) for name, entry in layout.items()}
     shards = cut_shards(sizes, max_shard_bytes)
     stem, _, suffix = single.partition(".")
