@@ -58,7 +58,8 @@ class Differences:
 
 def list_first(names: Iterable[str], what: str) -> str:
     """Join the first names; say how many more of `what` there are."""
-    names = list(names)
+    # A name out of a file may hold anything; line ends and escape codes are not printed as such.
+    names = [name if name.isprintable() else repr(name) for name in names]
     more = f" and {len(names) - _LISTED} more {what}" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
 

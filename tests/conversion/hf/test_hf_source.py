@@ -242,3 +242,9 @@ def test_both_16_bit_types_in_one_model_are_refused(tmp_path):
     tensors = make_tensors()
     tensors[OUTPUT] = tensors[OUTPUT].view(torch.float16)
     refused(write(tmp_path / "m", tensors), "lm_head.weight: of type float16 among 20 of bfloat16")
+
+
+def test_names_with_line_ends_and_escape_codes_are_one_line(tmp_path):
+    tensors = make_tensors() | {"x\n\x1b[31m": torch.zeros(2)}
+    message = refused(write(tmp_path / "m", tensors), r"1 unknown tensors: 'x\\n\\x1b\[31m'")
+    assert message.isprintable()
